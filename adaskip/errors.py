@@ -1,0 +1,49 @@
+"""The errors a user can cause. Each message says what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AdaskipError(ValueError):
+    """Base of every error this package raises on purpose; scripts print it and exit with code 2."""
+
+
+class UnsupportedModelError(AdaskipError):
+    """The model's architecture has no row in `adaskip.blocks.BLOCKS`, or cannot be skipped in."""
+
+
+class UnsupportedCallError(AdaskipError):
+    """The model was called in a way in which skipping would be silently wrong."""
+
+
+class CacheHoleError(AdaskipError):
+    """Attention was asked to run in a request that skipped it: its KV cache has a hole there."""
+
+
+class ProfileError(AdaskipError):
+    """An importance profile is damaged, or belongs to another model."""
+
+
+class DataError(AdaskipError):
+    """A data file is missing, damaged, or holds no usable row."""
+
+
+class RunError(AdaskipError):
+    """A run cannot be started, continued or scored as asked."""
+
+
+def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> AdaskipError:
+    """The error for a name that is not registered, with the nearest allowed one as a suggestion.
+
+    Args:
+        kind: what the name stands for, e.g. `"policy"`.
+        given: the name that was given.
+        allowed: every name that would have been accepted.
+    """
+    names = sorted(allowed)
+    nearest = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(given.lower(), nearest, n=1)
+    hint = f" Did you mean {nearest[close[0]]!r}?" if close else ""
+    return AdaskipError(f"Unknown {kind} {given!r}.{hint} Choose one of: {', '.join(names)}.")

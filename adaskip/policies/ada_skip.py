@@ -1,0 +1,137 @@
+"""AdaSkip: the sublayers of highest IO similarity, learned offline and extended online."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from adaskip.errors import AdaskipError
+from adaskip.importance import GAINS, Gain, Importance
+from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Step, Sublayer
+from adaskip.policies.base import SkipPolicy, check_budget, register
+from adaskip.recorders import Span, StepStats, median
+
+
+@register("ADA")
+@dataclass
+class AdaSkip(SkipPolicy):
+    """Skips the `n_skip` sublayers of highest offline similarity; online, more FFNs per request.
+
+    Online: over the first `window` decode steps of a request, similarity and gain of every FFN
+    that still runs are averaged; afterwards those whose similarity reaches `threshold` are skipped
+    as well, with the gain just learned, for the rest of the request. In a batch, the sequences
+    decide together: their mean.
+
+    Attributes:
+        importance: what `learn_importance` learned about the model.
+        n_skip: sublayers to skip, 0 to 2L; attention and FFN compete in one pool.
+        online: whether the extension is on.
+        window: decode steps to observe.
+        gain: how a skipped sublayer is compensated; see `Importance`. None leaves the residual.
+
+    Source: AdaSkip (arXiv 2501.02336), algorithms 1 and 2; METHOD, "Policies".
+    Differs from the released code: the extension works. There, its threshold is reset to 1.0 by
+    every prompt and it never fires; `online=False` reproduces that.
+    """
+
+    budget: ClassVar[Literal["layers", "sublayers"]] = "sublayers"
+
+    importance: Importance = field(repr=False)
+    n_skip: int
+    online: bool = True
+    window: int = 20
+    gain: Gain | None = "token"
+    _fixed: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
+    _extension: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
+    _current: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
+    _request: int = field(init=False, repr=False, default=-1)
+    _seen: list[tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.gain is not None and self.gain not in GAINS:
+            raise AdaskipError(f"Gain {self.gain!r} is unknown; choose 'norm', 'token' or None.")
+        if self.window < 1:
+            raise AdaskipError(f"A window of {self.window} decode steps is too short; take 1 up.")
+
+    @override
+    def bind(self, n_layers: int) -> None:
+        if self.importance.n_layers != n_layers:
+            raise AdaskipError(
+                f"The importance profile is of a model of {self.importance.n_layers} layers, the "
+                f"model has {n_layers}; learn a profile of this model."
+            )
+        check_budget("AdaSkip", self.n_skip, 2 * n_layers, "sublayers")
+        super().bind(n_layers)
+        chosen = self.importance.ranking()[: self.n_skip]
+        self._fixed = SkipPlan({s: self.importance.gain(s, self.gain) for s in chosen})
+        self._start(-1)
+
+    @override
+    def check_model(self, model: PreTrainedModel) -> None:
+        self.importance.check_model(model)
+
+    @property
+    @override
+    def stepwise(self) -> bool:
+        return self.online and self.n_skip > 0 and self.scope != "prefill"
+
+    @property
+    def threshold(self) -> float:
+        """The `n_skip`-th largest offline similarity, which an FFN has to reach online."""
+        if self.n_skip == 0:
+            return float("inf")
+        return self.importance.similarity[self.importance.ranking()[self.n_skip - 1]]
+
+    @property
+    def extension(self) -> SkipPlan:
+        """The FFNs skipped in addition in the current request."""
+        return self._extension
+
+    @override
+    def plan(self, step: Step) -> SkipPlan:
+        if step.request != self._request:
+            self._start(step.request)
+        return self._current if step.phase is Phase.DECODE else self._fixed
+
+    @override
+    def watch(self, step: Step) -> frozenset[Span]:
+        waiting = self.stepwise and len(self._seen) < self.window
+        return frozenset({"ffn"}) if waiting and step.phase is Phase.DECODE else frozenset()
+
+    @override
+    def observe(self, step: Step, stats: StepStats) -> None:
+        stats = stats.select("ffn")
+        if len(self._seen) == self.window or not stats.rows:
+            return
+        self._seen.append((stats.similarity().flatten(1), stats.gain().flatten(1)))
+        if len(self._seen) == self.window:
+            self._extend([Sublayer(layer, "ffn") for layer, _ in stats.rows])
+
+    def _start(self, request: int) -> None:
+        """Begins a request: the extension is empty again."""
+        self._request = request
+        self._extension = EMPTY_PLAN
+        self._current = self._fixed
+        self._seen.clear()
+
+    def _extend(self, ffns: list[Sublayer]) -> None:
+        """Decides the extension from the window's statistics, with one read from the device."""
+        similarity = torch.cat([s for s, _ in self._seen], dim=1).mean(dim=1)
+        gains = torch.cat([g for _, g in self._seen], dim=1)
+        gain = (
+            median(gains, torch.ones_like(gains[0])) if self.gain == "token" else gains.mean(dim=1)
+        )
+        learned = torch.stack([similarity, gain]).tolist()
+        self._extension = SkipPlan(
+            {
+                ffn: None if self.gain is None else g
+                for ffn, s, g in zip(ffns, *learned, strict=True)
+                if s >= self.threshold
+            }
+        )
+        self._current = self._fixed | self._extension

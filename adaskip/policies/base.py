@@ -1,0 +1,105 @@
+"""What a policy is, and the registry of those that scripts can name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import lru_cache
+from typing import ClassVar, Literal, TypeVar
+
+from transformers import PreTrainedModel
+
+from adaskip.errors import AdaskipError, unknown_name
+from adaskip.plan import Scope, SkipPlan, Step, whole_layers
+from adaskip.recorders import Span, StepStats
+
+P = TypeVar("P", bound="type[SkipPolicy]")
+
+POLICIES: dict[str, type[SkipPolicy]] = {}
+
+
+def register(name: str) -> Callable[[P], P]:
+    """Class decorator: makes a policy known to scripts under `name`.
+
+    Raises:
+        TypeError: not a `SkipPolicy`, or the name is taken.
+    """
+
+    def add(policy: P) -> P:
+        if not issubclass(policy, SkipPolicy):
+            raise TypeError(f"{policy!r} is not a SkipPolicy.")
+        if POLICIES.setdefault(name, policy) is not policy:
+            raise TypeError(f"Policy name {name!r} already belongs to {POLICIES[name].__name__}.")
+        return policy
+
+    return add
+
+
+def policy_class(name: str) -> type[SkipPolicy]:
+    """The policy registered under `name`.
+
+    Raises:
+        AdaskipError: no such policy; the message suggests the nearest one.
+    """
+    if name not in POLICIES:
+        raise unknown_name("policy", name, [*POLICIES, "dense"])
+    return POLICIES[name]
+
+
+class SkipPolicy(ABC):
+    """Decides, forward by forward, what is skipped. Subclass it, and `register` it for scripts.
+
+    A policy is bound to one model at a time and sees the steps of that model in order. Its
+    dataclass fields are its hyper-parameters, its repr the record of an experiment.
+
+    Attributes:
+        budget: what `n_skip` counts: full layers, or sublayers.
+        scope: where the plan applies; set by the session before `bind`.
+        n_layers: decoder layers of the model; set by `bind`.
+    """
+
+    budget: ClassVar[Literal["layers", "sublayers"]] = "layers"
+    scope: Scope = "e2e"
+    n_layers: int = 0
+
+    def bind(self, n_layers: int) -> None:
+        """Prepares for a model of `n_layers` layers, forgetting all earlier requests.
+
+        Raises:
+            AdaskipError: the budget does not fit the model.
+        """
+        self.n_layers = n_layers
+
+    def check_model(self, model: PreTrainedModel) -> None:  # noqa: B027 - most learn nothing
+        """Raises an `AdaskipError` if what the policy has learned is not about this model."""
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether the plan of a decode step depends on the steps before it."""
+        return False
+
+    @abstractmethod
+    def plan(self, step: Step) -> SkipPlan:
+        """What this forward skips. A plan equal to the last one costs nothing."""
+
+    def watch(self, step: Step) -> frozenset[Span]:
+        """The parts whose statistics `observe` wants of this step."""
+        return frozenset()
+
+    def observe(self, step: Step, stats: StepStats) -> None:  # noqa: B027 - most watch nothing
+        """Takes the statistics asked for by `watch`, after the forward."""
+
+
+def check_budget(name: str, n_skip: int, allowed: int, unit: str) -> None:
+    """Raises an `AdaskipError` unless `0 <= n_skip <= allowed`."""
+    if isinstance(n_skip, bool) or not isinstance(n_skip, int) or not 0 <= n_skip <= allowed:
+        raise AdaskipError(
+            f"{name} cannot skip {n_skip!r} {unit}; with this model it takes a whole number from "
+            f"0 to {allowed}."
+        )
+
+
+@lru_cache(maxsize=256)
+def layer_plan(layers: tuple[int, ...]) -> SkipPlan:
+    """`whole_layers`, built once per set of layers so that repeated plans are the same object."""
+    return whole_layers(layers)

@@ -1,0 +1,87 @@
+"""The forward of one decoder layer with a switch for each of its two sublayers.
+
+A skipped sublayer costs nothing: no norm, no projection, no residual add. The layer only looks at
+its switches; it counts nothing, looks nothing up and reads nothing from the device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from adaskip.blocks import BlockSpec, SublayerSpec, bound_parts, first_tensor
+from adaskip.recorders import StepRecording
+
+
+@dataclass(slots=True)
+class Switches:
+    """What one layer does in the coming forward; all its forward looks at.
+
+    Attributes:
+        run_attn, run_ffn: whether the sublayer is computed.
+        attn_gain, ffn_gain: device scalar for a skipped sublayer, None for identity.
+        recording: where statistics go, None if nobody wants them.
+    """
+
+    run_attn: bool = True
+    run_ffn: bool = True
+    attn_gain: Tensor | None = None
+    ffn_gain: Tensor | None = None
+    recording: StepRecording | None = None
+
+
+def layer_forward(
+    layer: nn.Module, index: int, block: BlockSpec, switches: Switches
+) -> Callable[..., Tensor]:
+    """The forward of one decoder layer, with a switch for each sublayer."""
+    attn = _sublayer(layer, block.attn, block.multiplier)
+    ffn = _sublayer(layer, block.ffn, block.multiplier)
+    names = list(inspect.signature(type(layer).forward).parameters)[2:]
+
+    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.update(zip(names, args, strict=False))
+        recording = switches.recording
+        start = hidden_states
+        if switches.run_attn:
+            hidden_states = attn(start, kwargs)
+            if recording is not None and "attn" in recording.spans:
+                recording.write(index, "attn", start, hidden_states)
+        elif switches.attn_gain is not None:
+            hidden_states = start * switches.attn_gain
+        middle = hidden_states
+        if switches.run_ffn:
+            hidden_states = ffn(middle, None)
+            if recording is not None and "ffn" in recording.spans:
+                recording.write(index, "ffn", middle, hidden_states)
+        elif switches.ffn_gain is not None:
+            hidden_states = middle * switches.ffn_gain
+        if recording is not None and "layer" in recording.spans:
+            recording.write(index, "layer", start, hidden_states)
+        return hidden_states
+
+    return MethodType(forward, layer)
+
+
+def _sublayer(
+    layer: nn.Module, spec: SublayerSpec, multiplier: str | None
+) -> Callable[[Tensor, dict[str, Any] | None], Tensor]:
+    """`x + post(body(pre(x))) * multiplier` of one sublayer, as a function of x."""
+    body, pre, post = bound_parts(layer, spec)
+    scale = None if multiplier is None else getattr(layer, multiplier)
+
+    def run(x: Tensor, kwargs: dict[str, Any] | None) -> Tensor:
+        h = x if pre is None else pre(x)
+        # Attention is given everything the layer was given; an MLP takes the tensor alone.
+        h = body(h) if kwargs is None else first_tensor(body(hidden_states=h, **kwargs))
+        if post is not None:
+            h = post(h)
+        if scale is not None:
+            h = h * scale
+        return x + h
+
+    return run

@@ -1,0 +1,66 @@
+"""Tiny random models of every family, and the shared material where it is present."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+N_LAYERS = 4
+VOCAB = 97
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    # Large enough that every sublayer changes the output visibly.
+    "initializer_range": 0.25,
+}
+_EXTRA: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "mistral": {"sliding_window": 24},
+    "granite": {"residual_multiplier": 0.5},
+}
+
+torch.set_num_threads(1)
+
+
+def tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+    """A random model of `N_LAYERS` layers, in eval mode, fp32."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **(_SMALL | _EXTRA.get(family, {})))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    # Random norms too, so that a swapped pair of norms would be noticed.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.rand_like(parameter) * 0.5)
+    return model.eval()
+
+
+def prompt(tokens: int, batch: int = 1, seed: int = 1) -> torch.Tensor:
+    """Random ids without special tokens: [batch, tokens]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (batch, tokens), generator=generator)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the shared material (../shared) is not here")
+    return SHARED

@@ -1,0 +1,158 @@
+"""Requests and phases, as the session sees them in real forwards."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import prompt, tiny_model
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from adaskip import (
+    AdaSkip,
+    FixedSkipping,
+    Phase,
+    SkipDecode,
+    SkipPlan,
+    Step,
+    Sublayer,
+    UnsupportedCallError,
+    learn_importance,
+    skipping,
+)
+
+PLAN = SkipPlan({Sublayer(0, "attn"): None})
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+def prefill(request: int, index: int, tokens: int) -> Step:
+    return Step(Phase.PREFILL, request, index, tokens)
+
+
+def decode(request: int, index: int, tokens: int = 1) -> Step:
+    return Step(Phase.DECODE, request, index, tokens)
+
+
+@pytest.mark.parametrize("plan", [SkipPlan(), PLAN], ids=["dense", "layer 0 skipped"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_steps_of_two_requests_and_chunks(
+    model: PreTrainedModel, plan: SkipPlan, kind: str
+) -> None:
+    def new_cache() -> DynamicCache | StaticCache:
+        if kind == "dynamic":
+            return DynamicCache()
+        return StaticCache(config=model.config, max_cache_len=32)
+
+    steps = []
+    with skipping(model, FixedSkipping(plan)) as session:
+        cache = new_cache()
+        for tokens in (7, 4, 1, 1, 3):
+            model(prompt(tokens), past_key_values=cache)
+            steps.append(session.step)
+        assert session.step is not None
+        assert session.step.decode_steps == 2
+        cache.reset()
+        for tokens in (5, 1):
+            model(prompt(tokens), past_key_values=cache)
+            steps.append(session.step)
+        # A prompt of one token is a prefill, too.
+        cache = new_cache()
+        for _ in range(2):
+            model(prompt(1), past_key_values=cache)
+            steps.append(session.step)
+    assert steps == [
+        prefill(0, 0, 7),
+        prefill(0, 1, 4),
+        decode(0, 2),
+        decode(0, 3),
+        decode(0, 4, tokens=3),
+        prefill(1, 0, 5),
+        decode(1, 1),
+        prefill(2, 0, 1),
+        decode(2, 1),
+    ]
+
+
+def test_two_requests_take_turns(model: PreTrainedModel) -> None:
+    first, second = DynamicCache(), DynamicCache()
+    with skipping(model, FixedSkipping(PLAN)) as session:
+        model(prompt(4), past_key_values=first)
+        model(prompt(5), past_key_values=second)
+        model(prompt(1), past_key_values=first)
+        assert session.step == decode(0, 1)
+        model(prompt(1), past_key_values=second)
+        assert session.step == decode(1, 1)
+    assert (first.get_seq_length(), second.get_seq_length()) == (5, 6)
+
+
+def test_without_a_cache_each_forward_is_a_request(model: PreTrainedModel) -> None:
+    with skipping(model, FixedSkipping(PLAN)) as session:
+        for request in range(2):
+            model(prompt(4), use_cache=False)
+            assert session.step == prefill(request, 0, 4)
+
+
+def test_prefilled_outside_then_decoded_inside(model: PreTrainedModel) -> None:
+    cache = DynamicCache()
+    model(prompt(6), past_key_values=cache)
+    with skipping(model, FixedSkipping(PLAN), scope="decode") as session:
+        model(prompt(1), past_key_values=cache)
+        assert session.step == decode(0, 0)
+    assert cache.layers[0].keys.shape[-2] == 6
+    assert cache.get_seq_length() == 7
+
+
+def test_cutting_back_under_a_stepwise_policy_is_refused(model: PreTrainedModel) -> None:
+    cache = DynamicCache()
+    with skipping(model, SkipDecode(2)):
+        model(prompt(6), past_key_values=cache)
+        model(prompt(1), past_key_values=cache)
+        cache.crop(-2)
+        with pytest.raises(UnsupportedCallError, match="cut back from 7 to 5"):
+            model(prompt(1), past_key_values=cache)
+
+
+def test_turns_under_a_stepwise_policy_are_refused(model: PreTrainedModel) -> None:
+    importance = learn_importance(model, [prompt(9)])
+    first, second = DynamicCache(), DynamicCache()
+    with skipping(model, AdaSkip(importance, 2)):
+        model(prompt(4), past_key_values=first)
+        model(prompt(5), past_key_values=second)
+        with pytest.raises(UnsupportedCallError, match="one request at a time"):
+            model(prompt(1), past_key_values=first)
+
+
+def test_a_finished_request_is_not_kept_alive(model: PreTrainedModel) -> None:
+    with skipping(model, FixedSkipping(PLAN), scope="decode"):
+        cache = DynamicCache()
+        model(prompt(6), past_key_values=cache)
+        model(prompt(1), past_key_values=cache)
+        gone = weakref.ref(cache.layers[0].keys)
+        # Reference counting alone must free it: on a GPU, waiting for the collector costs memory.
+        gc.disable()
+        try:
+            del cache
+            assert gone() is None
+        finally:
+            gc.enable()
+
+
+def test_a_copied_prompt_cache_is_a_request_of_its_own(model: PreTrainedModel) -> None:
+    import copy
+
+    ids = prompt(12)
+    with skipping(model, FixedSkipping(PLAN)), torch.no_grad():
+        expected = model(ids).logits[:, -2:]
+        cache = DynamicCache()
+        model(ids[:, :10], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        for branch in (cache, twin):
+            logits = model(ids[:, 10:], past_key_values=branch).logits
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+            assert branch.get_seq_length() == 12
