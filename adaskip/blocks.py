@@ -102,12 +102,13 @@ def bound_parts(
     return parts[0], parts[1], parts[2]
 
 
-def layer_device(layer: nn.Module) -> torch.device:
-    """The device a layer computes on, also where accelerate keeps its weights elsewhere."""
-    device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
-    if device is not None:
-        return torch.device(device)
-    return next(layer.parameters()).device
+def execution_device(module: nn.Module) -> torch.device:
+    """The device a module computes on, also where accelerate keeps its weights elsewhere."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
 
 
 def first_tensor(output: Tensor | tuple[Any, ...]) -> Tensor:

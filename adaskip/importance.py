@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaskip.errors import ProfileError
@@ -151,8 +152,8 @@ def _from_content(content: Any, path: object) -> Importance:
 def model_fingerprint(model: PreTrainedModel) -> str:
     """A name of the model that changes with its shape or training, not with dtype or device.
 
-    Made of the configuration's dimensions and a hash, in bfloat16, of the final norm and the first
-    embedding rows. Weights that lie on disk or elsewhere ("meta" tensors) count by name only.
+    Made of the configuration's dimensions and a hash, in bfloat16, of the first embedding rows and
+    the beginning of the final norm.
     """
     config = model.config.get_text_config(decoder=True)
     facts = [
@@ -169,8 +170,19 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     ]
     digest = hashlib.sha256(json.dumps(facts).encode())
     decoder: Any = model.base_model
-    for tensor in (decoder.embed_tokens.weight[:64], decoder.norm.weight):
-        if tensor.device.type != "meta":
-            values = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-            digest.update(values.numpy().tobytes())
+    for module in (decoder.embed_tokens, decoder.norm):
+        values = _weight(module)[:64].to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+        digest.update(values.numpy().tobytes())
     return f"{facts[0]}-{facts[1]}x{facts[2]}-{digest.hexdigest()[:12]}"
+
+
+def _weight(module: Any) -> Tensor:
+    """The weight of a module, fetched where accelerate has offloaded it."""
+    if module.weight.device.type != "meta":
+        weight: Tensor = module.weight.detach()
+        return weight
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module, torch.device("cpu")):
+        fetched: Tensor = module.weight.detach().clone()
+        return fetched

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from adaskip.blocks import execution_device
 from adaskip.errors import ProfileError
 from adaskip.importance import Importance, model_fingerprint
 from adaskip.plan import EMPTY_PLAN, Phase, Step, all_sublayers
@@ -104,10 +105,11 @@ def record_prompts(
         progress: whether to show a progress bar.
     """
     recorder = ImportanceRecorder()
+    device = execution_device(model.get_input_embeddings())
     with torch.inference_mode(), skipping(model, FixedSkipping(EMPTY_PLAN), recorders=[recorder]):
         for prompt in tqdm(prompts, desc="learning importance", disable=not progress):
             inputs = {"input_ids": prompt} if isinstance(prompt, Tensor) else dict(prompt)
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             # The base model: no logits are needed, and without a cache no KV memory either.
             model.base_model(**inputs, use_cache=False)
     return recorder

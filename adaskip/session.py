@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from adaskip import kvcache
-from adaskip.blocks import block_spec, layer_device
+from adaskip.blocks import block_spec, execution_device
 from adaskip.errors import UnsupportedCallError, UnsupportedModelError, unknown_name
 from adaskip.phases import PhaseTracker
 from adaskip.plan import EMPTY_PLAN, SCOPES, Phase, Scope, SkipPlan, Step, Sublayer
@@ -48,8 +48,9 @@ class Session:
         self._recorders = recorders
         self._tracker = PhaseTracker()
         self._decoder: Any = model.base_model
-        self._layers: list[nn.Module] = list(self._decoder.layers)
-        self._devices = [layer_device(layer) for layer in self._layers]
+        layers: Any = self._decoder.layers
+        self._layers: list[nn.Module] = list(layers)
+        self._devices = [execution_device(layer) for layer in self._layers]
         self._switches = [Switches() for _ in self._layers]
         self._gains = {
             device: torch.ones(2 * len(self._layers), device=device)
@@ -281,9 +282,11 @@ def skipping(
             _replace(undo, layer, "_old_forward" if wrapped else "forward", forward)
         if scope == "decode" or policy.stepwise:
             _replace(undo, model, "_get_candidate_generator", _refuse_assisted)
+        # Traced by torch.compile, the hooks' Python numbers would mean a new graph at every step.
+        untraced: Any = torch.compiler.disable
         for hook in (
-            decoder.register_forward_pre_hook(session.before_forward, with_kwargs=True),
-            decoder.register_forward_hook(session.after_forward),
+            decoder.register_forward_pre_hook(untraced(session.before_forward), with_kwargs=True),
+            decoder.register_forward_hook(untraced(session.after_forward)),
         ):
             undo.callback(hook.remove)
         _ACTIVE.add(decoder)

@@ -191,11 +191,16 @@ def test_leaving_restores_everything(model: PreTrainedModel) -> None:
     types = [type(module) for module in model.modules()]
     keys = list(model.state_dict())
     expected = model(prompt(9)).logits
-    with pytest.raises(RuntimeError, match="on purpose"), skipping(model, EarlyExit(2)):
-        model(prompt(9))
-        assert list(model.state_dict()) == keys
-        assert [type(module) for module in model.modules()] == types
-        raise RuntimeError("on purpose")
+
+    def fail_inside() -> None:
+        with skipping(model, EarlyExit(2)):
+            model(prompt(9))
+            assert list(model.state_dict()) == keys
+            assert [type(module) for module in model.modules()] == types
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail_inside()
     assert attributes() == before
     assert hooks() == n_hooks
     assert torch.equal(model(prompt(9)).logits, expected)

@@ -123,9 +123,8 @@ class AdaSkip(SkipPolicy):
         """Decides the extension from the window's statistics, with one read from the device."""
         similarity = torch.cat([s for s, _ in self._seen], dim=1).mean(dim=1)
         gains = torch.cat([g for _, g in self._seen], dim=1)
-        gain = (
-            median(gains, torch.ones_like(gains[0])) if self.gain == "token" else gains.mean(dim=1)
-        )
+        every = torch.ones_like(gains[0])
+        gain = median(gains, every) if self.gain == "token" else gains.mean(dim=1)
         learned = torch.stack([similarity, gain]).tolist()
         self._extension = SkipPlan(
             {
