@@ -75,6 +75,14 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Tokens that have passed, as static sliding layers of transformers name it."""
         return self.length
 
+    @property
+    def max_batch_size(self) -> int:
+        """Batch size of the layers that run, which transformers before 5.17 compares."""
+        owner = self._owner()
+        layers = () if owner is None else owner.layers
+        sizes = (getattr(x, "max_batch_size", None) for x in layers if type(x) is not type(self))
+        return next((size for size in sizes if size is not None), 0)
+
     def get_seq_length(self) -> int:
         """Tokens that have passed; on the device for a static cache, as transformers has it."""
         return self.length if self.position is None else self.position  # type: ignore[return-value]

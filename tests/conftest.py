@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -57,6 +57,14 @@ def prompt(tokens: int, batch: int = 1, seed: int = 1) -> torch.Tensor:
     """Random ids without special tokens: [batch, tokens]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, tokens), generator=generator)
+
+
+def reset_empties() -> bool:
+    """Whether transformers' own reset of a dynamic cache empties it; before 5.23 it only zeroes."""
+    cache = DynamicCache()
+    cache.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
+    cache.reset()
+    return cache.get_seq_length() == 0
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,304 @@
+"""Names, limits, templates and the loading of models by folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from adaskip import models, modelspec
+from adaskip.errors import AdaskipError, UnsupportedModelError
+from adaskip.models import (
+    load_model,
+    load_tokenizer,
+    model_names,
+    model_spec,
+    random_model,
+    resolve_device,
+    resolve_dtype,
+)
+
+GOLDEN = Path(__file__).parents[1] / ".." / "shared" / "golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is absent")
+
+
+def tiny_config(**changes: Any) -> LlamaConfig:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    return LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": False, **changes})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny Llama checkpoint."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def check_golden(model: PreTrainedModel, family: str) -> None:
+    """Compares the unskipped model with the released code: 40 greedy ids, two rows of logits."""
+    prompts = json.loads((GOLDEN / f"{family}-prompts.json").read_text())["target"]
+    (case,) = json.loads((GOLDEN / f"{family}-full.json").read_text())
+    logits = load_file(GOLDEN / f"{family}-logits.safetensors")["logits"]
+    for prompt, expected in zip(prompts, case["requests"], strict=True):
+        output = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=40,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+        assert output.sequences[0, len(prompt) :].tolist() == expected["generated"]
+        for step, row in ((0, "logits_first"), (29, "logits_30th")):
+            difference = (output.logits[step][0] - logits[expected[row]]).abs().max()
+            assert float(difference) < 2e-4
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_rows_of_the_paper():
+    limits = {name: model_spec(name).prompt_limit for name in ("llama", "internlm", "vicuna")}
+    assert limits == {"llama": 31500, "internlm": 7500, "vicuna": 15500}
+    assert model_names() == ("llama", "internlm", "vicuna", "smollm2")
+    assert model_spec("internlm").answer_end == "<eoa>"
+    assert model_spec("internlm").hub_id == "internlm/internlm-chat-7b-8k"
+    assert model_spec("vicuna").hub_id == "lmsys/vicuna-7b-v1.5-16k"
+    assert model_spec("smollm2").hub_id is None
+
+
+def test_templates_character_by_character():
+    text = "a {b} {prompt_limit} c"
+    assert model_spec("llama").wrap(text) == text
+    assert model_spec("internlm").wrap(text) == "<|User|>:" + text + "<eoh>\n<|Bot|>:"
+    assert model_spec("vicuna").wrap(text) == (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+        " USER: " + text + " ASSISTANT:"
+    )
+
+
+def test_every_limit_leaves_room_for_the_longest_answer():
+    positions = {"llama": 131072, "internlm": 8192, "vicuna": 16384, "smollm2": 8192}
+    for name, total in positions.items():
+        shape = model_spec(name).shape
+        factor = shape.get("rope_parameters", {}).get("factor", 1.0) if name == "vicuna" else 1.0
+        assert shape["max_position_embeddings"] * factor == total
+        assert model_spec(name).prompt_limit + 512 <= total
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama", 8_030_261_248),
+        # Vicuna with a larger vocabulary (twice: input and output) and four biases per layer.
+        ("internlm", 6_738_415_616 + 2 * (103_168 - 32_000) * 4096 + 32 * 4 * 4096),
+        ("vicuna", 6_738_415_616),
+        ("smollm2", 134_515_008),
+    ],
+)
+def test_shapes_have_the_models_parameter_counts(name: str, parameters: int):
+    config = models.build_config(model_spec(name).shape)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.tie_weights()
+    assert model.num_parameters() == parameters
+
+
+def test_random_model_is_small_repeatable_and_leaves_the_generator_alone():
+    before = torch.random.get_rng_state()
+    first = random_model("smollm2", dtype="bfloat16", device="cpu", n_layers=1)
+    second = random_model("smollm2", dtype="bfloat16", device="cpu", n_layers=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert first.config.num_hidden_layers == 1
+    assert first.dtype == torch.bfloat16
+    assert first.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert not first.training
+    for one, two in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, two)
+    spread = first.model.layers[0].mlp.up_proj.weight.detach().float().std()
+    assert float(spread) == pytest.approx(0.02, rel=0.01)
+    assert first(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("n_layers", [0, -1])
+def test_random_model_refuses_no_layers(n_layers: int):
+    with pytest.raises(AdaskipError, match="at least 1"):
+        random_model("smollm2", n_layers=n_layers)
+
+
+def test_random_model_knows_short_names_only(folder: Path):
+    with pytest.raises(AdaskipError, match="Unknown model"):
+        random_model(str(folder))
+
+
+def test_a_folder_loads_in_eval_mode_with_the_asked_dtype(folder: Path):
+    model = load_model(folder, dtype="float16", device="cpu")
+    assert (model.dtype, model.device.type, model.training) == (torch.float16, "cpu", False)
+    assert load_model(str(folder), device="cpu").dtype == torch.float32
+    assert model_spec(folder).prompt_limit == 32
+    assert model_spec(folder).template is None
+
+
+def test_loading_leaves_the_random_generator_alone(folder: Path):
+    before = torch.random.get_rng_state()
+    load_model(folder, device="cpu")
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_folder_before_a_hub_id_and_a_short_name_before_a_folder(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+):
+    here = tmp_path_factory.mktemp("here")
+    for name in ("mine", "owner/mine", "llama"):
+        shutil.copytree(folder, here / name)
+    monkeypatch.chdir(here)
+    assert modelspec.model_source("mine") == "mine"
+    assert modelspec.model_source("owner/mine") == "owner/mine"
+    assert load_model("owner/mine", device="cpu").config.hidden_size == 16
+    assert modelspec.model_source("llama") == "meta-llama/Llama-3.1-8B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "llamma",
+            r"Unknown model 'llamma'. Did you mean 'llama'\? Choose one of: internlm, llama",
+        ),
+        ("./no/such", "There is no folder './no/such'"),
+        ("/no/such", "There is no folder '/no/such'"),
+        ("a/b/c", "There is no folder 'a/b/c'"),
+        (__file__, "is a file: give the folder"),
+    ],
+)
+@pytest.mark.parametrize("call", [load_model, load_tokenizer, model_spec])
+def test_what_is_no_model_is_refused(call: Any, name: str, message: str):
+    with pytest.raises(AdaskipError, match=message):
+        call(name)
+
+
+def test_a_hub_out_of_reach_names_the_way_out(monkeypatch: pytest.MonkeyPatch):
+    def offline(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("We couldn't connect.\nMore lines.")
+
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", offline)
+    with pytest.raises(AdaskipError) as caught:
+        load_model("llama", device="cpu")
+    assert "give its folder (--model_path FOLDER)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unsupported_family_is_found_before_its_weights(tmp_path: Path):
+    GPTNeoXConfig().save_pretrained(tmp_path)  # and no weights at all
+    with pytest.raises(UnsupportedModelError, match="gpt_neox"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_remote_code_is_never_run(folder: Path):
+    (folder / "evil.py").write_text("raise SystemExit('remote code was run')\n")
+    edit_config(folder, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    assert type(load_model(folder, device="cpu")) is LlamaForCausalLM
+    edit_config(folder, model_type="evil")
+    with pytest.raises(UnsupportedModelError):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "config.json"), ('{"a": 1}', "model_type"), (None, "model_type")],
+)
+def test_damaged_configurations(tmp_path: Path, content: str | None, message: str):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(AdaskipError, match=message):
+        load_model(tmp_path, device="cpu")
+
+
+def test_missing_truncated_and_wrong_weights(folder: Path):
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(AdaskipError, match="Cannot load the weights"):
+        load_model(folder, device="cpu")
+    weights.write_bytes(content)
+    edit_config(folder, intermediate_size=32)
+    with pytest.raises(AdaskipError, match=r"6 mismatched \(model\.layers\.0\.mlp\.down_proj"):
+        load_model(folder, device="cpu")
+    edit_config(folder, intermediate_size=24, num_hidden_layers=3)
+    with pytest.raises(AdaskipError, match=r"9 missing \(model\.layers\.2\."):
+        load_model(folder, device="cpu")
+    weights.unlink()
+    with pytest.raises(AdaskipError, match="no file named"):
+        load_model(folder, device="cpu")
+
+
+def test_bin_weights_are_read_as_tensors_only(folder: Path):
+    reference = load_model(folder, device="cpu")
+    (folder / "model.safetensors").unlink()
+    state = reference.state_dict()
+    # Old checkpoints, Vicuna's and InternLM's among them, carry this buffer in every layer.
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    torch.save(state, folder / "pytorch_model.bin")
+    loaded = load_model(folder, device="cpu").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in reference.state_dict().items())
+    torch.save({"model.norm.weight": Path}, folder / "pytorch_model.bin")
+    with pytest.raises(AdaskipError, match="Cannot load the weights"):
+        load_model(folder, device="cpu")
+
+
+def test_devices_and_dtypes():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_dtype(None, torch.device("cpu")) == torch.float32
+    assert resolve_dtype(None, torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("float16") == resolve_dtype(torch.float16) == torch.float16
+    with pytest.raises(AdaskipError, match=r"'bf16'. Did you mean 'bfloat16'\?"):
+        resolve_dtype("bf16")
+    with pytest.raises(AdaskipError, match="Choose one of: bfloat16, float16, float32"):
+        resolve_dtype(torch.int8)
+    with pytest.raises(AdaskipError, match="Unknown device 'gpu'"):
+        resolve_device("gpu")
+
+
+def test_a_cuda_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device().type == "cpu"
+    with pytest.raises(AdaskipError, match="'cuda' is not available: 0 CUDA devices"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device() == torch.device("cuda")
+    with pytest.raises(AdaskipError, match="'cuda:1' is not available"):
+        resolve_device("cuda:1")
+
+
+def test_a_folder_without_tokenizer(folder: Path):
+    with pytest.raises(AdaskipError, match="holds no tokenizer"):
+        load_tokenizer(folder)
+
+
+@needs_golden
+@pytest.mark.parametrize("family", ["llama", "vicuna"])
+def test_old_configurations_give_the_golden_answers(family: str):
+    model = load_model(GOLDEN / f"tiny-{family}", device="cpu")
+    rope = model.config.rope_parameters
+    expected = {"llama": ("default", 5e5, None), "vicuna": ("linear", 1e4, 4.0)}[family]
+    assert (rope["rope_type"], rope["rope_theta"], rope.get("factor")) == expected
+    check_golden(model, family)
