@@ -51,8 +51,8 @@ class PhaseTracker:
         """Whether the request of this cache is the one of the last forward."""
         return self.request is not None and self._requests.get(cache) is self.request
 
-    def advance(self, cache: Cache | None, past: int, tokens: int) -> Step:
-        """Counts one forward and says what it is.
+    def look(self, cache: Cache | None, past: int, tokens: int) -> tuple[Request, Step]:
+        """Says which request and step a forward would be, without counting it.
 
         Args:
             cache: the forward's cache; None means no cache, where each forward is a request.
@@ -62,15 +62,18 @@ class PhaseTracker:
         request = None if cache is None else self._requests.get(cache)
         if request is None or past == 0:
             request = Request(self._count)
-            self._count += 1
-            if cache is not None:
-                self._requests[cache] = request
         # A multi-token forward after the first decode step verifies drafted tokens: decoding too.
         decoding = request.decoded > 0 or (past > 0 and tokens == 1)
         phase = Phase.DECODE if decoding else Phase.PREFILL
-        step = Step(phase, request.number, request.index, tokens, request.decoded)
+        return request, Step(phase, request.number, request.index, tokens, request.decoded)
+
+    def advance(self, cache: Cache | None, request: Request, step: Step, past: int) -> None:
+        """Counts the forward that `look` described."""
+        if request.number == self._count:
+            self._count += 1
+        if cache is not None:
+            self._requests[cache] = request
         request.index += 1
-        request.decoded += decoding
-        request.tokens = past + tokens
+        request.decoded += step.phase is Phase.DECODE
+        request.tokens = past + step.tokens
         self.request = request
-        return step

@@ -12,12 +12,12 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-from adaskip import kvcache
+from adaskip import calls, kvcache
 from adaskip.blocks import block_spec, execution_device
 from adaskip.errors import UnsupportedCallError, UnsupportedModelError, unknown_name
-from adaskip.phases import PhaseTracker
+from adaskip.phases import PhaseTracker, Request
 from adaskip.plan import EMPTY_PLAN, SCOPES, Phase, Scope, SkipPlan, Step, Sublayer
 from adaskip.recorders import Recorder, Span, StepRecording, real_tokens
 from adaskip.sublayers import Switches, layer_forward
@@ -72,18 +72,22 @@ class Session:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Works out step and plan of the coming forward and sets the layers' switches."""
         call = kwargs | dict(zip(self._signature, args, strict=False))
-        cache = self._cache_of(call)
+        cache = calls.cache_of(call, self._decoder.config)
         inputs = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         tokens = inputs.shape[1]
         past = 0 if cache is None else self._past_length(cache, tokens)
-        step = self._tracker.advance(cache, past, tokens)
-        plan = self._plan(step)
+        request, step = self._tracker.look(cache, past, tokens)
+        plan = self._plan(request, step)
+        # Everything that can refuse the call comes before anything that remembers it.
         if cache is None:
-            self._check_without_cache()
-        self._check_outputs(call, plan)
+            calls.refuse_missing_cache(self._policy, self._scope)
+        calls.refuse_lost_outputs(call, self._decoder.config, plan)
+        self._open_holes(cache, step, plan, past)
+        self._tracker.advance(cache, request, step, past)
+        if step.phase is Phase.PREFILL:
+            request.prefill_plan |= plan
         if plan != self.plan:
             self._set_switches(plan)
-        self._open_holes(cache, step, plan, past)
         self._cache = _no_cache if cache is None else weakref.ref(cache)
         self.step, self.plan = step, plan
         self._start_recording(step, call, past)
@@ -97,28 +101,11 @@ class Session:
             kvcache.advance(kvcache.stand_ins(cache), self.step.tokens)
         if self._recording is None:
             return
-        recording, self._recording = self._recording, None
-        for switch in self._switches:
-            switch.recording = None
-        stats = recording.finish()
+        stats = self._recording.finish()
+        self._record_to(None)
         if stats is not None:
             for recorder in self._watching:
                 recorder.observe(self.step, stats)
-
-    def _cache_of(self, call: dict[str, Any]) -> Cache | None:
-        """The forward's cache; made here where the model would make its own too late for us."""
-        cache = call.get("past_key_values")
-        use_cache = call.get("use_cache")
-        if use_cache is None:
-            use_cache = getattr(self._decoder.config, "use_cache", False)
-        if cache is None and use_cache:
-            cache = call["past_key_values"] = DynamicCache(config=self._decoder.config)
-        if cache is not None and not isinstance(cache, Cache):
-            raise UnsupportedCallError(
-                f"past_key_values is a {type(cache).__name__}; pass a transformers Cache, e.g. "
-                "DynamicCache()."
-            )
-        return cache
 
     def _past_length(self, cache: Cache, tokens: int) -> int:
         """Tokens in the cache; reads the device only where a static cache may begin anew."""
@@ -127,58 +114,17 @@ class Session:
         if past is None:
             past = seen if seen is not None and tokens == 1 else kvcache.read_past_length(cache)
         if seen is not None and past > 0 and self._policy.stepwise:
-            self._check_in_order(cache, seen, past)
+            calls.refuse_disorder(self._policy, seen, past, self._tracker.is_latest(cache))
         return past
 
-    def _check_in_order(self, cache: Cache, seen: int, past: int) -> None:
-        """A plan that depends on the decode steps taken needs them one after the other."""
-        name = type(self._policy).__name__
-        if past < seen:
-            raise UnsupportedCallError(
-                f"The cache was cut back from {seen} to {past} tokens, but what {name} skips "
-                "depends on the decode steps taken, which cannot be taken back. Use a policy with "
-                "a fixed plan (AdaSkip: online=False)."
-            )
-        if not self._tracker.is_latest(cache):
-            raise UnsupportedCallError(
-                f"Two requests take turns, but {name} follows the decode steps of one request at "
-                "a time. Finish one first, or use a policy with a fixed plan (AdaSkip: "
-                "online=False)."
-            )
-
-    def _plan(self, step: Step) -> SkipPlan:
+    def _plan(self, request: Request, step: Step) -> SkipPlan:
         """What the scope leaves of the policy's plan."""
-        request = self._tracker.request
-        assert request is not None  # noqa: S101 - set by advance()
         if self._scope == "prefill" and step.phase is Phase.DECODE:
             # Skipped attention has no KV to go back to, so what prefill skipped stays skipped.
             return request.prefill_plan
         plan = self._policy.plan(step)
-        if step.phase is Phase.PREFILL:
-            if self._scope == "decode":
-                return EMPTY_PLAN
-            request.prefill_plan |= plan
-        return plan
-
-    def _check_without_cache(self) -> None:
-        """Without a cache there are no decode steps, so what depends on them would be lost."""
-        if self._scope == "decode" or self._policy.stepwise:
-            raise UnsupportedCallError(
-                f"use_cache=False with {type(self._policy).__name__} and scope {self._scope!r}: "
-                "without a KV cache there are no decode steps to skip in. Use a cache, or scope "
-                "'prefill'."
-            )
-
-    def _check_outputs(self, call: dict[str, Any], plan: SkipPlan) -> None:
-        """Attention weights of skipped attention do not exist and would shift the others."""
-        wanted = call.get("output_attentions")
-        if wanted is None:
-            wanted = getattr(self._decoder.config, "output_attentions", False)
-        if wanted and plan.layers("attn"):
-            raise UnsupportedCallError(
-                "output_attentions=True, but skipped attention has no weights to return; turn it "
-                "off, or skip FFN sublayers only."
-            )
+        outside = self._scope == "decode" and step.phase is Phase.PREFILL
+        return EMPTY_PLAN if outside else plan
 
     def _set_switches(self, plan: SkipPlan) -> None:
         """Switches every layer to the plan, and copies its gains to the devices."""
@@ -205,22 +151,24 @@ class Session:
         """Gives the layers a place for statistics, if anybody wants any of this step."""
         self._watching = []
         spans: frozenset[Span] = frozenset()
-        for recorder in self._all_recorders(step):
+        in_scope = self._scope == "e2e" or self._scope == step.phase == Phase.DECODE
+        for recorder in (*self._recorders, *((self._policy,) if in_scope else ())):
             wanted = recorder.watch(step)
             if wanted:
                 self._watching.append(recorder)
                 spans |= wanted
-        self._recording = None
         if spans:
             real = real_tokens(call.get("attention_mask"), past, step.tokens)
-            self._recording = StepRecording(spans, step.tokens, real)
-            for switch in self._switches:
-                switch.recording = self._recording
+            self._record_to(StepRecording(spans, step.tokens, real))
+        elif self._recording is not None:
+            # Left behind by a forward that failed.
+            self._record_to(None)
 
-    def _all_recorders(self, step: Step) -> Iterator[Recorder]:
-        yield from self._recorders
-        if self._scope != "prefill" and (self._scope == "e2e" or step.phase is Phase.DECODE):
-            yield self._policy
+    def _record_to(self, recording: StepRecording | None) -> None:
+        """Tells every layer where its statistics go."""
+        self._recording = recording
+        for switch in self._switches:
+            switch.recording = recording
 
 
 def _no_cache() -> None:
@@ -281,7 +229,7 @@ def skipping(
             wrapped = hasattr(layer, "_hf_hook") and "_old_forward" in vars(layer)
             _replace(undo, layer, "_old_forward" if wrapped else "forward", forward)
         if scope == "decode" or policy.stepwise:
-            _replace(undo, model, "_get_candidate_generator", _refuse_assisted)
+            _replace(undo, model, "_get_candidate_generator", calls.refuse_assisted)
         # Traced by torch.compile, the hooks' Python numbers would mean a new graph at every step.
         untraced: Any = torch.compiler.disable
         for hook in (
@@ -301,17 +249,3 @@ def _replace(undo: ExitStack, module: nn.Module, name: str, value: object) -> No
     else:
         undo.callback(delattr, module, name)
     setattr(module, name, value)
-
-
-def _refuse_assisted(*args: object, **kwargs: object) -> None:
-    """Stands in for the start of assisted decoding.
-
-    Raises:
-        UnsupportedCallError: always. Drafted tokens are verified together, the first of them in
-            the prefill forward, so a plan for decode steps would not apply to them.
-    """
-    raise UnsupportedCallError(
-        "Assisted decoding under a plan that differs between prefill and decode steps is not "
-        "supported: drafted tokens are verified several at a time. Use scope 'prefill', or scope "
-        "'e2e' with a fixed plan (AdaSkip: online=False)."
-    )

@@ -158,3 +158,13 @@ def test_a_copied_prompt_cache_is_a_request_of_its_own(model: PreTrainedModel) -
             logits = model(ids[:, 10:], past_key_values=branch).logits
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
             assert branch.get_seq_length() == 12
+
+
+def test_a_refused_forward_is_not_counted(model: PreTrainedModel) -> None:
+    cache = DynamicCache()
+    with skipping(model, FixedSkipping(PLAN)) as session:
+        model(prompt(6), past_key_values=cache)
+        with pytest.raises(UnsupportedCallError, match="output_attentions"):
+            model(prompt(1), past_key_values=cache, output_attentions=True)
+        model(prompt(1), past_key_values=cache)
+        assert session.step == decode(0, 1)
