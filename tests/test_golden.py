@@ -33,7 +33,7 @@ from adaskip import (
     load_model,
     skipping,
 )
-from adaskip.recorders import TokenStatistics
+from adaskip.recorders import StepStats, TokenStatistics
 
 GOLDEN = SHARED / "golden"
 N_LAYERS = 8
@@ -140,7 +140,36 @@ class Trace:
         return self.runs
 
 
-def run_request(case: dict[str, Any], request: dict[str, Any], policy: Any, session: Any) -> None:
+class DecodeWindow:
+    """Collects similarity and norm ratio of every running FFN over the first 20 decode steps."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+
+    def watch(self, step: Step) -> frozenset[str]:
+        wanted = step.phase is Phase.DECODE and step.decode_steps < 20
+        return frozenset({"ffn"}) if wanted else frozenset()
+
+    def observe(self, step: Step, stats: StepStats) -> None:
+        stats = stats.select("ffn")
+        layers = [layer for layer, _ in stats.rows]
+        self.seen.append((layers, stats.similarity().flatten(), stats.gain().flatten()))
+
+    def averages(self) -> list[list[float]]:
+        """Similarity and ratio per layer; 0 where the FFN was skipped, as recorded."""
+        assert len(self.seen) == 20
+        found = []
+        for which in (1, 2):
+            mean = torch.stack([entry[which] for entry in self.seen]).mean(dim=0).tolist()
+            by_layer = dict(zip(self.seen[0][0], mean, strict=True))
+            found.append([by_layer.get(layer, 0.0) for layer in range(N_LAYERS)])
+        self.seen.clear()
+        return found
+
+
+def run_request(
+    case: dict[str, Any], request: dict[str, Any], policy: Any, session: Any, window: DecodeWindow
+) -> None:
     family = case["family"]
     llm = model(family)
     target = prompts(family)["target"][int(request["prompt"].removeprefix("target"))]
@@ -165,7 +194,10 @@ def run_request(case: dict[str, Any], request: dict[str, Any], policy: Any, sess
     assert lengths == request["kv_lengths"]
     if "EXTRA_SKIP_MLP_LAYER_ID" in request:
         assert list(policy.extension.layers("ffn")) == request["EXTRA_SKIP_MLP_LAYER_ID"]
-        ratios = request["mlp_decode_20_ratio_thisreq_avg"]
+        similarities, ratios = window.averages()
+        for name, found in (("sim", similarities), ("ratio", ratios)):
+            golden = request[f"mlp_decode_20_{name}_thisreq_avg"]
+            assert found == pytest.approx(golden, abs=STATISTICS)
         for sublayer, gain in policy.extension.gains.items():
             assert gain == pytest.approx(ratios[sublayer.layer], abs=STATISTICS)
 
@@ -197,10 +229,13 @@ def test_replay(case: dict[str, Any]) -> None:
         ours = policy.plan(Step(Phase.PREFILL, request=0, index=0, tokens=1))
         assert ours.layers("ffn") == ours.layers("attn") == (1, 3, 5)
         return
-    with skipping(model(case["family"]), policy, scope=SCOPES[case["experiment"]]) as session:
+    window = DecodeWindow()
+    recorders = [window] if "EXTRA_SKIP_MLP_LAYER_ID" in case["requests"][0] else []
+    scope = SCOPES[case["experiment"]]
+    with skipping(model(case["family"]), policy, scope=scope, recorders=recorders) as session:
         for request in case["requests"]:
             assert request["error"] is None
-            run_request(case, request, policy, session)
+            run_request(case, request, policy, session, window)
     if isinstance(policy, AdaSkip):
         check_importance(case, policy)
 

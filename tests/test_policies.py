@@ -249,3 +249,20 @@ def test_unknown_scope() -> None:
         skipping(tiny_model("llama"), EarlyExit(1), scope="decoding"),  # type: ignore[arg-type]
     ):
         pass
+
+
+def test_sequences_that_have_ended_do_not_decide() -> None:
+    policy = AdaSkip(profile(1, [0.9, 0.1]), 1, window=1, gain="norm")
+    policy.bind(1)
+    # Two sequences, the second one ended: similarity 0.95 and gain 1.5 against 0.1 and 9.
+    gain = torch.tensor([[[1.5], [9.0]]])
+    stats = StepStats(
+        ((0, "ffn"),),
+        torch.tensor([[[0.95], [0.1]]]) * gain,
+        torch.ones(1, 2, 1),
+        gain.square(),
+        torch.tensor([[True], [False]]),
+    )
+    policy.plan(decode(0))
+    policy.observe(decode(0), stats)
+    assert policy.extension.gains == {Sublayer(0, "ffn"): pytest.approx(1.5)}

@@ -50,7 +50,7 @@ class AdaSkip(SkipPolicy):
     _extension: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
     _current: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
     _request: int = field(init=False, repr=False, default=-1)
-    _seen: list[tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=list)
+    _seen: list[tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         if self.gain is not None and self.gain not in GAINS:
@@ -108,7 +108,9 @@ class AdaSkip(SkipPolicy):
         stats = stats.select("ffn")
         if len(self._seen) == self.window or not stats.rows:
             return
-        self._seen.append((stats.similarity().flatten(1), stats.gain().flatten(1)))
+        # Sequences that have ended are padding; the others decide.
+        kept = (stats.similarity(), stats.gain(), stats.weights()[None])
+        self._seen.append(tuple(values.flatten(1) for values in kept))
         if len(self._seen) == self.window:
             self._extend([Sublayer(layer, "ffn") for layer, _ in stats.rows])
 
@@ -121,10 +123,12 @@ class AdaSkip(SkipPolicy):
 
     def _extend(self, ffns: list[Sublayer]) -> None:
         """Decides the extension from the window's statistics, with one read from the device."""
-        similarity = torch.cat([s for s, _ in self._seen], dim=1).mean(dim=1)
-        gains = torch.cat([g for _, g in self._seen], dim=1)
-        every = torch.ones_like(gains[0])
-        gain = median(gains, every) if self.gain == "token" else gains.mean(dim=1)
+        similarities, gains, weights = (torch.cat(v, dim=1) for v in zip(*self._seen, strict=True))
+        similarity = (similarities * weights).sum(dim=1) / weights.sum()
+        if self.gain == "token":
+            gain = median(gains, weights[0])
+        else:
+            gain = (gains * weights).sum(dim=1) / weights.sum()
         learned = torch.stack([similarity, gain]).tolist()
         self._extension = SkipPlan(
             {
