@@ -1,0 +1,144 @@
+"""Notes which sublayers really ran, apart from the code that skips them: compared with the plan.
+
+Users of such tools report "compression was active on the first sample only" (TRAPS 17); here every
+forward of every run is checked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from adaskip.blocks import block_spec
+from adaskip.errors import RunError
+from adaskip.plan import KINDS, Phase, SkipPlan, Step, Sublayer, all_sublayers
+
+
+class Audited(Protocol):
+    """What the audit reads of a session: the latest forward's step and plan."""
+
+    @property
+    def step(self) -> Step | None: ...  # noqa: D102
+
+    @property
+    def plan(self) -> SkipPlan: ...  # noqa: D102
+
+
+@dataclass
+class PhaseCount:
+    """What the forwards of one phase left out.
+
+    Attributes:
+        forwards: how many there were.
+        skipped: sublayers left out, summed over the forwards, by kind.
+        latest: those of the latest forward.
+    """
+
+    forwards: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    latest: tuple[Sublayer, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON: forwards, one sum per kind, and the names of the latest forward's."""
+        counts: dict[str, Any] = {kind: self.skipped[kind] for kind in KINDS}
+        return {"forwards": self.forwards, **counts, "sublayers": [str(s) for s in self.latest]}
+
+
+class Audit:
+    """Watches a model's attention and MLP modules through plain forward hooks while entered.
+
+    Enter it inside `skipping(...)`, so that its look at the plan comes after each forward.
+
+    Args:
+        model: the model that generates.
+        session: the session whose plan must come true; None where nothing may be skipped.
+    """
+
+    def __init__(self, model: nn.Module, session: Audited | None) -> None:
+        base: Any = model.base_model
+        self._base = base
+        self._session = session
+        self._ran: set[Sublayer] = set()
+        self._all = all_sublayers(len(base.layers))
+        self._handles: list[RemovableHandle] = []
+        self._phases: dict[Phase, PhaseCount] = {}
+        self._forwards = 0
+        self._spec = block_spec(base.config.model_type)
+
+    @property
+    def n_sublayers(self) -> int:
+        """Sublayers of the model: two per layer."""
+        return len(self._all)
+
+    def __enter__(self) -> Audit:
+        for number, layer in enumerate(self._base.layers):
+            for kind, names in (("attn", self._spec.attn), ("ffn", self._spec.ffn)):
+                body = getattr(layer, names.body)
+                self._handles.append(body.register_forward_hook(self._note(number, kind)))
+        self._handles.append(self._base.register_forward_hook(self._check))
+        self.start_request()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def start_request(self) -> None:
+        """Forgets what was counted; the next forward is a prefill."""
+        self._phases = {phase: PhaseCount() for phase in Phase}
+        self._forwards = 0
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """What the request so far left out, by phase, ready for JSON."""
+        return {str(phase): count.as_dict() for phase, count in self._phases.items()}
+
+    def _note(self, layer: int, kind: Any) -> Any:
+        sublayer = Sublayer(layer, kind)
+        ran = self._ran
+
+        def hook(*_: Any) -> None:
+            ran.add(sublayer)
+
+        return hook
+
+    def _check(self, *_: Any) -> None:
+        left_out = tuple(sublayer for sublayer in self._all if sublayer not in self._ran)
+        self._ran.clear()
+        # Phase by our own count: generation prefills in one forward.
+        phase = Phase.DECODE if self._forwards else Phase.PREFILL
+        self._forwards += 1
+        count = self._phases[phase]
+        count.forwards += 1
+        count.skipped.update(sublayer.kind for sublayer in left_out)
+        count.latest = left_out
+        self._compare(phase, left_out)
+
+    def _compare(self, phase: Phase, left_out: tuple[Sublayer, ...]) -> None:
+        step = self._session.step if self._session else None
+        planned = tuple(self._session.plan.gains) if self._session else ()
+        if step is not None and step.phase != phase:
+            raise RunError(
+                f"The {phase} forward was taken for {step.phase}; this is a bug, report it."
+            )
+        if planned != left_out:
+            missed = _names(set(planned) - set(left_out))
+            extra = _names(set(left_out) - set(planned))
+            raise RunError(
+                f"What ran is not the plan ({phase}): planned to be skipped but run: {missed}; "
+                f"skipped without a plan: {extra}. The row is not kept; this is a bug, report it."
+            )
+
+
+def _names(sublayers: set[Sublayer]) -> str:
+    return ", ".join(str(sublayer) for sublayer in sorted(sublayers)) or "none"

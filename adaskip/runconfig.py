@@ -1,0 +1,201 @@
+"""What one run is: a frozen value from which the command line, the folder and `run.json` follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaskip.errors import AdaskipError, RunError, unknown_name
+from adaskip.plan import SCOPES, Scope
+
+DENSE = "dense"
+GAINS = ("token", "norm", "none")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
+_ADA_ONLY = ("importance", "warmup", "warmup_task", "gain", "online")
+_NOT_SETTINGS = (
+    *("name", "tasks", "limit", "max_new_tokens", "data_dir", "results_dir", "resume"),
+    "importance",
+)
+
+
+def option(default: Any, text: str, *, flag: str | None = None) -> Any:
+    """A field of `RunConfig` that is also a command-line option, with its help text."""
+    return field(default=default, metadata={"help": text, "flag": flag})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes and where it is kept.
+
+    Attributes:
+        experiment: which phases the plan applies to; one of `adaskip.plan.SCOPES`.
+        model_name: a name from `configs/models.yaml`; fixed by the script that is called.
+
+    The other fields are command-line options and described by their help texts.
+    """
+
+    experiment: Scope
+    model_name: str
+    policy: str = option("ADA", "what is skipped: dense (nothing) or a registered policy")
+    skip_full_layer_num: int | None = option(None, "budget of EE, SD and US, in whole layers")
+    skip_sub_layer_num: int | None = option(None, "budget of ADA, in sublayers")
+    name: str = option(
+        "",
+        "name of the run (default: MODEL-POLICY-EXPERIMENT, e.g. llama-EE-PREFILL)",
+        flag="model",
+    )
+    tasks: tuple[str, ...] = option((), "tasks to run (default: those of the experiment)")
+    limit: int | None = option(
+        None, "rows per task, from the first (default: all; sample tasks: 20)"
+    )
+    model_path: str | None = option(
+        None, "folder or hub id to load in place of the default weights"
+    )
+    data_dir: str = option("data", "folder with LongBench as jsonl files or data.zip")
+    longbench_e: bool = option(True, "use LongBench-E where the task has it")
+    min_length: int = option(
+        4000, "LongBench rows must be longer than this, in words or characters"
+    )
+    sample_tokens: int = option(1000, "context length of the offline sample's rows, in tokens")
+    max_length: int | None = option(None, "prompt limit in tokens (default: the model's)")
+    max_new_tokens: int | None = option(None, "answer length in tokens (default: the task's)")
+    batch_size: int = option(1, "rows generated together; the online extension decides per batch")
+    dtype: str | None = option(None, "float32, bfloat16 or float16 (default: bfloat16 on CUDA)")
+    device: str | None = option(None, "torch device (default: cuda where there is one, else cpu)")
+    importance: str | None = option(None, "importance profile to use in place of warming up")
+    warmup: int = option(20, "warm-up prompts to learn importance from")
+    warmup_task: str | None = option(
+        None, "source of the warm-up prompts (default: fits the tasks)"
+    )
+    gain: str = option("token", f"compensation of a skipped sublayer: {', '.join(GAINS)}")
+    online: bool = option(True, "extend ADA's plan while decoding (decode and e2e experiments)")
+    seed: int = option(2025, "seed of sampling and of the offline sample")
+    results_dir: str = option("results", "folder that holds the runs")
+    resume: bool = option(True, "continue a run that exists; --no-resume refuses to")
+
+    @property
+    def budget(self) -> int:
+        """The number after `-SKIP-`: layers or sublayers as the policy counts, 0 for dense."""
+        return self.skip_full_layer_num or self.skip_sub_layer_num or 0
+
+    @property
+    def run_name(self) -> str:
+        """The run's name, as given or by default."""
+        return self.name or f"{self.model_name}-{self.policy}-{self.experiment.upper()}"
+
+    @property
+    def folder_name(self) -> str:
+        """The folder below `results_dir`: `<run name>-SKIP-<budget>`, `-SKIP-0` for dense."""
+        return f"{self.run_name}-SKIP-{self.budget}"
+
+    def settings(self) -> dict[str, Any]:
+        """The fields two runs must share to be the same run.
+
+        Tasks and limit only say how much of it; the answer length is compared per task, the profile
+        by its fingerprint; a dense run is the same in every experiment.
+        """
+        left_out = set(_NOT_SETTINGS)
+        if self.policy != "ADA":
+            left_out.update(_ADA_ONLY)
+        if self.policy == DENSE:
+            left_out.add("experiment")
+        return {key: value for key, value in self.as_dict().items() if key not in left_out}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> RunConfig:
+        """The inverse of `as_dict`.
+
+        Raises:
+            RunError: a field is unknown or missing.
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        for key in content:
+            if key not in known:
+                raise RunError(str(unknown_name("setting", key, known)))
+        for key in ("experiment", "model_name"):
+            if key not in content:
+                raise RunError(f"The setting {key!r} is missing; it has no default.")
+        return cls(**{**content, "tasks": tuple(content.get("tasks", ()))})
+
+    def check(self) -> None:
+        """Refuses what no model and no data could make right.
+
+        Raises:
+            AdaskipError: the first thing that is wrong.
+        """
+        if self.experiment not in SCOPES:
+            raise unknown_name("experiment", self.experiment, SCOPES)
+        check_budget(self.policy, self.skip_full_layer_num, self.skip_sub_layer_num)
+        check_file_name("run name (--model)", self.run_name)
+        if self.gain not in GAINS:
+            raise unknown_name("gain", self.gain, GAINS)
+        for key in (
+            "limit",
+            "sample_tokens",
+            "max_length",
+            "max_new_tokens",
+            "batch_size",
+            "warmup",
+        ):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise AdaskipError(f"--{key} is {value}; it must be at least 1.")
+
+
+def check_file_name(what: str, name: str) -> str:
+    """Returns `name` if it can only be a file directly in its folder.
+
+    Raises:
+        RunError: it has a path separator, begins with a dot, or holds other odd characters.
+    """
+    if not _SAFE_NAME.fullmatch(name):
+        raise RunError(
+            f"The {what} {name!r} cannot name a file: use letters, digits, '-', '_', '+' and '.', "
+            "beginning with a letter or digit."
+        )
+    return name
+
+
+def budget_flag(policy: str) -> str | None:
+    """The option that carries this policy's budget; None for dense.
+
+    Raises:
+        AdaskipError: the policy is not registered.
+    """
+    from adaskip.policies import POLICIES
+
+    if policy == DENSE:
+        return None
+    if policy not in POLICIES:
+        raise unknown_name("policy", policy, [DENSE, *POLICIES])
+    return "skip_full_layer_num" if POLICIES[policy].budget == "layers" else "skip_sub_layer_num"
+
+
+def check_budget(policy: str, full: int | None, sub: int | None) -> None:
+    """Refuses a missing, negative or foreign budget.
+
+    Raises:
+        AdaskipError: the policy is unknown or its budget is not as it must be.
+    """
+    given = {"skip_full_layer_num": full, "skip_sub_layer_num": sub}
+    own = budget_flag(policy)
+    for flag, value in given.items():
+        if value is not None and flag != own:
+            meant = f"use --{own}" if own else "leave it out"
+            raise AdaskipError(f"--{flag} does not belong to policy {policy}: {meant}.")
+    if own is None:
+        return
+    value = given[own]
+    if value is None:
+        raise AdaskipError(f"Policy {policy} needs its budget: --{own} N (or --policy {DENSE}).")
+    if value < 0:
+        raise AdaskipError(f"--{own} is {value}; it must be 0 or more.")

@@ -1,0 +1,145 @@
+"""Runs every cell of a sweep with one loaded model, then writes its tables and its figure.
+
+`python -m adaskip.sweep configs/demo.yaml`: finished cells are not run again; a failed cell is
+reported, the rest goes on, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from adaskip.bench import Bench
+from adaskip.cli import FAILED, Parser, guarded, say
+from adaskip.errors import AdaskipError
+from adaskip.ledger import is_finished, rows_path
+from adaskip.plans import Cell, SweepPlan, read_plan, select
+from adaskip.records import read_rows
+from adaskip.reference_quality import PerplexityPlan, is_measured, measure_perplexity
+from adaskip.report import write_report
+from adaskip.runconfig import RunConfig
+from adaskip.runner import resolve, run
+
+logger = logging.getLogger(__name__)
+
+
+class Benches:
+    """The one loaded model of a sweep; another one takes its place when a cell needs it."""
+
+    def __init__(self) -> None:
+        self._bench: Bench | None = None
+        self._failed: dict[tuple[str, str | None], Exception] = {}
+
+    def get(self, config: RunConfig) -> Bench:
+        """The model a resolved configuration names.
+
+        Raises:
+            Exception: it cannot be loaded; tried once.
+        """
+        key = (config.model_name, config.model_path)
+        if key in self._failed:
+            raise self._failed[key]
+        if self._bench is None or not self._bench.fits(config):
+            self._bench = None
+            try:
+                self._bench = Bench.open(config)
+            except Exception as error:
+                self._failed[key] = error
+                raise
+        return self._bench
+
+
+def run_cells(cells: Sequence[Cell], perplexity: PerplexityPlan | None) -> dict[str, str]:
+    """Runs the cells that are not finished.
+
+    Returns:
+        The error of each cell that failed, by its label.
+    """
+    benches = Benches()
+    failures: dict[str, str] = {}
+    for number, cell in enumerate(cells, start=1):
+        try:
+            config = resolve(cell.config)
+            if not is_finished(config):
+                logger.info("Cell %d of %d: %s", number, len(cells), cell.label)
+                run(config, benches.get(config))
+            if perplexity and not is_measured(config, cell.task, perplexity):
+                measure_perplexity(config, cell.task, benches.get(config), perplexity)
+        except Exception as error:
+            # Whatever stopped this cell, the others are independent of it.
+            if not isinstance(error, AdaskipError):
+                logger.exception("%s failed", cell.label)
+            failures[cell.label] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            logger.error("%s failed: %s", cell.label, failures[cell.label])
+    return failures
+
+
+def describe(cells: Sequence[Cell]) -> str:
+    """The list `--dry_run` prints: every cell, and how far it is."""
+    lines = []
+    for cell in cells:
+        config = resolve(cell.config)
+        done = len(read_rows(rows_path(config, cell.task)))
+        asked = config.limit or "all"
+        state = "finished" if is_finished(config) else f"{done} of {asked} rows done"
+        lines.append(f"{cell.label}: {state}")
+    return "\n".join([*lines, f"{len(cells)} cells"])
+
+
+def sweep(plan: SweepPlan, only: Sequence[str] = ()) -> int:
+    """Runs a sweep and reports on all of it, also on cells of earlier calls.
+
+    Returns:
+        The exit code: 0, or 1 if a cell failed.
+    """
+    start = time.monotonic()
+    failures = run_cells(select(plan.cells, only), plan.perplexity)
+    say(write_report(plan, failures))
+    say(f"Took {time.monotonic() - start:.0f} s. Written: {plan.folder}/report.md, .json and .png.")
+    return FAILED if failures else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of `python -m adaskip.sweep`."""
+
+    def action() -> int:
+        parser = Parser(prog="python -m adaskip.sweep", description=__doc__, allow_abbrev=False)
+        parser.add_argument("file", help="the sweep, e.g. configs/demo.yaml")
+        parser.add_argument(
+            "--only",
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="run these cells only: model, experiment, policy, budget, task",
+        )
+        parser.add_argument("--results_dir", help="in place of the file's")
+        parser.add_argument("--dry_run", action="store_true", help="list the cells, run nothing")
+        given = parser.parse_args(argv)
+        plan = read_plan(Path(given.file))
+        if given.results_dir:
+            plan = moved(plan, Path(given.results_dir))
+        if given.dry_run:
+            say(describe(select(plan.cells, given.only)))
+            return 0
+        return sweep(plan, given.only)
+
+    return guarded(action)
+
+
+def moved(plan: SweepPlan, folder: Path) -> SweepPlan:
+    """The same sweep, kept in another folder."""
+    cells = tuple(
+        dataclasses.replace(
+            cell, config=dataclasses.replace(cell.config, results_dir=str(folder / "runs"))
+        )
+        for cell in plan.cells
+    )
+    return dataclasses.replace(plan, folder=folder, cells=cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""Scores every budget of a run: `python eval/eval.py --model llama-EE-PREFILL`."""
+
+import sys
+from pathlib import Path
+
+# A checkout that is not installed must find the package, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adaskip.cli import eval_main
+
+if __name__ == "__main__":
+    sys.exit(eval_main())

@@ -1,0 +1,12 @@
+"""The prefill experiment: `python prefill/run_smollm2.py --policy EE --skip_full_layer_num 4`."""
+
+import sys
+from pathlib import Path
+
+# A checkout that is not installed must find the package, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adaskip.cli import run_main
+
+if __name__ == "__main__":
+    sys.exit(run_main("prefill", "smollm2"))

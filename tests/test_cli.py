@@ -1,0 +1,218 @@
+"""The command lines as a user calls them: options, exit codes, one clear sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_fixtures import Workplace, raw_row, rows_of, save_checkpoint, save_data
+
+from adaskip.cli import eval_main, run_main
+from adaskip.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(
+    path for folder in ("prefill", "decode", "e2e") for path in (ROOT / folder).glob("run_*.py")
+)
+EE = ("--policy", "EE", "--skip_full_layer_num", "1")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def place(checkpoint: Path, tmp_path: Path) -> Workplace:
+    return Workplace(checkpoint, save_data(tmp_path / "data"), tmp_path / "results")
+
+
+def test_there_is_one_thin_script_per_experiment_and_model() -> None:
+    assert len(SCRIPTS) == 12
+    for path in [*SCRIPTS, ROOT / "eval/eval.py"]:
+        text = path.read_text()
+        assert len(text.splitlines()) < 25
+        if path in SCRIPTS:
+            experiment, model = path.parent.name, path.stem.removeprefix("run_")
+            assert f'run_main("{experiment}", "{model}")' in text
+
+
+def test_a_script_runs_from_anywhere_without_installation(place: Workplace, tmp_path: Path) -> None:
+    command = [sys.executable, "-P", str(ROOT / "prefill/run_llama.py"), *EE, *place.options]
+    done = subprocess.run(
+        [*command, "--tasks", "trec"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "python eval/eval.py --model llama-EE-PREFILL" in done.stdout
+    assert len(rows_of(place.results / "llama-EE-PREFILL-SKIP-1", "trec")) == 3
+
+
+def test_a_run_and_its_evaluation(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    for policy in (EE, ("--policy", "dense"), ("--policy", "ADA", "--skip_sub_layer_num", "2")):
+        options = [*policy, *place.options, "--tasks", "multifieldqa_en", "--limit", "2"]
+        assert run_main("prefill", "llama", options) == 0
+    for name in ("llama-EE-PREFILL", "llama-ADA-PREFILL", "llama-dense-PREFILL"):
+        capsys.readouterr()
+        assert eval_main(["--model", name, "--results_dir", str(place.results)]) == 0
+        assert "multifieldqa_en" in capsys.readouterr().out
+    result = place.results / "llama-ADA-PREFILL-SKIP-2/result.json"
+    assert json.loads(result.read_text())["tasks"]["multifieldqa_en"]["n_rows"] == 2
+
+
+def damaged_data(place: Workplace) -> list[str]:
+    path = place.data / "trec_e.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    return ["--tasks", "trec"]
+
+
+def short_rows(place: Workplace) -> list[str]:
+    text = json.dumps(raw_row(0, length=4000)) + "\n"
+    (place.data / "trec_e.jsonl").write_text(text)
+    return ["--tasks", "trec"]
+
+
+def damaged_profile(place: Workplace) -> list[str]:
+    path = place.data / "profile.json"
+    path.write_text("{")
+    return ["--policy", "ADA", "--skip_sub_layer_num", "2", "--importance", str(path)]
+
+
+def other_architecture(place: Workplace) -> list[str]:
+    folder = place.data / "bloom"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bloom"}')
+    return ["--model_path", str(folder)]
+
+
+def internlm(place: Workplace) -> list[str]:
+    folder = save_checkpoint(place.data / "internlm")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"max_position_embeddings": 64}
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 1.0, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return ["--model_path", str(folder)]
+
+
+def no_hub(*_: object) -> None:
+    raise DataError("the hub cannot be reached")
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "budget negative": (["--skip_full_layer_num", "-1"], "-1; it must be 0 or more"),
+    "budget too large": (["--skip_full_layer_num", "5"], "larger than the model: llama has 4"),
+    "budget missing": (["--policy", "ADA"], "does not belong to policy ADA: use --skip_sub"),
+    "budget no number": (["--skip_full_layer_num", "x"], "invalid int value: 'x'"),
+    "two budgets": (["--skip_sub_layer_num", "2"], "does not belong to policy EE"),
+    "dense budget": (["--policy", "dense"], "does not belong to policy dense: leave it out"),
+    "policy": (["--policy", "ADAA"], "Unknown policy 'ADAA'. Did you mean 'ADA'?"),
+    "task": (["--tasks", "terc"], "Unknown task 'terc'. Did you mean 'trec'?"),
+    "model": (["--model_path", "lama"], "Unknown model 'lama'. Did you mean 'llama'?"),
+    "model folder": (["--model_path", "./nowhere"], "There is no folder './nowhere'"),
+    "architecture": (other_architecture, "Architecture 'bloom' is not supported"),
+    "dtype": (["--dtype", "float31"], "Unknown dtype 'float31'. Did you mean"),
+    "device": (["--device", "warp"], "Unknown device 'warp'"),
+    "gain": (["--gain", "nrom"], "Unknown gain 'nrom'. Did you mean 'norm'?"),
+    "limit": (["--limit", "0"], "--limit is 0; it must be at least 1"),
+    "name": (["--model", "../up"], "'../up' cannot name a file"),
+    "option": (["--skip_layers", "1"], "unrecognized arguments: --skip_layers 1"),
+    "no data": (["--data_dir", "nowhere"], "No trec_e.jsonl or trec.jsonl in nowhere"),
+    "damaged data": (damaged_data, "trec_e.jsonl line 3 is not JSON"),
+    "no rows": (short_rows, "none longer than 4000 words"),
+    "profile": (damaged_profile, "profile.json cannot be read"),
+    "no profile": (
+        ["--policy", "ADA", "--skip_full_layer_num", "1", "--importance", "no.json"],
+        "does not belong",
+    ),
+    "prompt too long": (internlm, "exact only up to 64 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_writes_no_row(
+    place: Workplace,
+    case: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("adaskip.longbench._load_hub", no_hub)
+    given, expected = BAD[case]
+    options = given(place) if callable(given) else given
+    base = () if "--importance" in options and case == "profile" else EE
+    code = run_main("prefill", "llama", [*base, *place.options, "--tasks", "trec", *options])
+    captured = capsys.readouterr()
+    assert code == 2
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert "Traceback" not in captured.err
+    assert not list(place.results.rglob("*.jsonl"))
+    if case != "prompt too long":
+        assert not place.results.exists()
+
+
+def test_ada_needs_its_budget(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main("e2e", "llama", ["--policy", "ADA", *place.options]) == 2
+    assert "Policy ADA needs its budget: --skip_sub_layer_num N" in capsys.readouterr().err
+
+
+def test_an_unknown_run_cannot_be_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert eval_main(["--model", "llama-EE-PREFILL", "--results_dir", str(tmp_path)]) == 2
+    assert "No run 'llama-EE-PREFILL'" in capsys.readouterr().err
+    assert eval_main([]) == 2
+    assert "error: the following arguments are required: --model" in capsys.readouterr().err
+
+
+def start(place: Workplace, n_rows: int = 200) -> subprocess.Popen[str]:
+    """Starts a run of many rows and waits for the first of them."""
+    save_data(place.data, n_rows)
+    options = [*EE, *place.options, "--tasks", "trec"]
+    code = "import sys; from adaskip.cli import run_main; sys.exit(run_main('prefill', 'llama'))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    path = place.results / "llama-EE-PREFILL-SKIP-1/trec.jsonl"
+    deadline = time.monotonic() + 60
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process
+
+
+def test_ctrl_c_ends_cleanly_and_a_second_process_is_refused(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start(place)
+    try:
+        options = [*EE, *place.options, "--tasks", "trec"]
+        assert run_main("prefill", "llama", options) == 2
+        assert "Another process is working on" in capsys.readouterr().err
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted: finished rows are kept" in stderr
+    assert "Traceback" not in stderr
+    rows = rows_of(place.results / "llama-EE-PREFILL-SKIP-1", "trec")
+    assert 0 < len(rows) < 200
+
+
+def test_a_killed_run_is_continued(place: Workplace) -> None:
+    process = start(place, n_rows=30)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    options = [*EE, *place.options, "--tasks", "trec"]
+    assert run_main("prefill", "llama", options) == 0
+    rows = rows_of(place.results / "llama-EE-PREFILL-SKIP-1", "trec")
+    assert [row["id"] for row in rows] == [f"row{number}" for number in range(30)]

@@ -1,0 +1,73 @@
+"""Greedy generation, and the audit of what ran in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from run_fixtures import save_checkpoint
+from transformers import PreTrainedModel
+
+from adaskip.audit import Audit
+from adaskip.errors import RunError
+from adaskip.generation import StopRule, generate_greedy
+from adaskip.models import load_model
+from adaskip.plan import SkipPlan, Sublayer, whole_layers
+from adaskip.policies import FixedSkipping
+from adaskip.session import skipping
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    return load_model(save_checkpoint(tmp_path_factory.mktemp("model")), device="cpu")
+
+
+def test_greedy_is_what_generate_does(model: PreTrainedModel) -> None:
+    prompts = [[5, 9, 33, 7], [40, 41, 42, 43, 44, 45, 46]]
+    for ids in prompts:
+        reference = model.generate(
+            torch.tensor([ids]), max_new_tokens=9, do_sample=False, eos_token_id=None
+        )[0, len(ids) :].tolist()
+        made = generate_greedy(model, [ids], StopRule(frozenset(), 9))
+        assert list(made.tokens[0]) == reference
+    together = generate_greedy(model, prompts, StopRule(frozenset(), 9))
+    alone = [generate_greedy(model, [ids], StopRule(frozenset(), 9)).tokens[0] for ids in prompts]
+    assert list(together.tokens) == alone
+
+
+def test_an_answer_ends_at_its_stop_token_but_not_too_early(model: PreTrainedModel) -> None:
+    ids = [5, 9, 33, 7]
+    free = generate_greedy(model, [ids], StopRule(frozenset(), 9)).tokens[0]
+    end = next(token for token in free if token != free[0])
+    made = generate_greedy(model, [ids], StopRule(frozenset({end}), 9))
+    assert made.tokens[0] == free[: free.index(end)]
+    assert made.n_generated[0] == free.index(end) + 1
+    first = generate_greedy(model, [ids], StopRule(frozenset({free[0]}), 9))
+    assert (first.tokens[0], first.n_generated[0], first.per_token) == ((), 1, None)
+    later = generate_greedy(model, [ids], StopRule(frozenset({free[0]}), 9, min_new_tokens=1))
+    assert later.tokens[0][0] != free[0]
+
+
+class FakeSession:
+    """A session that claims a plan."""
+
+    def __init__(self, plan: SkipPlan) -> None:
+        self.plan, self.step = plan, None
+
+
+def test_a_plan_that_was_not_carried_out_names_the_sublayers(model: PreTrainedModel) -> None:
+    claimed = SkipPlan({Sublayer(1, "attn"): None, Sublayer(3, "ffn"): 1.0})
+    with Audit(model, FakeSession(claimed)), pytest.raises(RunError, match="attn1, ffn3; skipped"):
+        model(torch.tensor([[3, 4]]))
+
+
+def test_what_is_skipped_without_a_plan_is_named(model: PreTrainedModel) -> None:
+    policy = FixedSkipping(whole_layers([2]))
+    with skipping(model, policy), Audit(model, None), pytest.raises(RunError, match="attn2, ffn2"):
+        model(torch.tensor([[3, 4]]))
+
+
+def test_the_audit_leaves_no_hook(model: PreTrainedModel) -> None:
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with Audit(model, None):
+        model(torch.tensor([[3, 4]]))
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks

@@ -1,0 +1,169 @@
+"""What is on disk survives: torn lines, full disks, two writers, old files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adaskip.errors import AdaskipError, RunError
+from adaskip.records import (
+    SCHEMA,
+    append_rows,
+    environment,
+    lock,
+    read_json,
+    read_rows,
+    repair_rows,
+    write_json,
+    write_text,
+)
+from adaskip.runconfig import RunConfig, check_file_name
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_rows_come_back_in_order_and_any_language(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    append_rows(path, [{"id": "1", "prediction": "数\n\u2028"}, {"id": "2"}])
+    append_rows(path, [{"id": "3"}])
+    assert [row["id"] for row in read_rows(path)] == ["1", "2", "3"]
+    assert read_rows(path)[0]["prediction"] == "数\n\u2028"
+
+
+def test_a_run_killed_at_any_byte_of_a_line_is_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    append_rows(path, [{"id": "1"}, {"id": "2", "prediction": "数"}])
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole)):
+        path.write_bytes(whole[:end])
+        assert [row["id"] for row in repair_rows(path)] == ["1"]
+        assert path.read_bytes() == whole[:first]
+        append_rows(path, [{"id": "2", "prediction": "数"}])
+        assert path.read_bytes() == whole
+
+
+def test_reading_does_not_repair(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"id": "1"}\n{"id"')
+    assert len(read_rows(path)) == 1
+    assert path.read_bytes() == b'{"id": "1"}\n{"id"'
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b'{"no": "id"}', b"\xff", b""])
+def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"id": "1"}\n' + line + b'\n{"id": "3"}\n')
+    with pytest.raises(RunError, match=r"a\.jsonl, line 2 is damaged"):
+        repair_rows(path)
+    assert path.read_bytes().endswith(b'{"id": "3"}\n')
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"schema": SCHEMA, "n": 1})
+
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("adaskip.records.os.fsync", no_space)
+    with pytest.raises(RunError, match="the disk is full; free some space"):
+        write_json(path, {"schema": SCHEMA, "n": 2})
+    assert read_json(path)["n"] == 1
+    assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_size_limit_ends_in_one_sentence_and_is_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    code = (
+        "import resource, sys; from pathlib import Path; from adaskip.records import append_rows\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "try:\n append_rows(Path(sys.argv[1]), [{'id': '1'}, {'id': '2', 'text': 'x' * 99}])\n"
+        "except Exception as error:\n print(type(error).__name__, error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("RunError Cannot write")
+    assert path.stat().st_size == 20
+    assert [row["id"] for row in repair_rows(path)] == ["1"]
+
+
+def test_a_results_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("")
+    with pytest.raises(RunError, match="choose another --results_dir"):
+        write_text(tmp_path / "results" / "a.md", "text")
+    with pytest.raises(RunError, match="choose another --results_dir"), lock(tmp_path / "results"):
+        pass
+
+
+def test_the_second_of_two_processes_is_refused(tmp_path: Path) -> None:
+    with lock(tmp_path), pytest.raises(RunError, match="Another process"), lock(tmp_path):
+        pass
+    with lock(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from adaskip.records import lock\n"
+        "with lock(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    assert done.returncode == -9
+    with lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", ['{"schema": 0}', "[]", '{"schema": 99}'])
+def test_a_record_of_another_schema_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunError, match=r"run\.json has record schema"):
+        read_json(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "a\\b", ".hidden", "", "a\n", "..", "a b", "x" * 200]
+)
+def test_no_name_leaves_its_folder(name: str) -> None:
+    with pytest.raises(RunError, match="cannot name a file"):
+        check_file_name("run name", name)
+
+
+def test_settings_leave_out_what_does_not_change_the_rows() -> None:
+    def settings(**changes: object) -> dict[str, object]:
+        given = {"experiment": "e2e", "model_name": "llama", "policy": "EE", **changes}
+        return RunConfig.from_dict({**given, "skip_full_layer_num": 4}).settings()
+
+    assert settings() == settings(limit=3, tasks=["trec"], results_dir="x", gain="norm")
+    assert settings() != settings(seed=1)
+    assert settings() != settings(experiment="decode")
+    assert settings(policy="ADA") != settings(policy="ADA", gain="norm")
+
+
+def test_a_dense_run_is_the_same_in_every_experiment() -> None:
+    one, two = (
+        RunConfig(experiment=scope, model_name="llama", policy="dense")
+        for scope in ("decode", "e2e")
+    )
+    assert one.settings() == two.settings()
+    assert one.folder_name == "llama-dense-DECODE-SKIP-0"
+
+
+def test_a_record_reads_back_as_its_configuration() -> None:
+    config = RunConfig(experiment="e2e", model_name="llama", policy="ADA", tasks=("trec",))
+    assert RunConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+    with pytest.raises(AdaskipError, match="Did you mean 'policy'"):
+        RunConfig.from_dict({"experiment": "e2e", "model_name": "llama", "polcy": "EE"})
+
+
+def test_the_environment_names_what_a_result_depends_on() -> None:
+    known = environment("cpu")
+    assert {"adaskip", "torch", "transformers", "python", "device", "commit"} <= set(known)

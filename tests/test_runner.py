@@ -1,0 +1,269 @@
+"""Runs on a tiny checkpoint: what is written, how a run continues, what stops it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_fixtures import (
+    N_LAYERS,
+    Workplace,
+    lasting,
+    rows_of,
+    save_checkpoint,
+    save_data,
+)
+
+from adaskip import runner
+from adaskip.audit import Audit
+from adaskip.bench import Bench
+from adaskip.errors import AdaskipError, ProfileError, RunError
+from adaskip.generation import generate_greedy
+from adaskip.plan import SkipPlan
+from adaskip.policies import POLICIES
+from adaskip.runner import plan_batches, resolve, run, run_folder
+from adaskip.tasks import Row
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def place(checkpoint: Path, tmp_path: Path) -> Workplace:
+    return Workplace(checkpoint, save_data(tmp_path / "data"), tmp_path / "results")
+
+
+BUDGETS = {"EE": ("layers", 2), "SD": ("layers", 2), "US": ("layers", 2), "ADA": ("sublayers", 4)}
+
+
+def budget(policy: str) -> dict[str, Any]:
+    unit, number = BUDGETS[policy]
+    flag = "skip_full_layer_num" if unit == "layers" else "skip_sub_layer_num"
+    return {"policy": policy, flag: number}
+
+
+def test_every_registered_policy_is_run() -> None:
+    assert set(BUDGETS) == set(POLICIES)
+    assert all(POLICIES[name].budget == unit for name, (unit, _) in BUDGETS.items())
+
+
+@pytest.mark.parametrize("experiment", ["prefill", "decode", "e2e"])
+@pytest.mark.parametrize("policy", BUDGETS)
+def test_what_was_skipped_is_kept_with_every_row(
+    place: Workplace, policy: str, experiment: Any
+) -> None:
+    folder = run(place.config(experiment, **budget(policy), limit=2))
+    assert folder.name == f"llama-{policy}-{experiment.upper()}-SKIP-{BUDGETS[policy][1]}"
+    rows = rows_of(folder)
+    assert [row["id"] for row in rows] == ["row0", "row1"]
+    for row in rows:
+        prefill, decode = row["skipped"]["prefill"], row["skipped"]["decode"]
+        assert prefill["forwards"] == 1
+        assert decode["forwards"] == row["generated_tokens"] - 1 > 0
+        # SkipDecode begins with one layer of its two, except in the prefill experiment.
+        first = 2 if policy == "SD" and experiment != "prefill" else 4
+        assert prefill["attn"] + prefill["ffn"] == (0 if experiment == "decode" else first)
+        assert decode["attn"] + decode["ffn"] >= first * decode["forwards"]
+        assert row["skipped"]["online_extension"] == []
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["importance"] is not None) == (policy == "ADA")
+    share = record["tasks"]["multifieldqa_en"]["skipped_share"]["prefill"]
+    assert share == (0 if experiment == "decode" else first / (2 * N_LAYERS))
+
+
+def test_a_row_holds_all_that_scoring_and_reading_need(place: Workplace) -> None:
+    folder = run(place.config(tasks=("trec", "gov_report")))
+    row = rows_of(folder, "trec")[0]
+    assert row["references"] == ["number 0", "a number"]
+    assert row["classes"] == ["a number", "a letter"]
+    assert row["length"] == 4001
+    assert row["tokens_before"] > 96 >= row["tokens_after"] - 1
+    assert row["truncated"]
+    assert row["seconds"]["total"] >= row["seconds"]["ttft"] > 0
+    record = json.loads((folder / "run.json").read_text())
+    assert set(record["tasks"]) == {"trec", "gov_report"}
+    assert record["sessions"][0]["id"] == row["session"]
+    assert record["config"]["seed"] == 2025
+
+
+def test_the_online_extension_is_kept(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaskip.policies.AdaSkip.threshold", property(lambda self: -1.0))
+    config = place.config("e2e", policy="ADA", skip_sub_layer_num=1, max_new_tokens=25, limit=1)
+    (row,) = rows_of(run(config))
+    skipped = row["skipped"]
+    # With every FFN above the threshold, all of them are skipped once the window has passed.
+    assert row["generated_tokens"] == 25 > 20
+    assert skipped["online_extension"]
+    assert {f"ffn{layer}" for layer in range(N_LAYERS)} <= set(skipped["decode"]["sublayers"])
+
+
+def test_importance_is_learned_once_and_used_again(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = place.config(**budget("ADA"))
+    run(config)
+    (profile,) = (place.results / "importance").iterdir()
+    monkeypatch.setattr("adaskip.bench.learn_importance", None)
+    again = place.config("e2e", **budget("ADA"))
+    assert lasting(rows_of(run(again)))
+    given = place.config(**budget("ADA"), importance=str(profile), name="given")
+    assert lasting(rows_of(run(given))) == lasting(rows_of(run_folder(resolve(config))))
+
+
+def test_a_profile_of_another_model_is_refused_and_nothing_is_written(place: Workplace) -> None:
+    run(place.config(**budget("ADA")))
+    (profile,) = (place.results / "importance").iterdir()
+    content = json.loads(profile.read_text())
+    other = profile.with_name("other.json")
+    other.write_text(json.dumps({**content, "fingerprint": "llama-of-somebody"}))
+    with pytest.raises(ProfileError, match="llama-of-somebody"):
+        run(place.config(**budget("ADA"), importance=str(other), name="other"))
+    assert not (place.results / "other-SKIP-4").exists()
+
+
+def test_a_run_continued_from_any_byte_is_the_run_never_stopped(place: Workplace) -> None:
+    config = place.config(**budget("EE"))
+    path = run(config) / "multifieldqa_en.jsonl"
+    whole, expected = path.read_bytes(), lasting(rows_of(path.parent))
+    bench = Bench.open(resolve(config))
+    for end in range(0, len(whole), len(whole) // 7):
+        path.write_bytes(whole[:end])
+        run(config, bench)
+        assert lasting(rows_of(path.parent)) == expected
+        assert (
+            path.read_bytes()[: whole.rfind(b"\n", 0, end) + 1]
+            == whole[: whole.rfind(b"\n", 0, end) + 1]
+        )
+
+
+def test_a_finished_run_needs_no_model(place: Workplace) -> None:
+    config = place.config()
+    before = (run(config) / "multifieldqa_en.jsonl").read_bytes()
+    config = place.config(data_dir="nowhere", limit=2)
+    assert (run(config, bench=None) / "multifieldqa_en.jsonl").read_bytes() == before
+
+
+def test_a_limit_can_grow(place: Workplace) -> None:
+    assert len(rows_of(run(place.config(limit=1)))) == 1
+    folder = run(place.config())
+    assert [row["id"] for row in rows_of(folder)] == ["row0", "row1", "row2"]
+
+
+def test_other_settings_under_the_same_name_change_nothing(place: Workplace) -> None:
+    folder = run(place.config(limit=1))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for changes, named in [
+        ({"seed": 1}, "seed: 2025 then, 1 now"),
+        ({"max_length": 80}, "max_length"),
+        ({"max_new_tokens": 5, "limit": 2}, "answers of up to 6"),
+        ({"resume": False}, "exists already"),
+    ]:
+        with pytest.raises(RunError, match=named):
+            run(place.config(**{"limit": 1, **changes}))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_another_profile_under_the_same_name_changes_nothing(place: Workplace) -> None:
+    folder = run(place.config(**budget("ADA"), limit=1))
+    path = folder / "run.json"
+    path.write_text(path.read_text().replace('"importance": "llama', '"importance": "other'))
+    with pytest.raises(RunError, match="importance profile other"):
+        run(place.config(**budget("ADA")))
+    assert len(rows_of(folder)) == 1
+
+
+def test_rows_of_other_data_are_not_mixed_in(place: Workplace, tmp_path: Path) -> None:
+    run(place.config(limit=2))
+    data = save_data(tmp_path / "other")
+    for path in data.iterdir():
+        path.write_text(path.read_text().replace('"row', '"line'))
+    with pytest.raises(RunError, match="not among those asked for"):
+        run(place.config(data_dir=str(data)))
+
+
+def test_rows_without_a_record_are_not_touched(place: Workplace) -> None:
+    folder = run(place.config(limit=1))
+    (folder / "run.json").unlink()
+    with pytest.raises(RunError, match=r"has rows but no run\.json"):
+        run(place.config(limit=1))
+
+
+def test_a_budget_larger_than_the_model_writes_nothing(place: Workplace) -> None:
+    for changes in (
+        {"policy": "EE", "skip_full_layer_num": 5},
+        {"policy": "ADA", "skip_sub_layer_num": 9},
+    ):
+        with pytest.raises(AdaskipError, match=r"larger than the model: llama has [48]"):
+            run(place.config(**changes))
+    assert not place.results.exists()
+
+
+def test_ctrl_c_keeps_what_is_done(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate_greedy(*args, **kwargs)
+
+    monkeypatch.setattr(runner, "generate_greedy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(place.config())
+    monkeypatch.undo()
+    folder = run_folder(resolve(place.config()))
+    assert len(rows_of(folder)) == 1
+    assert len(rows_of(run(place.config()))) == 3
+
+
+def test_a_batch_answers_as_its_rows_alone(place: Workplace) -> None:
+    alone = rows_of(run(place.config(**budget("EE"))))
+    config = place.config(**budget("EE"), batch_size=2, name="batched")
+    batched = rows_of(run(config))
+    answers = {row["id"]: row["prediction"] for row in batched}
+    assert answers == {row["id"]: row["prediction"] for row in alone}
+    # Killed within a batch: the batch is made again, and its kept row stays as it was.
+    path = run_folder(resolve(config)) / "multifieldqa_en.jsonl"
+    first = path.read_bytes().split(b"\n")[0] + b"\n"
+    path.write_bytes(first)
+    assert lasting(rows_of(run(config))) == lasting(batched)
+    assert path.read_bytes().startswith(first)
+
+
+def test_batches_are_the_same_every_time_and_shards_leave_no_row_out() -> None:
+    rows = [Row(str(n), "trec", "", "x" * (n % 4), ("a",), 1, "en") for n in range(11)]
+    assert plan_batches(rows, 1) == [[row] for row in rows]
+    sizes = [len(batch) for batch in plan_batches(rows, 4)]
+    assert sizes == [4, 4, 3]
+    lengths = [len(row.context) for batch in plan_batches(rows, 4) for row in batch]
+    assert lengths == sorted(lengths)
+    shards = [row for rank in range(3) for (row,) in plan_batches(rows, 1, rank=rank, world=3)]
+    assert sorted(shards, key=lambda row: int(row.id)) == rows
+
+
+def test_a_mismatch_fails_the_run_and_the_row_is_not_kept(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaskip.runner.Audit", lambda model, session: Audit(model, None))
+    with pytest.raises(RunError, match="What ran is not the plan"):
+        run(place.config(**budget("EE")))
+    assert not list(place.results.glob("*/*.jsonl"))
+
+
+def test_a_policy_that_skips_nothing_fails_the_run(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaskip.policies.EarlyExit.plan", lambda self, step: SkipPlan())
+    with pytest.raises(RunError, match="nothing was skipped in prefill"):
+        run(place.config(**budget("EE")))
+    assert not list(place.results.glob("*/*.jsonl"))
+
+
+def test_names_of_files_come_from_known_tasks_only(place: Workplace) -> None:
+    with pytest.raises(AdaskipError, match="Unknown task"):
+        run(place.config(tasks=("../trec",)))
+    assert not place.results.exists()

@@ -1,0 +1,140 @@
+"""Scores of hand-made runs, checked against numbers worked by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaskip.errors import RunError
+from adaskip.evaluation import evaluate
+from adaskip.records import SCHEMA, append_rows, write_json
+from adaskip.runconfig import RunConfig
+from adaskip.scoring import dense_scores, runs_of, score_rows, score_run
+
+
+def made_row(number: int, prediction: str, **changes: Any) -> dict[str, Any]:
+    skipped = {"forwards": 1, "attn": 1, "ffn": 2, "sublayers": []}
+    return {
+        "id": str(number),
+        "task": "multifieldqa_en",
+        "prediction": prediction,
+        "references": ["red fox", "dog"],
+        "classes": None,
+        "length": 4001,
+        "tokens_before": 10,
+        "tokens_after": 10,
+        "truncated": number == 0,
+        "generated_tokens": 2,
+        "skipped": {"prefill": skipped, "decode": {**skipped, "forwards": 3}},
+        "seconds": {"ttft": 1.0 + number, "per_token": 0.5, "total": 2.0},
+        "session": "s",
+        **changes,
+    }
+
+
+def save_run(results: Path, rows: list[dict[str, Any]], planned: int = 2, **changes: Any) -> Path:
+    given: dict[str, Any] = {"experiment": "prefill", "model_name": "llama", **changes}
+    config = RunConfig(**given)
+    folder = results / config.folder_name
+    task = rows[0]["task"]
+    tasks = {task: {"rows": planned, "limit": None}}
+    record = {"schema": SCHEMA, "config": config.as_dict(), "n_layers": 4, "tasks": tasks}
+    write_json(folder / "run.json", record)
+    append_rows(folder / f"{task}.jsonl", rows)
+    return folder
+
+
+def score(rows: list[dict[str, Any]], task: str = "multifieldqa_en", planned: int = 2) -> Any:
+    return score_rows(task, rows, n_layers=4, n_planned=planned)
+
+
+def test_the_best_reference_counts_times_100_with_two_decimals() -> None:
+    # F1 of "a red dog" without the article: against "red fox" 1/2, against "dog" 2/3.
+    made = score([made_row(0, "a red dog"), made_row(1, "cat")])
+    assert made.score == 33.33
+    assert made.row_scores == {"0": pytest.approx(2 / 3), "1": 0.0}
+
+
+def test_rows_not_longer_than_4000_words_do_not_count() -> None:
+    made = score([made_row(0, "dog"), made_row(1, "cat", length=4000)])
+    assert (made.score, made.n_rows, made.n_short) == (100.0, 1, 1)
+    assert made.complete
+
+
+def test_the_offline_sample_counts_every_row() -> None:
+    made = score([made_row(0, "dog", length=7)], task="sample_qa", planned=1)
+    assert (made.score, made.n_rows, made.n_short) == (100.0, 1, 0)
+
+
+def test_shares_medians_and_truncation_are_those_of_the_rows() -> None:
+    made = score([made_row(0, "dog"), made_row(1, "dog"), made_row(2, "dog")], planned=3)
+    # 3 of 8 sublayers in one prefill forward; 3 in 3 decode forwards of 8.
+    assert made.skipped_share == {"prefill": 3 / 8, "decode": 3 / 24}
+    assert (made.ttft, made.per_token) == (2.0, 0.5)
+    assert made.truncated == pytest.approx(1 / 3)
+
+
+def test_predictions_that_cannot_be_compared_are_counted() -> None:
+    made = score([made_row(0, ""), made_row(1, "red fox")], task="gov_report")
+    assert made.score == 50.0
+    assert "1 of 2 predictions could not be scored" in made.unscored
+    assert made.rouge_l == 50.0
+    assert score([made_row(0, "dog")]).rouge_l is None
+
+
+def test_code_says_what_compared_it() -> None:
+    made = score([made_row(0, "dog"), made_row(1, "dog")], task="lcc")
+    assert made.backend in ("difflib", "python-Levenshtein")
+
+
+def test_no_row_scores_as_nothing() -> None:
+    made = score([])
+    assert math.isnan(made.score)
+    assert made.as_dict()["score"] is None
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+    rows = [made_row(number, "dog") for number in range(12)]
+    save_run(tmp_path, rows, planned=20, policy="EE", skip_full_layer_num=1)
+    text = evaluate(tmp_path, "llama-EE-PREFILL")
+    assert "12 of 20 rows" in text
+    assert "no dense run" in text
+
+
+def test_every_budget_stands_beside_dense_and_is_kept(tmp_path: Path) -> None:
+    save_run(tmp_path, [made_row(0, "dog"), made_row(1, "dog")], policy="dense")
+    for budget, second in ((10, "cat"), (2, "red")):
+        rows = [made_row(0, "dog"), made_row(1, second)]
+        save_run(tmp_path, rows, policy="EE", skip_full_layer_num=budget)
+    table = evaluate(tmp_path, "llama-EE-PREFILL").splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[2:5]] for line in table[2:5]]
+    assert cells == [
+        ["dense", "100.00", "–"],
+        ["llama-EE-PREFILL-SKIP-2", "83.33", "-16.67"],
+        ["llama-EE-PREFILL-SKIP-10", "50.00", "-50.00"],
+    ]
+    kept = json.loads((tmp_path / "llama-EE-PREFILL-SKIP-2/result.json").read_text())
+    assert kept["tasks"]["multifieldqa_en"]["score"] == 83.33
+
+
+def test_a_dense_run_with_other_settings_is_no_baseline(tmp_path: Path) -> None:
+    rows = [made_row(0, "dog"), made_row(1, "dog")]
+    save_run(tmp_path, rows, policy="dense", seed=1)
+    run = save_run(tmp_path, rows, policy="EE", skip_full_layer_num=2)
+    assert dense_scores(tmp_path, score_run(run)) == {}
+    save_run(tmp_path, rows, policy="dense", experiment="e2e")
+    assert list(dense_scores(tmp_path, score_run(run))) == ["multifieldqa_en"]
+
+
+def test_an_unknown_run_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run"):
+        runs_of(tmp_path, "llama-EE-PREFILL")
+    save_run(tmp_path, [made_row(0, "dog")], policy="dense")
+    with pytest.raises(RunError, match="llama-dense-PREFILL-SKIP-0"):
+        runs_of(tmp_path, "llama-EE-PREFILL")
+    with pytest.raises(RunError, match="cannot name a file"):
+        runs_of(tmp_path, "../llama")

@@ -1,0 +1,209 @@
+"""The sweep: its cells, what it runs again, what a failure does, and what its report says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_fixtures import Workplace, rows_of, save_checkpoint, save_data
+
+from adaskip import sweep
+from adaskip.configuration import config_path
+from adaskip.plans import SweepPlan, read_plan, select
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def place(checkpoint: Path, tmp_path: Path) -> Workplace:
+    return Workplace(checkpoint, save_data(tmp_path / "data"), tmp_path / "results")
+
+
+def save_plan(place: Workplace, **changes: Any) -> Path:
+    settings = {
+        k: v for k, v in place.settings.items() if k not in ("results_dir", "max_new_tokens")
+    }
+    content = {
+        "name": "small",
+        "results_dir": str(place.results),
+        "models": ["llama"],
+        "settings": settings,
+        "tasks": {
+            "multifieldqa_en": {"limit": 2, "max_new_tokens": 3},
+            "gov_report": {"limit": 1, "max_new_tokens": 5},
+        },
+        "policies": {"EE": [1, 2], "ADA": [2]},
+        "experiments": {
+            "prefill": ["multifieldqa_en"],
+            "decode": ["gov_report"],
+            "e2e": ["gov_report"],
+        },
+        **changes,
+    }
+    path = place.data / "small.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def test_a_dense_cell_serves_every_experiment(place: Workplace) -> None:
+    plan = read_plan(save_plan(place))
+    labels = [cell.label for cell in plan.cells]
+    assert len(labels) == 2 + 3 * 3
+    assert labels[:3] == [
+        "llama prefill dense multifieldqa_en",
+        "llama decode+e2e dense gov_report",
+        "llama prefill EE 1 multifieldqa_en",
+    ]
+    assert [cell.config.warmup_task for cell in plan.cells] == ["qasper"] * 11
+    assert plan.cells[1].config.max_new_tokens == 5
+
+
+def test_only_selects(place: Workplace) -> None:
+    cells = read_plan(save_plan(place)).cells
+    chosen = select(cells, ["policy=EE", "budget=2", "experiment=e2e"])
+    assert [cell.label for cell in chosen] == ["llama e2e EE 2 gov_report"]
+    assert len(select(cells, ["policy=dense", "experiment=e2e"])) == 1
+
+
+def test_the_demo_is_a_plan_at_equal_shares() -> None:
+    plan = read_plan(config_path("demo.yaml"))
+    assert set(plan.experiments) == {"prefill", "decode", "e2e"}
+    assert {cell.config.policy for cell in plan.cells} == {"dense", "EE", "SD", "US", "ADA"}
+    for cell in plan.cells:
+        config = cell.config
+        halves = config.skip_sub_layer_num or 2 * (config.skip_full_layer_num or 0)
+        assert halves == (0 if config.policy == "dense" else 8)
+
+
+BAD = [
+    ({"polices": {}}, "Did you mean 'policies'"),
+    ({"models": []}, "'models' is missing or empty"),
+    ({"models": ["lama"]}, "Did you mean 'llama'"),
+    ({"policies": {"EEE": [1]}}, "Did you mean 'EE'"),
+    ({"policies": {"EE": [-1]}}, "must be 0 or more"),
+    ({"experiments": {"prefil": ["trec"]}}, "Did you mean 'prefill'"),
+    ({"experiments": {"prefill": ["terc"]}}, "Did you mean 'trec'"),
+    ({"settings": {"policy": "EE"}}, "sets 'policy' itself"),
+    ({"settings": {"sead": 1}}, "Did you mean 'seed'"),
+    ({"name": "../x"}, "cannot name a file"),
+    ({"perplexity": {"row": 1}}, "perplexity takes rows and max_tokens"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), BAD)
+def test_a_bad_plan_is_one_sentence(
+    place: Workplace, changes: Any, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.main([str(save_plan(place, **changes))]) == 2
+    assert expected in capsys.readouterr().err
+    assert not place.results.exists()
+
+
+@pytest.mark.parametrize("text", ["[", "a", ": :", None])
+def test_a_file_that_is_no_plan_is_refused(
+    tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert sweep.main([str(path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("only", ["policy", "polcy=EE", "policy=US"])
+def test_a_bad_selection_is_refused(
+    place: Workplace, only: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.main([str(save_plan(place)), "--only", only]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_dry_run_lists_and_writes_nothing(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.main([str(save_plan(place)), "--dry_run", "--only", "policy=ADA"]) == 0
+    out = capsys.readouterr().out
+    assert "llama decode ADA 2 gov_report: 0 of 1 rows done" in out
+    assert "3 cells" in out
+    assert not place.results.exists()
+
+
+def test_a_sweep_runs_once_and_then_only_reports(
+    place: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(save_plan(place, perplexity={"rows": 1, "max_tokens": 4}))
+    opened = []
+    real = sweep.Bench.open
+
+    def counting(config: Any) -> Any:
+        opened.append(config)
+        return real(config)
+
+    monkeypatch.setattr(sweep.Bench, "open", counting)
+    assert sweep.main([file]) == 0
+    assert len(opened) == 1
+    first = capsys.readouterr().out
+    assert len(list((place.results / "runs/importance").iterdir())) == 1
+    report = json.loads((place.results / "report.json").read_text())
+    assert [table["experiment"] for table in report["tables"]] == ["prefill", "decode", "e2e"]
+    for table in report["tables"]:
+        assert [line["policy"] for line in table["lines"]] == ["dense", "EE", "EE", "ADA"]
+        dense, one, two, ada = table["lines"]
+        phase = "decode" if table["experiment"] == "decode" else "prefill"
+        assert [line["skipped_share"][phase] for line in (dense, one, two, ada)] == [
+            0,
+            1 / 4,
+            1 / 2,
+            1 / 4,
+        ]
+        (task,) = two["tasks"].values()
+        (base,) = dense["tasks"].values()
+        assert task["delta"] == pytest.approx(task["score"] - base["score"])
+        assert task["perplexity"] > 0
+    # The dense row of gov_report was made once.
+    assert len(rows_of(place.results / "runs/llama-dense-SKIP-0", "gov_report")) == 1
+    assert (place.results / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "| EE" in (place.results / "report.md").read_text()
+
+    assert sweep.main([file]) == 0
+    assert len(opened) == 1
+    assert capsys.readouterr().out.split("Took")[0] == first.split("Took")[0]
+
+
+def test_a_failed_cell_is_reported_and_the_rest_goes_on(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save_plan(
+        place, policies={"EE": [1, 9]}, experiments={"prefill": ["multifieldqa_en", "trec"]}
+    )
+    (place.data / "trec_e.jsonl").write_text("{")
+    assert sweep.main([str(file)]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED: llama prefill EE 9 multifieldqa_en: AdaskipError: The budget of 9" in out
+    assert "FAILED: llama prefill EE 1 trec: DataError" in out
+    report = json.loads((place.results / "report.json").read_text())
+    assert [line["policy"] for line in report["tables"][0]["lines"]] == ["dense", "EE"]
+    assert len(report["failures"]) == 4
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_once(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(sweep.Bench, "open", lambda config: tried.append(1) or 1 / 0)
+    plan = read_plan(save_plan(place))
+    failures = sweep.run_cells(plan.cells[:3], None)
+    assert len(failures) == 3
+    assert len(tried) == 1
+
+
+def test_a_plan_can_be_kept_elsewhere(place: Workplace, tmp_path: Path) -> None:
+    plan: SweepPlan = sweep.moved(read_plan(save_plan(place)), tmp_path / "other")
+    assert plan.folder == tmp_path / "other"
+    assert {cell.config.results_dir for cell in plan.cells} == {str(tmp_path / "other/runs")}
