@@ -17,9 +17,11 @@ from adaskip import (
     Sublayer,
     UnsupportedCallError,
     UnsupportedModelError,
+    learn_importance,
     skipping,
 )
 from adaskip.blocks import BLOCKS
+from adaskip.plan import all_sublayers
 
 FAMILIES = sorted(BLOCKS)
 # Gemma2 caps its attention scores, which transformers offers with eager attention only.
@@ -103,17 +105,6 @@ def test_skipping_equals_zeroed_projections(model: PreTrainedModel, mode: str) -
         assert torch.equal(actual[0], expected[0])
         if expected[1] is not None:
             torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=1e-5)
-
-
-def test_left_padded_batch(model: PreTrainedModel) -> None:
-    ids = prompt(23, batch=2)
-    mask = torch.ones_like(ids)
-    ids[0, :9], mask[0, :9] = 0, 0
-    expected = generated(zeroed(model, SKIPPED), ids, attention_mask=mask, do_sample=False)
-    with skipping(model, FixedSkipping(PLAN)):
-        actual = generated(model, ids, attention_mask=mask, do_sample=False)
-    assert torch.equal(actual[0], expected[0])
-    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "dynamic without config", "static"])
@@ -215,6 +206,65 @@ def test_cached_equals_uncached_with_gains(model: PreTrainedModel) -> None:
         uncached = generated(model, prompt(17), do_sample=False, use_cache=False)
     assert torch.equal(cached[0], uncached[0])
     torch.testing.assert_close(cached[1], uncached[1], rtol=0, atol=1e-4)
+
+
+def residuals(model: PreTrainedModel, **inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The residual stream before, between and after all sublayers, by hooks on the stock model."""
+    spec = BLOCKS[model.config.model_type]
+    found: list[torch.Tensor] = []
+
+    def keep(_: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, object]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    watched = []
+    for layer in model.model.layers:
+        watched += [layer, getattr(layer, spec.ffn.pre or spec.ffn.body)]
+    hooks = [
+        module.register_forward_pre_hook(keep, with_kwargs=True)
+        for module in (*watched, model.model.norm)
+    ]
+    model.model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    assert len(found) == 2 * N_LAYERS + 1
+    return found
+
+
+def test_similarity_and_gain_of_a_padded_batch(model: PreTrainedModel) -> None:
+    ids, mask = prompt(21, batch=2), torch.ones(2, 21, dtype=torch.long)
+    ids[0, :6], mask[0, :6] = 0, 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    importance = learn_importance(model, [inputs])
+    stream = residuals(model, **inputs)
+    for sublayer in all_sublayers(N_LAYERS):
+        similarity, norm, token = [], [], []
+        for row, start in ((0, 6), (1, 0)):
+            x = stream[sublayer.position][row, start:]
+            y = stream[sublayer.position + 1][row, start:]
+            similarity.append(torch.nn.functional.cosine_similarity(x, y, dim=-1).mean())
+            norm.append(y.norm() / x.norm())
+            token.append((y.norm(dim=-1) / x.norm(dim=-1)).quantile(0.5))
+        for found, values in (
+            (importance.similarity, similarity),
+            (importance.gain_norm, norm),
+            (importance.gain_token, token),
+        ):
+            expected = torch.stack(values).mean().item()
+            assert found[sublayer] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_left_padded_batch_of_two_requests(model: PreTrainedModel, cache: str | None) -> None:
+    ids = prompt(18, batch=2)
+    mask = torch.ones_like(ids)
+    ids[1, :7], mask[1, :7] = 0, 0
+    how = {"attention_mask": mask, "do_sample": False, "cache_implementation": cache}
+    expected = generated(zeroed(model, SKIPPED), ids, **how)
+    with skipping(model, FixedSkipping(PLAN)):
+        for _ in range(2):
+            actual = generated(model, ids, **how)
+            assert torch.equal(actual[0], expected[0])
+            torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=1e-5)
 
 
 def test_assisted_decoding_with_a_fixed_plan() -> None:
