@@ -1,0 +1,12 @@
+"""Perplexity of references: `perplexity.py --model smollm2 --policy ADA --skip_sub_layer_num 8`."""
+
+import sys
+from pathlib import Path
+
+# A checkout that is not installed must find the package, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adaskip.perplexity_cli import perplexity_main
+
+if __name__ == "__main__":
+    sys.exit(perplexity_main())

@@ -1,0 +1,329 @@
+"""Recorded similarities against hidden states; resuming; the numbers, figures and scripts."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import N_LAYERS
+from test_recorders import residuals
+from tiny_bench import TinyBench, tiny_rows
+from torch.nn.functional import cosine_similarity
+
+from adaskip import RunError
+from adaskip.configuration import read_config
+from adaskip.generation import StopRule, generate_greedy
+from adaskip.layer_skipping import HIGHEST, LOWEST, choices, layer_similarity
+from adaskip.observation_cli import configured, observation_main
+from adaskip.observation_figures import Curve, Panel, draw
+from adaskip.observation_numbers import agreement, kinds_summary, phases_summary, spread
+from adaskip.observing import observe_requests, observe_task
+from adaskip.plan import KINDS, Phase, all_sublayers
+from adaskip.runconfig import RunConfig
+from adaskip.similarities import SPANS, Moments, Similarities
+from adaskip.stability import chosen, overlap, resampled, stability
+from adaskip.tasks import task_spec
+
+NAMES = ("ob0", "ob1", "ob2", "ob3", "stability")
+SAMPLE = "adaskip.observing.sample_rows"
+
+
+@pytest.fixture(scope="module")
+def bench() -> TinyBench:
+    return TinyBench.make()
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., RunConfig]:
+    def make(**settings: object) -> RunConfig:
+        given = {"tasks": ("sample_qa",), "limit": 3, "results_dir": str(tmp_path)}
+        return configured("ob1", "smollm2", given | settings)
+
+    return make
+
+
+def never(config: RunConfig) -> TinyBench:
+    raise AssertionError("the model is not needed")
+
+
+def moments(*values: float) -> Moments:
+    return Moments(len(values), sum(values), sum(v * v for v in values))
+
+
+def similarities(attn: list[float], ffn: list[float], shift: float = 0.0) -> Similarities:
+    """One token per phase; decode is `shift` higher."""
+    phases = {
+        phase: {
+            "attn": [moments(a + plus) for a in attn],
+            "ffn": [moments(f + plus) for f in ffn],
+            "layer": [moments(a * f) for a, f in zip(attn, ffn, strict=True)],
+        }
+        for phase, plus in ((Phase.PREFILL, 0.0), (Phase.DECODE, shift))
+    }
+    return Similarities("m", "t", ("1",), phases)
+
+
+def test_moments() -> None:
+    both = moments(0.5, 1.0) + moments(0.0)
+    assert both == Moments(3, 1.5, 1.25)
+    assert both.mean == 0.5
+    assert both.deviation == pytest.approx((1 / 6) ** 0.5)
+    assert moments(0.3, 0.3, 0.3).deviation == pytest.approx(0, abs=1e-8)
+
+
+def test_similarities_equal_a_direct_computation(
+    bench: TinyBench, make_config: Callable[..., RunConfig]
+) -> None:
+    config = make_config()
+    found = observe_task(config, "sample_qa", lambda _: bench)
+    values: dict[tuple[str, str, int], list[torch.Tensor]] = {}
+    for row in bench.rows(config, "sample_qa"):
+        ids = bench.prompt(config, row).input_ids
+        new = generate_greedy(bench.model, [ids], StopRule(frozenset(), 10)).tokens[0]
+        # The last of ten new tokens is never an input.
+        stream = residuals(bench.model, torch.tensor([ids + list(new[:-1])]))
+        for layer in range(N_LAYERS):
+            ends = {"attn": (0, 1), "ffn": (1, 2), "layer": (0, 2)}
+            for span, (start, end) in ends.items():
+                x, y = stream[2 * layer + start], stream[2 * layer + end]
+                cosine = cosine_similarity(x, y, dim=-1)[0]
+                for phase, part in (
+                    ("prefill", cosine[: len(ids)]),
+                    ("decode", cosine[len(ids) :]),
+                ):
+                    values.setdefault((phase, span, layer), []).append(part)
+    for (phase, span, layer), parts in values.items():
+        expected = torch.cat(parts).double()
+        cell = found.layers(span, Phase(phase))[layer]  # type: ignore[arg-type]
+        assert cell.count == len(expected)
+        assert cell.mean == pytest.approx(expected.mean().item(), abs=1e-5)
+        assert cell.deviation == pytest.approx(expected.std(correction=0).item(), abs=1e-4)
+    assert found.layers("attn", Phase.DECODE)[0].count == 3 * 9
+    # Every token weighs the same: the phases are pooled by tokens, not averaged.
+    pooled = found.layers("ffn")[1]
+    assert pooled.count == sum(found.layers("ffn", phase)[1].count for phase in Phase)
+
+
+class Interrupted(TinyBench):
+    """Fails at the third prompt."""
+
+    count = 0
+
+    def prompt(self, config: RunConfig, row: object) -> object:  # type: ignore[override]
+        self.count += 1
+        if self.count == 3:
+            raise KeyboardInterrupt
+        return super().prompt(config, row)  # type: ignore[arg-type]
+
+
+def test_an_interrupted_recording_goes_on(
+    bench: TinyBench, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = make_config()
+    broken = Interrupted(bench.spec, bench.model, bench.tokenizer, ())
+    with pytest.raises(KeyboardInterrupt):
+        observe_task(config, "sample_qa", lambda _: broken)
+    path = tmp_path / "similarity" / "smollm2-sample_qa.json"
+    assert len(json.loads(path.read_text())["ids"]) == 2
+    resumed = observe_task(config, "sample_qa", lambda _: bench)
+    other = make_config(results_dir=str(tmp_path / "other"))
+    whole = observe_task(other, "sample_qa", lambda _: bench)
+    assert resumed.ids == whole.ids
+    for span in SPANS:
+        for a, b in zip(resumed.layers(span), whole.layers(span), strict=True):
+            assert a.count == b.count
+            assert a.total == pytest.approx(b.total, rel=1e-12)
+    # Finished: neither model nor rows are needed; fewer rows are there as well.
+    assert observe_task(config, "sample_qa", never) == resumed
+    assert observe_task(make_config(limit=2), "sample_qa", never) == resumed
+    assert len(observe_task(make_config(limit=4), "sample_qa", lambda _: bench).ids) == 4
+    with pytest.raises(RunError, match="seed: 2025 then, 1 now"):
+        observe_task(make_config(seed=1), "sample_qa", never)
+
+
+def test_requests_are_recorded_as_importance_is_learned(
+    bench: TinyBench, make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adaskip import learn_importance
+
+    monkeypatch.setattr(SAMPLE, lambda task, tokenizer, n, **_: tiny_rows(task, n))
+    config = make_config()
+    found = observe_requests(config, "sample_qa", lambda _: bench, 3)
+    prompts = [
+        torch.tensor([bench.prompt(config, row).input_ids]) for row in tiny_rows("sample_qa", 3)
+    ]
+    importance = learn_importance(bench.model, prompts)
+    means = np.mean(found, axis=0)
+    for sublayer in all_sublayers(N_LAYERS):
+        assert means[sublayer.position] == pytest.approx(importance.similarity[sublayer], abs=1e-7)
+    assert observe_requests(config, "sample_qa", never, 2) == found[:2]
+
+
+def test_numbers() -> None:
+    a, b = [moments(v) for v in (0.1, 0.8, 0.9, 0.7)], [moments(v) for v in (0.2, 0.9, 0.8, 0.7)]
+    found = spread(a)
+    assert (found["min"], found["min_layer"], found["max"], found["max_layer"]) == (0.1, 0, 0.9, 2)
+    assert found["mean"] == 0.625
+    found = agreement([a], [b])
+    assert found["mean_difference"] == 0.025
+    assert found["largest_difference"] == 0.1
+    # Ranks 0 2 3 1 and 0 3 2 1: 1 - 6 * (0 + 1 + 1 + 0) / (4 * 15).
+    assert found["spearman"] == pytest.approx(0.8)
+    # 0.8 0.9 0.7 and 0.9 0.8 0.7: covariance 0.005 of variances 0.01.
+    assert found["pearson_without_layer_0"] == pytest.approx(0.5)
+    assert agreement([a], [[moments(0.5)] * 4])["pearson"] is None
+
+
+def test_summaries() -> None:
+    seen = similarities([0.9, 0.8, 0.7, 0.6, 0.5], [0.95, 0.1, 0.2, 0.3, 0.4], shift=0.02)
+    kinds = kinds_summary(seen)
+    assert kinds["layers where attention is higher"] == 4
+    assert kinds["attention among the top 8"] == 5
+    phases = phases_summary(seen)
+    assert phases["all prefill / decode"]["pearson"] == pytest.approx(1)
+    assert phases["all prefill / decode"]["mean_difference"] == pytest.approx(0.02)
+    assert phases["common among the top 8"] == 8
+
+
+def test_layers_are_chosen_by_prefill_similarity() -> None:
+    one = similarities([0.9, 0.5, 0.7, 0.8], [1.0, 1.0, 1.0, 1.0], shift=-0.9)
+    assert layer_similarity([one, one]) == pytest.approx([0.9, 0.5, 0.7, 0.8])
+    made = choices([0.9, 0.5, 0.7, 0.8], [1, 3, 5])
+    assert [(choice.side, choice.layers) for choice in made[1:]] == [
+        (HIGHEST, (0,)),
+        (LOWEST, (1,)),
+        (HIGHEST, (0, 3, 2)),
+        (LOWEST, (1, 2, 3)),
+    ]
+
+
+def test_the_chosen_sublayers() -> None:
+    # A tie goes to the one less deep.
+    mask = chosen(np.array([[0.5, 0.9, 0.5, 0.1], [0.1, 0.2, 0.3, 0.4]]), 2)
+    assert mask.tolist() == [[True, True, False, False], [False, False, True, True]]
+    found = overlap(np.array([[0.9, 0.8, 0.1, 0.0], [0.9, 0.1, 0.8, 0.0]]), np.arange(4.0)[::-1], 2)
+    assert found["mean"] == 0.75
+    assert found["low"] == pytest.approx(0.5125)
+
+
+def test_stability() -> None:
+    rng = np.random.default_rng(0)
+    base = np.linspace(0.2, 0.9, 8)
+    requests = {
+        "same": np.tile(base, (10, 1)).tolist(),
+        "noisy": (base + rng.normal(0, 0.2, (10, 8))).tolist(),
+        "reversed": np.tile(base[::-1], (10, 1)).tolist(),
+    }
+    found = stability(requests, [2, 10], [4], seed=1)
+    assert found["chosen"]["same"]["4"] == ["attn2", "ffn2", "attn3", "ffn3"]
+    assert found["by_prompts"]["same"]["4"]["2"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    noisy = found["by_prompts"]["noisy"]["4"]
+    assert noisy["2"]["mean"] < noisy["10"]["mean"] < 1
+    assert found["between_tasks"]["4"]["same / same"]["mean"] == 1
+    assert found["between_tasks"]["4"]["same / reversed"]["all_prompts"] == 0
+    assert found == stability(requests, [2, 10], [4], seed=1)
+    # Drawn with replacement: profiles of as many prompts as there are differ, too.
+    assert len({tuple(row) for row in resampled(np.asarray(requests["noisy"]), 10, 1, 50)}) > 40
+
+
+def test_figures_are_small_and_complete(tmp_path: Path) -> None:
+    x = list(range(30))
+    flat = [0.95 + 0.001 * i for i in x]
+    outlier = [0.05, *flat[1:]]
+    curves = (
+        Curve("with an outlier", x, outlier, 0),
+        Curve(
+            "banded", x, flat, 1, dashed=True, low=flat, high=[y + 0.01 for y in flat], band=True
+        ),
+    )
+    path = tmp_path / "a" / "figure.png"
+    draw([[Panel("one", "x", "y", curves)], [Panel("two", "x", "y", curves[1:], log=True)]], path)
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", data[16:24])
+    assert width >= 900
+    assert height >= 900
+    assert len(data) < 150_000
+
+
+def test_an_axis_ends_above_outliers() -> None:
+    from matplotlib.figure import Figure
+
+    from adaskip.observation_figures import _draw_panel
+
+    for values, bottom in (([0.05, 0.9, 0.95, 1.0], 0.85), ([0.5, 0.7, 0.9, 1.0], 0.4)):
+        axis = Figure().subplots()
+        _draw_panel(axis, Panel("t", "x", "y", (Curve("c", range(4), values, 0),)))
+        assert axis.get_ylim()[0] > bottom
+        texts = [text.get_text() for text in axis.texts]
+        assert texts == (["below the axis: layer 0: 0.05"] if values[0] < 0.1 else [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scripts_write_json_text_and_figure(
+    name: str, bench: TinyBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "adaskip.observation_cli.Benches", lambda: SimpleNamespace(get=lambda config: bench)
+    )
+    monkeypatch.setattr(SAMPLE, lambda task, tokenizer, n, **_: tiny_rows(task, n))
+    monkeypatch.setattr("adaskip.stability.RESAMPLES", 20)
+    models = ["smollm2"] if name == "stability" else ["smollm2", "llama"]
+    tasks = ["--tasks", *read_config("observations.yaml")[name]["sample_tasks"]]
+    arguments = ["--model", *models, *tasks, "--limit", "2", "--results_dir", str(tmp_path)]
+    scores = ["--scores"] if name == "ob0" else []
+    assert observation_main(name, [*arguments, *scores]) == 0
+    stem = f"{name}-{'-'.join(models)}"
+    content = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert [*content["models"]] == models
+    assert (tmp_path / f"{stem}.png").stat().st_size < 150_000
+    text = (tmp_path / f"{stem}.md").read_text()
+    assert text.count("\n| -") >= len(models)
+    assert text.count("stands in for") >= len(models)
+    part = content["models"]["smollm2"]
+    if name in ("ob1", "ob2", "ob3"):
+        task = next(iter(part["tasks"].values()))
+        cell = task["similarity"]["decode" if name == "ob3" else "all"]
+        assert set(cell) == ({"layer"} if name == "ob1" else set(KINDS))
+        assert all(len(column) == N_LAYERS for kind in cell.values() for column in kind.values())
+    if name == "ob0":
+        # Whole layers of the random model differ; skipping nothing is dense in both models.
+        assert [len(c["layers"]) for c in part["choices"]] == [0, 1, 1, 3, 3]
+        assert all("score" in each for task in part["tasks"].values() for each in task)
+    # Again: everything is there.
+    monkeypatch.setattr("adaskip.observation_cli.Benches", lambda: SimpleNamespace(get=never))
+    assert observation_main(name, [*arguments, *scores]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "smollm3"], "smollm2"),
+        (["--model", "smollm2", "llama", "--model_path", "x"], "one --model"),
+        (["--model", "smollm2", "--tasks", "nothing"], "nothing"),
+        (["--model", "smollm2", "--policy", "EE"], "unrecognized"),
+        ([], "--model"),
+    ],
+)
+def test_bad_options(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    assert observation_main("ob1", [*arguments, "--results_dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_every_stand_in_is_a_task() -> None:
+    facts = read_config("observations.yaml")
+    for name in (*NAMES, "perplexity"):
+        tasks, stand_ins = facts[name]["tasks"], facts[name]["sample_tasks"]
+        assert len(tasks) == len(stand_ins)
+        assert not any(task_spec(task).offline for task in tasks)
+        assert all(task_spec(task).offline for task in stand_ins)

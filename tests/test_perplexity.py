@@ -1,0 +1,301 @@
+"""Perplexity of references: against plain forwards, in the right phases, one read per row."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import N_LAYERS, prompt, tiny_model
+from test_recorders import CountReads
+from tiny_bench import TinyBench, as_prompt, character_tokenizer, tiny_rows
+from tokenizers import Tokenizer, models
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typing_extensions import override
+
+from adaskip import (
+    AdaSkip,
+    AdaskipError,
+    DataError,
+    EarlyExit,
+    FixedSkipping,
+    RunError,
+    SkipDecode,
+    SkipPlan,
+    SkipPolicy,
+    Step,
+    Sublayer,
+    UnifiedSkipping,
+    learn_importance,
+)
+from adaskip.bench import Bench
+from adaskip.perplexity import Perplexity, RowLoss, reference_ids, reference_perplexity
+from adaskip.perplexity_cli import cells_of, measure, perplexity_main, table
+from adaskip.plan import SCOPES, Scope, whole_layers
+from adaskip.prompts import Prompt
+from adaskip.runconfig import RunConfig
+from adaskip.runner import resolve
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return character_tokenizer()
+
+
+Items = list[tuple[Prompt, str]]
+
+
+@pytest.fixture(scope="module")
+def items(tokenizer: PreTrainedTokenizerFast) -> Items:
+    pairs = [("Tell me: what is it?\n", "It is a stone."), ("Is it?", "Yes"), ("Why:", "n")]
+    return [(as_prompt(question, tokenizer), answer) for question, answer in pairs]
+
+
+def plain_nll(model: PreTrainedModel, prompt_ids: list[int], answer: list[int]) -> float:
+    """One forward over prompt and answer, without any of our code."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + answer]), use_cache=False).logits[0]
+    predictions = logits[len(prompt_ids) - 1 : -1]
+    return float(cross_entropy(predictions, torch.tensor(answer), reduction="sum"))
+
+
+def test_dense_equals_a_plain_forward(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items: Items
+) -> None:
+    answers = ["It is a stone.", " Yes", " n"]
+    expected = [
+        plain_nll(model, item.input_ids, list(tokenizer(answer)["input_ids"]))
+        for (item, _), answer in zip(items, answers, strict=True)
+    ]
+    found = reference_perplexity(model, tokenizer, None, items)
+    assert [row.nll for row in found.rows] == pytest.approx(expected, abs=1e-4)
+    assert [row.tokens for row in found.rows] == [14, 4, 2]
+    assert found.perplexity == pytest.approx(math.exp(sum(expected) / 20), rel=1e-5)
+
+
+POLICIES = {
+    "EE": lambda importance: EarlyExit(2),
+    "US": lambda importance: UnifiedSkipping(2),
+    "SD 1": lambda importance: SkipDecode(1),
+    "ADA offline": lambda importance: AdaSkip(importance, 3, online=False),
+    # Layer 0 tells transformers the cache's length and the size of the mask.
+    "attn0": lambda importance: FixedSkipping(SkipPlan({Sublayer(0, "attn"): 1.2})),
+    "nothing": lambda importance: FixedSkipping(SkipPlan()),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("name", POLICIES)
+def test_together_equals_one_by_one(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    items: Items,
+    name: str,
+    scope: Scope,
+) -> None:
+    importance = learn_importance(model, [prompt(30)])
+    found = []
+    for one_by_one in (False, True):
+        policy = POLICIES[name](importance)
+        kwargs = {"scope": scope, "one_by_one": one_by_one}
+        found.append(reference_perplexity(model, tokenizer, policy, items, **kwargs))
+    assert [r.nll for r in found[0].rows] == pytest.approx([r.nll for r in found[1].rows], abs=1e-4)
+    # 14 tokens: the prompt's forward and 13 steps, of which one or all are taken alone.
+    assert [f.rows[0].skipped["decode"]["forwards"] for f in found] == [2, 13]
+
+
+def test_scopes_skip_where_they_say(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items: Items
+) -> None:
+    dense = reference_perplexity(model, tokenizer, None, items)
+    found = {
+        scope: reference_perplexity(model, tokenizer, EarlyExit(2), items, scope=scope)
+        for scope in SCOPES
+    }
+    for scope, result in found.items():
+        skipped = result.rows[0].skipped
+        assert skipped["prefill"]["attn"] == (0 if scope == "decode" else 2)
+        assert skipped["decode"]["attn"] == 2 * 2
+    # What prefill skipped stays skipped, so these are the same computation.
+    assert found["prefill"].nll == found["e2e"].nll
+    # The first token of a reference is predicted by the prefill.
+    first = [
+        reference_perplexity(model, tokenizer, policy, items, scope="decode", max_tokens=1).nll
+        for policy in (None, EarlyExit(2))
+    ]
+    assert first[0] == first[1]
+    assert abs(found["decode"].nll - dense.nll) > 0.01
+
+
+def test_skipped_attention_equals_a_zeroed_projection(
+    tokenizer: PreTrainedTokenizerFast, items: Items
+) -> None:
+    model, zeroed = tiny_model("llama"), tiny_model("llama")
+    torch.nn.init.zeros_(zeroed.model.layers[1].self_attn.o_proj.weight)
+    policy = FixedSkipping(SkipPlan({Sublayer(1, "attn"): None}))
+    found = reference_perplexity(model, tokenizer, policy, items)
+    assert found.nll == pytest.approx(reference_perplexity(zeroed, tokenizer, None, items).nll)
+
+
+def test_skip_decode_sees_every_step(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    items = [(as_prompt("Count:", tokenizer), "123456")]
+    policy = SkipDecode(3, horizon=4)
+    found = reference_perplexity(model, tokenizer, policy, items, scope="decode")
+    # Seven tokens with the space, six steps: min(3, ceil(t / 4 * 2) + 1) for t = 0 .. 5.
+    assert found.rows[0].tokens == 7
+    assert found.rows[0].skipped["decode"]["forwards"] == 6
+    assert found.rows[0].skipped["decode"]["attn"] == 1 + 2 + 2 + 3 + 3 + 3
+    assert found.rows[0].skipped["prefill"]["attn"] == 0
+
+
+def test_the_online_extension_comes_after_its_window(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    importance = learn_importance(model, [prompt(30)])
+    items = [(as_prompt("Count:", tokenizer), "123456")] * 2
+    # With a budget of all but one sublayer nearly every FFN reaches the threshold.
+    policy = AdaSkip(importance, 2 * N_LAYERS - 3, window=2)
+    found = reference_perplexity(model, tokenizer, policy, items)
+    for row in found.rows:
+        fixed = row.skipped["prefill"]["ffn"]
+        assert row.skipped["decode"]["forwards"] == 6
+        assert row.skipped["decode"]["ffn"] == 6 * fixed + 4 * len(policy.extension)
+    assert found.rows[0].nll == found.rows[1].nll
+
+
+def test_one_read_per_row(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items: Items
+) -> None:
+    for policy in (EarlyExit(1), SkipDecode(2)):
+        with CountReads() as counter:
+            reference_perplexity(model, tokenizer, policy, items)
+        assert counter.reads == len(items)
+
+
+class Fickle(SkipPolicy):
+    """Changes its plan from step to step and does not say so."""
+
+    @override
+    def plan(self, step: Step) -> SkipPlan:
+        return whole_layers([1 + step.index % 2])
+
+
+def test_a_policy_that_hides_its_steps_is_refused(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items: Items
+) -> None:
+    from adaskip import CacheHoleError
+
+    with pytest.raises((AdaskipError, CacheHoleError)):
+        reference_perplexity(model, tokenizer, Fickle(), items, scope="decode")
+
+
+def test_reference_ids(tokenizer: PreTrainedTokenizerFast) -> None:
+    def text(question: str, reference: str, limit: int = 99) -> str:
+        ids = reference_ids(tokenizer, as_prompt(question, tokenizer), reference, limit)
+        return str(tokenizer.decode(ids))
+
+    assert text("Answer:", "Yes") == " Yes"
+    assert text("Answer:\n", " Yes \n") == "Yes"
+    assert text("Answer:", "Yes, of course", 4) == " Yes"
+    # No space before a script without spaces; the tokenizer does not know the character.
+    assert reference_ids(tokenizer, as_prompt("A:", tokenizer), "是", 9) == [2]
+    with pytest.raises(DataError, match="empty"):
+        text("Answer:", " \n")
+
+
+def test_tokens_that_merge_at_the_border() -> None:
+    vocabulary = {"<unk>": 0, "是": 1, "不": 2, "是不": 3}
+    merging = Tokenizer(models.BPE(vocabulary, [("是", "不")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging)
+    assert tokenizer("是不")["input_ids"] == [3]
+    assert reference_ids(tokenizer, Prompt("是", [1], 1, 1, False), "不", 9) == [2]
+
+
+def test_perplexity_is_of_all_tokens_together() -> None:
+    two = Perplexity((RowLoss(math.log(4), 1, {}), RowLoss(3 * math.log(2), 3, {})))
+    assert two.perplexity == pytest.approx(2 ** (5 / 4))
+    assert (two + two).perplexity == pytest.approx(two.perplexity)
+    assert (two + two).tokens == 8
+    assert Perplexity((RowLoss(1e6, 1, {}),)).perplexity == math.inf
+
+
+def test_nothing_to_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(AdaskipError, match="at least one row"):
+        reference_perplexity(model, tokenizer, None, [])
+
+
+def config(tmp_path: Path, **settings: object) -> RunConfig:
+    base = {
+        "experiment": "e2e",
+        "model_name": "smollm2",
+        "policy": "dense",
+        "tasks": ("sample_qa", "sample_summarization"),
+        "limit": 3,
+        "warmup": 2,
+        "warmup_task": "sample_qa",
+        "results_dir": str(tmp_path),
+        "name": "tiny",
+    }
+    return resolve(RunConfig(**(base | settings)))  # type: ignore[arg-type]
+
+
+def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = TinyBench.make()
+    opened = []
+    monkeypatch.setattr(Bench, "open", lambda config: opened.append(config) or bench)
+    monkeypatch.setattr(
+        "adaskip.bench.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
+    )
+    budgets = {"skip_full_layer_num": [1, 2], "skip_sub_layer_num": [3]}
+    cells = cells_of(config(tmp_path), ["EE", "ADA"], budgets)
+    assert [(cell.policy, cell.budget) for cell in cells] == [
+        ("dense", 0),
+        ("EE", 1),
+        ("EE", 2),
+        ("ADA", 3),
+    ]
+    path, record = measure(cells[:3], 16)
+    assert len(opened) == 1
+    assert measure(cells[:2], 16) == (path, record)
+    assert len(opened) == 1
+    _, record = measure(cells, 16)
+    assert len(opened) == 2
+    assert [*record["sums"]][3] == "ADA 3 (gain token, online, 2 rows of sample_qa)"
+    found = record["sums"]["EE 2"]
+    assert found["skipped_share"] == {"prefill": 0.5, "decode": 0.5}
+    by_task = found["tasks"].values()
+    assert found["nll"] == pytest.approx(sum(task["nll"] for task in by_task))
+    assert found["tokens"] == sum(n for task in by_task for _, n in task["rows"].values())
+    lines = table(record, cells).splitlines()
+    assert [line.split("|")[1].split()[0] for line in lines[2:]] == ["dense", "EE", "EE", "ADA"]
+    with pytest.raises(RunError, match="reference_tokens: 16 then, 8 now"):
+        measure(cells[:1], 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "EE"], "needs its budget: --skip_full_layer_num"),
+        (["--policy", "XX", "--skip_full_layer_num", "1"], "XX"),
+        (["--skip_sub_layer_num", "4"], "no --policy that counts so"),
+        (["--policy", "EE", "--skip_full_layer_num", "-1"], "0 or more"),
+        (["--batch_size", "4"], "unrecognized arguments"),
+        (["--scope", "never"], "invalid choice"),
+    ],
+)
+def test_bad_options(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert perplexity_main(["--model", "smollm2", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
