@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -10,11 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from adaskip.errors import AdaskipError
+from adaskip.budget import SELECTS, Select, sublayers_for
+from adaskip.calibration import measured_times
+from adaskip.errors import AdaskipError, unknown_name
 from adaskip.importance import GAINS, Gain, Importance
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Step, Sublayer
 from adaskip.policies.base import SkipPolicy, check_budget, register
 from adaskip.recorders import Span, StepStats, median
+from adaskip.sublayer_times import SublayerTimes
+
+# The context at which times are measured if none are given.
+_CONTEXT = 1024
 
 
 @register("ADA")
@@ -29,10 +36,16 @@ class AdaSkip(SkipPolicy):
 
     Attributes:
         importance: what `learn_importance` learned about the model.
-        n_skip: sublayers to skip, 0 to 2L; attention and FFN compete in one pool.
+        n_skip: sublayers to skip, 0 to 2L; attention and FFN compete in one pool. None if
+            `acceleration` says it.
         online: whether the extension is on.
         window: decode steps to observe.
         gain: how a skipped sublayer is compensated; see `Importance`. None leaves the residual.
+        acceleration: in place of `n_skip`, the ratio of dense to skipped time to reach by the
+            offline sublayers; see `adaskip.budget`.
+        times: what the sublayers take, from `measured_times`; None measures them when the policy
+            is applied, at 1,024 tokens: of prefill for scope "prefill", else of a decode step.
+        select: with `acceleration`, "rank" or "knapsack".
 
     Source: AdaSkip (arXiv 2501.02336), algorithms 1 and 2; METHOD, "Policies".
     Differs from the released code: the extension works. There, its threshold is reset to 1.0 by
@@ -42,21 +55,32 @@ class AdaSkip(SkipPolicy):
     budget: ClassVar[Literal["layers", "sublayers"]] = "sublayers"
 
     importance: Importance = field(repr=False)
-    n_skip: int
+    n_skip: int | None = None
     online: bool = True
     window: int = 20
     gain: Gain | None = "token"
+    acceleration: float | None = None
+    times: SublayerTimes | None = field(repr=False, default=None)
+    select: Select = "rank"
     _fixed: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
     _extension: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
     _current: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
     _request: int = field(init=False, repr=False, default=-1)
     _seen: list[tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=list)
+    _model: weakref.ref[PreTrainedModel] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if self.gain is not None and self.gain not in GAINS:
             raise AdaskipError(f"Gain {self.gain!r} is unknown; choose 'norm', 'token' or None.")
         if self.window < 1:
             raise AdaskipError(f"A window of {self.window} decode steps is too short; take 1 up.")
+        if (self.n_skip is None) == (self.acceleration is None):
+            raise AdaskipError(
+                "AdaSkip takes one budget: n_skip (sublayers) or acceleration (a ratio), got "
+                f"n_skip={self.n_skip!r} and acceleration={self.acceleration!r}."
+            )
+        if self.select not in SELECTS:
+            raise unknown_name("select", str(self.select), SELECTS)
 
     @override
     def bind(self, n_layers: int) -> None:
@@ -65,27 +89,47 @@ class AdaSkip(SkipPolicy):
                 f"The importance profile is of a model of {self.importance.n_layers} layers, the "
                 f"model has {n_layers}; learn a profile of this model."
             )
-        check_budget("AdaSkip", self.n_skip, 2 * n_layers, "sublayers")
+        if self.n_skip is not None:
+            check_budget("AdaSkip", self.n_skip, 2 * n_layers, "sublayers")
         super().bind(n_layers)
-        chosen = self.importance.ranking()[: self.n_skip]
-        self._fixed = SkipPlan({s: self.importance.gain(s, self.gain) for s in chosen})
+        if self.acceleration is not None and self.times is None:
+            self.times = self._measured()
+        self._fixed = SkipPlan({s: self.importance.gain(s, self.gain) for s in self.chosen()})
         self._start(-1)
 
     @override
     def check_model(self, model: PreTrainedModel) -> None:
         self.importance.check_model(model)
+        self._model = weakref.ref(model)
+
+    def _measured(self) -> SublayerTimes:
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise AdaskipError(
+                "AdaSkip needs the sublayers' times for an acceleration: give "
+                "times=measured_times(model, phase, context), or use it with skipping()."
+            )
+        phase = Phase.PREFILL if self.scope == "prefill" else Phase.DECODE
+        return measured_times(model, phase, _CONTEXT)
+
+    def chosen(self) -> tuple[Sublayer, ...]:
+        """The offline sublayers, by the budget; with `acceleration` only once times are known."""
+        if self.acceleration is None or self.times is None:
+            return self.importance.ranking()[: self.n_skip]
+        return sublayers_for(self.importance, self.times, self.acceleration, self.select)
 
     @property
     @override
     def stepwise(self) -> bool:
-        return self.online and self.n_skip > 0 and self.scope != "prefill"
+        return self.online and self.n_skip != 0 and self.scope != "prefill"
 
     @property
     def threshold(self) -> float:
-        """The `n_skip`-th largest offline similarity, which an FFN has to reach online."""
-        if self.n_skip == 0:
-            return float("inf")
-        return self.importance.similarity[self.importance.ranking()[self.n_skip - 1]]
+        """The lowest offline similarity of those chosen, which an FFN has to reach online.
+
+        By rank, that is the N-th largest one.
+        """
+        return min((self.importance.similarity[s] for s in self.chosen()), default=float("inf"))
 
     @property
     def extension(self) -> SkipPlan:
@@ -130,11 +174,12 @@ class AdaSkip(SkipPolicy):
         else:
             gain = (gains * weights).sum(dim=1) / weights.sum()
         learned = torch.stack([similarity, gain]).tolist()
+        threshold = self.threshold
         self._extension = SkipPlan(
             {
                 ffn: None if self.gain is None else g
                 for ffn, s, g in zip(ffns, *learned, strict=True)
-                if s >= self.threshold
+                if s >= threshold
             }
         )
         self._current = self._fixed | self._extension

@@ -1,0 +1,113 @@
+"""How many sublayers to skip, told in terms of speed: METHOD, "Budget by acceleration ratio"."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from adaskip.errors import AdaskipError, unknown_name
+from adaskip.importance import Importance
+from adaskip.plan import Sublayer
+from adaskip.sublayer_times import SublayerTimes
+
+Select = Literal["rank", "knapsack"]
+SELECTS: tuple[Select, ...] = get_args(Select)
+# Times are compared as whole picoseconds, in which sums do not depend on their order.
+_UNIT = 1e-12
+
+
+def sublayers_for(
+    importance: Importance, times: SublayerTimes, acceleration: float, select: Select = "rank"
+) -> tuple[Sublayer, ...]:
+    """The sublayers to skip for an acceleration ratio, least important first.
+
+    Args:
+        importance: what `learn_importance` learned about the model.
+        times: per-sublayer times of the phase, context length and batch that matter.
+        acceleration: the ratio alpha of dense to skipped time, 1 or more.
+        select: "rank": by similarity, until the predicted ratio is reached. "knapsack": of all
+            sets that reach it, the one of the smallest sum of (1 - similarity).
+
+    Returns:
+        The fewest leading sublayers of the ranking, or the best set, with predicted ratio
+        `times.speedup(...)` of at least `acceleration`.
+
+    Raises:
+        AdaskipError: the ratio is below 1 or cannot be reached, times and importance are of
+            different models, or `select` is unknown.
+
+    Source: AdaSkip (arXiv 2501.02336), acceleration ratio; METHOD, "Budget".
+    """
+    if select not in SELECTS:
+        raise unknown_name("select", str(select), SELECTS)
+    if times.n_layers != importance.n_layers:
+        raise AdaskipError(
+            f"The times are of a model of {times.n_layers} layers, the importance profile of one "
+            f"of {importance.n_layers}; measure the times of the profile's model."
+        )
+    target = _target(times, acceleration)
+    if target <= 0:
+        return ()
+    choose = _cheapest if select == "knapsack" else _leading
+    return choose(importance, times, target)
+
+
+def _leading(importance: Importance, times: SublayerTimes, target: int) -> tuple[Sublayer, ...]:
+    """As many sublayers of the ranking as it takes to save `target` units."""
+    ranking = importance.ranking()
+    saved = 0
+    for count, sublayer in enumerate(ranking, start=1):
+        saved += _units(times.seconds[sublayer])
+        if saved >= target:
+            return ranking[:count]
+    raise AssertionError("unreachable: the target was checked against all sublayers")
+
+
+def _target(times: SublayerTimes, acceleration: float) -> int:
+    """The time to save, `T * (1 - 1 / alpha)`, in units."""
+    highest = times.speedup(times.seconds) if times.saved(times.seconds) < times.total else None
+    if not acceleration >= 1:
+        raise AdaskipError(f"An acceleration of {acceleration} is none; give 1 or more.")
+    target = _units(times.total * (1 - 1 / acceleration))
+    if target > sum(map(_units, times.seconds.values())):
+        limit = "" if highest is None else f"; skipping every sublayer gives {highest:.2f}"
+        raise AdaskipError(
+            f"An acceleration of {acceleration} cannot be reached in {times.phase} at "
+            f"{times.context} tokens{limit}. Give less."
+        )
+    return target
+
+
+def _cheapest(importance: Importance, times: SublayerTimes, target: int) -> tuple[Sublayer, ...]:
+    """The set that saves `target` units at the least loss of similarity.
+
+    Exact: sublayer by sublayer, every set is kept that no other one beats in both time saved and
+    similarity lost. As layers of one kind take the same time, those are few.
+    """
+    # By time saved (all at or above the target count as the target): loss and members.
+    best: dict[int, tuple[float, tuple[Sublayer, ...]]] = {0: (0.0, ())}
+    for sublayer in importance.ranking():
+        gained = _units(times.seconds[sublayer])
+        lost = 1 - importance.similarity[sublayer]
+        for saved, (loss, members) in list(best.items()):
+            reached = min(saved + gained, target)
+            if reached not in best or best[reached][0] > loss + lost:
+                best[reached] = (loss + lost, (*members, sublayer))
+        best = _undominated(best)
+    return best[target][1]
+
+
+def _undominated(
+    sets: dict[int, tuple[float, tuple[Sublayer, ...]]],
+) -> dict[int, tuple[float, tuple[Sublayer, ...]]]:
+    """Without the sets that save no more than another one and lose no less."""
+    kept = {}
+    lowest = float("inf")
+    for saved in sorted(sets, reverse=True):
+        if sets[saved][0] < lowest:
+            lowest = sets[saved][0]
+            kept[saved] = sets[saved]
+    return kept
+
+
+def _units(seconds: float) -> int:
+    return round(seconds / _UNIT)

@@ -1,0 +1,90 @@
+"""What the C library does with freed memory, and peak memory of a phase.
+
+A prefill allocates and frees activations of some MB for every operation. glibc gives such blocks
+back to the kernel at once, so the next operation has to fault them in again, page by page: the time
+for that is paid by stock transformers as well, and changes from run to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_TOP_PAD = 64 << 20
+_RESET_PEAK = "5"
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep freed memory for its next allocations; returns whether it could.
+
+    Takes effect on Linux with glibc only, for the rest of the process. The process then stays as
+    large as it was at its peak; the peak itself does not grow. Only computing on the CPU gains.
+    """
+    libc = _glibc()
+    if libc is None:
+        return False
+    # Nothing by mmap, which is unmapped when freed; nothing trimmed from the top of the heap.
+    options = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD))
+    taken = [libc.mallopt(name, value) for name, value in options]
+    return all(taken)
+
+
+def release_freed_memory() -> None:
+    """Gives freed memory back to the kernel once; afterwards resident memory is what is used."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begins a new measurement of peak memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    release_freed_memory()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak since `reset_peak`: allocated on CUDA, resident in the CPU's memory; None if unknown.
+
+    Where the kernel does not let a process reset its peak, the CPU's is that of the whole process.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return _status_bytes("VmHWM")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that is free to be used on the device; None if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return None if found is None else int(found[1]) * 1024
+    return None
+
+
+def _status_bytes(key: str) -> int | None:
+    with contextlib.suppress(OSError):
+        found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return None if found is None else int(found[1]) * 1024
+    return None
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    with contextlib.suppress(OSError):
+        libc = ctypes.CDLL(None)
+        if all(hasattr(libc, name) for name in ("mallopt", "malloc_trim", "gnu_get_libc_version")):
+            return libc
+    return None

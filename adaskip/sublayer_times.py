@@ -1,0 +1,124 @@
+"""How long the sublayers of a model take: the values, not how they are measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaskip.errors import AdaskipError
+from adaskip.plan import Phase, Sublayer, all_sublayers
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class SublayerTimes:
+    """How long one forward of a dense model takes, and each of its sublayers within it.
+
+    Attributes:
+        total: seconds of a forward (prefill: the whole prompt; decode: one step).
+        seconds: of every sublayer, in depth order.
+        phase: prefill or decode.
+        context: prompt tokens.
+        batch: sequences.
+    """
+
+    total: float
+    seconds: Mapping[Sublayer, float] = field(repr=False)
+    phase: Phase
+    context: int
+    batch: int = 1
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self.seconds) // 2
+
+    def of_kind(self, kind: str) -> float:
+        """Seconds of all sublayers of a kind together."""
+        return sum(t for sublayer, t in self.seconds.items() if sublayer.kind == kind)
+
+    def saved(self, skipped: Collection[Sublayer]) -> float:
+        """Seconds that skipping saves at best: those sublayers cost nothing (Amdahl)."""
+        return sum(self.seconds[sublayer] for sublayer in skipped)
+
+    def speedup(self, skipped: Collection[Sublayer]) -> float:
+        """`T / (T - sum of skipped sublayers' times)`: METHOD, "Budget"."""
+        return self.total / (self.total - self.saved(skipped))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "version": VERSION,
+            "total": self.total,
+            "phase": str(self.phase),
+            "context": self.context,
+            "batch": self.batch,
+            "attn": [t for s, t in self.seconds.items() if s.kind == "attn"],
+            "ffn": [t for s, t in self.seconds.items() if s.kind == "ffn"],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> SublayerTimes:
+        """The inverse of `as_dict`.
+
+        Raises:
+            AdaskipError: it is not such a record.
+        """
+        try:
+            if content["version"] != VERSION or len(content["attn"]) != len(content["ffn"]):
+                raise AdaskipError("Measured times are of another version; measure them anew.")
+            seconds = {
+                s: float(content[s.kind][s.layer]) for s in all_sublayers(len(content["attn"]))
+            }
+            return cls(
+                float(content["total"]),
+                seconds,
+                Phase(content["phase"]),
+                int(content["context"]),
+                int(content["batch"]),
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise AdaskipError(
+                f"Measured times are damaged ({type(error).__name__} {error}); measure them anew."
+            ) from error
+
+
+def combined(
+    totals: Sequence[float],
+    forwards: Sequence[Mapping[Sublayer, float]],
+    clocked: Sequence[float],
+    *,
+    phase: Phase,
+    context: int,
+    batch: int,
+    layer_types: Sequence[str] | None = None,
+) -> SublayerTimes:
+    """Times of sublayers from interleaved plain and clocked forwards.
+
+    Layers of one type do the same work, so all of them are given their mean. The timestamps' own
+    cost is taken out: sublayers keep their share of the clocked time.
+
+    Args:
+        totals: seconds of forwards without timestamps.
+        forwards: of every sublayer, in each forward with timestamps.
+        clocked: seconds of forwards with timestamps, of the same number of steps.
+        phase: of all those forwards.
+        context: prompt tokens.
+        batch: sequences.
+        layer_types: of each layer, e.g. "sliding_attention"; None if there is one type.
+    """
+    total = statistics.median(totals)
+    scale = total / statistics.median(clocked)
+    medians = {s: statistics.median(f[s] for f in forwards) for s in forwards[0]}
+    groups: dict[tuple[str, str], list[float]] = {}
+    for sublayer, value in medians.items():
+        groups.setdefault(_group(sublayer, layer_types), []).append(value)
+    seconds = {s: scale * statistics.mean(groups[_group(s, layer_types)]) for s in medians}
+    return SublayerTimes(total, seconds, phase, context, batch)
+
+
+def _group(sublayer: Sublayer, layer_types: Sequence[str] | None) -> tuple[str, str]:
+    return sublayer.kind, "" if layer_types is None else layer_types[sublayer.layer]

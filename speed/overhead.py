@@ -1,0 +1,12 @@
+"""What patching, recording and learning cost: `python speed/overhead.py`; see docs/SPEED.md."""
+
+import sys
+from pathlib import Path
+
+# A checkout that is not installed must find the package, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adaskip.overhead import overhead_main
+
+if __name__ == "__main__":
+    sys.exit(overhead_main())

@@ -1,0 +1,12 @@
+"""A prefill by operator: `python speed/profile_prefill.py`; see docs/SPEED.md."""
+
+import sys
+from pathlib import Path
+
+# A checkout that is not installed must find the package, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adaskip.opprofile import profile_main
+
+if __name__ == "__main__":
+    sys.exit(profile_main())
