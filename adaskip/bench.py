@@ -58,7 +58,8 @@ class Bench:
         name = config.model_path or config.model_name
         # A path or hub id replaces the weights; prompt limit and template stay the named model's.
         spec = model_spec(config.model_name)
-        model = load_model(name, dtype=config.dtype, device=config.device)
+        names = ("dtype", "device", "device_map", "tp_plan")
+        model = load_model(name, **{option: getattr(config, option) for option in names})
         return cls(spec, model, load_tokenizer(name), _source(config))
 
     def fits(self, config: RunConfig) -> bool:
@@ -242,4 +243,5 @@ def _warmup_of(config: RunConfig) -> str:
 
 
 def _source(config: RunConfig) -> tuple[str | None, ...]:
-    return (config.model_name, config.model_path, config.dtype, config.device)
+    split = [part for part in (config.device_map, config.tp_plan) if part]
+    return (config.model_name, config.model_path, config.dtype, config.device, *split)

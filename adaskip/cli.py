@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from adaskip.distributed import launched_as_first
 from adaskip.errors import AdaskipError
 from adaskip.plan import Scope
 from adaskip.runconfig import RunConfig
@@ -29,13 +30,14 @@ class Parser(argparse.ArgumentParser):
 
 def say(text: str) -> None:
     """Prints a result: the command lines' one outlet."""
-    print(text, flush=True)  # noqa: T201 - what the user asked for goes to stdout
+    if launched_as_first():
+        print(text, flush=True)  # noqa: T201 - what the user asked for goes to stdout
 
 
 def guarded(action: Callable[[], int]) -> int:
     """Runs a command; returns its exit code, 2 for bad input, 130 for Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("adaskip").setLevel(logging.INFO)
+    logging.getLogger("adaskip").setLevel(logging.INFO if launched_as_first() else logging.ERROR)
     try:
         return action()
     except AdaskipError as error:

@@ -13,6 +13,7 @@ from adaskip.plans import Cell, SweepPlan
 from adaskip.reference_quality import read_perplexity
 from adaskip.runconfig import DENSE
 from adaskip.scoring import RunScore, TaskScore, score_run
+from adaskip.statistics import paired_interval
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,19 @@ class Line:
         """Policy and budget as a figure names them."""
         return self.policy if self.policy == DENSE else f"{self.policy} {self.budget}"
 
+    @property
+    def sublayers(self) -> int:
+        """The budget in sublayers, whatever its unit."""
+        return self.budget * (2 if self.unit == "layers" else 1)
+
     def share(self, phase: Phase) -> float | None:
         """Skipped share of sublayers in a phase, mean over tasks."""
         return _mean(score.skipped_share[phase] for score in self.scores.values())
+
+    @property
+    def truncated(self) -> float | None:
+        """Share of prompts that lost their middle, mean over tasks."""
+        return _mean(score.truncated for score in self.scores.values())
 
     def median(self, what: str) -> float | None:
         """Median over all rows of all tasks, in seconds; `what` is `"ttft"` or `"per_token"`."""
@@ -71,6 +82,30 @@ class Table:
         if dense is None or line is dense or task not in line.scores or task not in dense.scores:
             return None
         return line.scores[task].score - dense.scores[task].score
+
+    def interval(self, line: Line, task: str) -> tuple[float, float] | None:
+        """The 95 % interval of `delta`, by a paired bootstrap over the rows both have."""
+        dense = self.dense
+        if dense is None or self.delta(line, task) is None:
+            return None
+        found = paired_interval(line.scores[task].row_scores, dense.scores[task].row_scores)
+        return None if found is None else (100 * found[0], 100 * found[1])
+
+    def best(self, task: str) -> set[str]:
+        """Labels of the lines with the best score of a task among those of the same skipped share.
+
+        The paper sets them in bold; a share with a single line has no best.
+        """
+        groups: dict[int, list[Line]] = {}
+        for line in self.lines:
+            if line.policy != DENSE and task in line.scores:
+                groups.setdefault(line.sublayers, []).append(line)
+        best = set()
+        for lines in groups.values():
+            top = max(line.scores[task].score for line in lines)
+            if len(lines) > 1:
+                best |= {line.label for line in lines if line.scores[task].score == top}
+        return best
 
 
 def collect(plan: SweepPlan) -> list[Table]:

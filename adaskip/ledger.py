@@ -6,18 +6,24 @@ import datetime as dt
 import hashlib
 import uuid
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from adaskip.errors import RunError
+from adaskip.distributed import team
+from adaskip.errors import AdaskipError, RunError
 from adaskip.prompts import prompt_template
 from adaskip.records import SCHEMA, Record, environment, read_json, read_rows, write_json
 from adaskip.runconfig import RunConfig
 from adaskip.tasks import task_spec
 
 RUN_FILE = "run.json"
-SESSION = uuid.uuid4().hex[:12]
-"""This process; rows and records carry it, because times compare only within one session."""
+
+
+@cache
+def session_id() -> str:
+    """This command; rows and records carry it, because times compare only within one session."""
+    return team().on_first(lambda: uuid.uuid4().hex[:12])
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -46,7 +52,7 @@ def existing_record(config: RunConfig) -> Record:
         if any(folder.glob("*.jsonl")):
             raise RunError(f"{folder} has rows but no {RUN_FILE}; move the folder away.")
         return {}
-    record = read_json(folder / RUN_FILE)
+    record = read_record(folder)
     if not config.resume:
         raise RunError(f"{folder} exists already: leave out --no-resume, or give another --model.")
     old, new = RunConfig.from_dict(record["config"]).settings(), config.settings()
@@ -57,6 +63,33 @@ def existing_record(config: RunConfig) -> Record:
             f"{folder} was made with other settings ({what}). Nothing was changed; give this run "
             "another name (--model NAME) or move the folder away."
         )
+    return record
+
+
+def read_record(folder: Path) -> Record:
+    """What `run.json` of a run's folder holds, its parts checked.
+
+    Raises:
+        RunError: it is damaged, or of another version.
+    """
+    path = folder / RUN_FILE
+    record = read_json(path)
+    try:
+        RunConfig.from_dict(record["config"])
+        good = isinstance(record["n_layers"], int) and record["n_layers"] > 0
+        good &= isinstance(record["importance"], str | None)
+        good &= all(isinstance(item["id"], str) for item in record["sessions"])
+        for task, facts in record["tasks"].items():
+            task_spec(task)
+            good &= isinstance(facts["rows"], int) and isinstance(facts["max_new_tokens"], int)
+            good &= isinstance(facts["limit"], int | None) and isinstance(
+                facts["prompt_sha256"], str
+            )
+    except (KeyError, TypeError, AttributeError, AdaskipError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(f"{path} is damaged ({reason}); move its folder away.") from error
+    if not good:
+        raise RunError(f"{path} is damaged (a value is of the wrong type); move its folder away.")
     return record
 
 
@@ -137,5 +170,5 @@ def _covers(recorded: int | None, asked: int | None) -> bool:
 
 def _sessions(old: Record, device: str) -> list[Record]:
     started = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    earlier = [item for item in old.get("sessions", []) if item["id"] != SESSION]
-    return [*earlier, {"id": SESSION, "started": started, **environment(device)}]
+    earlier = [item for item in old.get("sessions", []) if item["id"] != session_id()]
+    return [*earlier, {"id": session_id(), "started": started, **environment(device)}]

@@ -27,6 +27,7 @@ from adaskip.modelspec import (
     model_spec,
     read_model_config,
 )
+from adaskip.splitting import split_options
 
 __all__ = [
     "ModelSpec",
@@ -55,17 +56,20 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: str | None = None,
+    tp_plan: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model in eval mode, on one device.
+    """A causal language model in eval mode, on one device unless it is split.
 
-    Weights are read from safetensors, or from `.bin` files as plain tensors (`weights_only`); no
-    code of a checkpoint is ever run. InternLM v1 becomes a Llama that refuses sequences beyond its
-    exact range.
+    Weights are read from safetensors, or from `.bin` files as plain tensors (`weights_only`), never
+    code. InternLM v1 becomes a Llama that refuses sequences beyond its exact range.
 
     Args:
         name_or_path: a short name, a folder, or a hub id of a supported family.
         dtype: `torch.dtype` or its name; by default bfloat16 on CUDA and float32 elsewhere.
         device: by default CUDA if there is one, else the CPU.
+        device_map: "auto" splits the model over this process's devices (accelerate).
+        tp_plan: "auto" splits each layer over the processes of torchrun.
 
     Raises:
         AdaskipError: no such model, dtype or device; weights missing, damaged or incomplete.
@@ -76,10 +80,11 @@ def load_model(
     precision = resolve_dtype(dtype, target)
     source = model_source(str(name_or_path))
     raw = read_model_config(source)
-    model, report = _load_weights(source, build_config(raw), precision)
+    split = split_options(device_map, tp_plan)
+    model, report = _load_weights(source, build_config(raw), precision, split)
     _check_complete(source, report, refuse_extra=raw["model_type"] == internlm.MODEL_TYPE)
     internlm.guard_positions(model)
-    ready: PreTrainedModel = model.to(target).eval()
+    ready: PreTrainedModel = (model if split else model.to(target)).eval()
     return ready
 
 
@@ -211,7 +216,7 @@ def _tokenizer_class(source: str) -> str | None:
 
 
 def _load_weights(
-    source: str, config: PretrainedConfig, dtype: torch.dtype
+    source: str, config: PretrainedConfig, dtype: torch.dtype, split: Mapping[str, Any]
 ) -> tuple[Any, Mapping[str, Any]]:
     """The model with its weights, and transformers' report of which tensors fitted."""
     try:
@@ -223,6 +228,7 @@ def _load_weights(
             weights_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported by the caller, by name
+            **split,
         )
     except torch.OutOfMemoryError:
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,18 +14,9 @@ from adaskip.models import model_names
 from adaskip.plan import SCOPES, Scope
 from adaskip.reference_quality import PerplexityPlan
 from adaskip.runconfig import DENSE, RunConfig, budget_flag, check_file_name
+from adaskip.sweepfile import KEYS, check_shape, is_list
 from adaskip.tasks import task_spec
 
-_KEYS = (
-    "name",
-    "results_dir",
-    "models",
-    "settings",
-    "tasks",
-    "policies",
-    "experiments",
-    "perplexity",
-)
 # What the sweep decides itself.
 _RESERVED = frozenset(
     {"experiment", "model_name", "policy", "skip_full_layer_num", "skip_sub_layer_num", "name"}
@@ -79,6 +70,7 @@ class SweepPlan:
         experiments: the tasks of each experiment, in table order.
         folder: where tables and figure go; the runs lie in `runs/` below it.
         perplexity: how perplexity is measured, None if it is not.
+        estimate: what `--dry_run` reckons with until there are rows.
     """
 
     name: str
@@ -87,6 +79,7 @@ class SweepPlan:
     experiments: dict[Scope, tuple[str, ...]]
     cells: tuple[Cell, ...]
     perplexity: PerplexityPlan | None = None
+    estimate: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_plan(path: Path) -> SweepPlan:
@@ -96,23 +89,18 @@ def read_plan(path: Path) -> SweepPlan:
         AdaskipError: it is missing, no YAML, or asks for something unknown.
     """
     content = _read(path)
-    for key in content:
-        if key not in _KEYS:
-            raise AdaskipError(f"{path}: {unknown_name('key', str(key), _KEYS)}")
-    for key in ("name", "models", "policies", "experiments"):
-        if not content.get(key):
-            raise AdaskipError(f"{path}: the key {key!r} is missing or empty.")
+    check_shape(path, content)
     name = check_file_name("sweep name", str(content["name"]))
-    folder = Path(content.get("results_dir", f"results/{name}"))
+    folder = Path(content.get("results_dir") or f"results/{name}")
     experiments: dict[Scope, tuple[str, ...]] = {}
     for experiment, tasks in content["experiments"].items():
         if experiment not in SCOPES:
             raise AdaskipError(f"{path}: {unknown_name('experiment', str(experiment), SCOPES)}")
-        experiments[cast(Scope, experiment)] = tuple(task_spec(str(task)).name for task in tasks)
+        experiments[cast(Scope, experiment)] = tuple(task_spec(task).name for task in tasks)
     models = tuple(content["models"])
     for model in models:
         if model not in model_names():
-            raise AdaskipError(f"{path}: {unknown_name('model', str(model), model_names())}")
+            raise AdaskipError(f"{path}: {unknown_name('model', model, model_names())}")
     cells = [
         cell
         for model in models
@@ -120,7 +108,15 @@ def read_plan(path: Path) -> SweepPlan:
     ]
     for cell in cells:
         cell.config.check()
-    return SweepPlan(name, folder, models, experiments, tuple(cells), _perplexity(path, content))
+    return SweepPlan(
+        name,
+        folder,
+        models,
+        experiments,
+        tuple(cells),
+        _perplexity(path, content),
+        _estimate(path, content),
+    )
 
 
 def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
@@ -153,7 +149,7 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise AdaskipError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
-        raise AdaskipError(f"{path} must be a mapping with the keys {', '.join(_KEYS)}.")
+        raise AdaskipError(f"{path} must be a mapping with the keys {', '.join(KEYS)}.")
     return content
 
 
@@ -162,9 +158,18 @@ def _perplexity(path: Path, content: Mapping[str, Any]) -> PerplexityPlan | None
     if not facts:
         return None
     for key, value in facts.items():
-        if key not in ("rows", "max_tokens") or not isinstance(value, int) or value < 1:
+        if key not in ("rows", "max_tokens") or type(value) is not int or value < 1:
             raise AdaskipError(f"{path}: perplexity takes rows and max_tokens, each 1 or more.")
     return PerplexityPlan(**facts)
+
+
+def _estimate(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    facts = content.get("estimate") or {}
+    rows = facts.get("rows", {}) if isinstance(facts, dict) else None
+    numbers = [*rows.values(), facts.get("prompt_tokens", 1)] if isinstance(rows, dict) else []
+    if not numbers or set(facts) - {"rows", "prompt_tokens"} or not is_list(numbers, int):
+        raise AdaskipError(f"{path}: estimate takes rows (by task) and prompt_tokens, as numbers.")
+    return dict(facts)
 
 
 def _policies(budgets: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:

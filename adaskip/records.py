@@ -193,10 +193,21 @@ def environment(device: str) -> Record:
         "transformers": metadata.version("transformers"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if on_cuda else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
         "threads": torch.get_num_threads(),
         "commit": git_commit(),
     }
+
+
+def cpu_name() -> str:
+    """The processor's model and how many of its threads there are."""
+    name = platform.processor() or platform.machine() or "cpu"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name} × {os.cpu_count()}"
 
 
 def git_commit() -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaskip.bench import Bench
+from adaskip.errors import RunError
 from adaskip.ledger import run_folder
 from adaskip.perplexity import reference_perplexity
 from adaskip.records import SCHEMA, Record, read_json, write_json
@@ -32,7 +33,12 @@ def read_perplexity(config: RunConfig, task: str) -> Record | None:
         RunError: the file is damaged.
     """
     path = perplexity_path(config, task)
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    record = read_json(path)
+    if not isinstance(record.get("perplexity"), float) or "plan" not in record:
+        raise RunError(f"{path} is damaged; delete it and run again.")
+    return record
 
 
 def is_measured(config: RunConfig, task: str, plan: PerplexityPlan) -> bool:

@@ -1,112 +1,157 @@
-"""The tables of a sweep: one per model and experiment, as markdown, JSON and figure."""
+"""The report of a sweep: one markdown text, one page, one JSON file, and the figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from adaskip.comparison import Line, Table, collect, ideal_speedup
+from adaskip.comparison import Line, Table, collect
 from adaskip.evaluation import notes_on
-from adaskip.ledger import RUN_FILE, run_folder
+from adaskip.pictures import Picture, found_pictures
 from adaskip.plan import Phase
 from adaskip.plans import SweepPlan
-from adaskip.records import SCHEMA, read_json, write_json, write_text
-from adaskip.runconfig import DENSE
-from adaskip.tables import MISSING, markdown_table, number, percent, perplexity
+from adaskip.recipe import (
+    machines_grid,
+    profiles,
+    prompts_grid,
+    read_recipe,
+    settings_grid,
+)
+from adaskip.records import SCHEMA, Record, write_json, write_text
+from adaskip.report_tables import quality_grid, speed_grid
+from adaskip.tradeoff import draw_tradeoff
 
 CAPTION = (
-    "Scores are LongBench's metric of the task x100; `Δ` is the difference to the dense row of the "
-    "same run; perplexity is that of the reference answers. Skipped: share of all sublayers over "
-    "all forwards. Times are medians over rows; speedups are medians of the per-row ratio to "
-    "dense, in brackets the bound by the count of skipped sublayers."
+    "Scores are LongBench's metric of the task × 100. Δ is the difference to the dense rows of the "
+    "same sweep, with a 95 % paired bootstrap interval over rows (10,000 draws, seeded). "
+    "Perplexity is that of the reference answers."
+)
+SPEED_CAPTION = (
+    "Skipped: share of all sublayers over all forwards. Times are medians over rows; speedups are "
+    "medians of the per-row ratio to dense, in brackets the bound by the count of skipped "
+    "sublayers."
 )
 
 
+@dataclass(frozen=True)
+class Report:
+    """Everything a report shows.
+
+    Attributes:
+        failures: what stopped the cells that failed, by label.
+        recipe: per run folder its record.
+        pictures: figures of other commands.
+        tradeoffs: per model its drawing of quality against speed.
+    """
+
+    plan: SweepPlan
+    tables: tuple[Table, ...]
+    failures: Mapping[str, str]
+    recipe: Mapping[str, Record]
+    pictures: tuple[Picture, ...]
+    tradeoffs: Mapping[str, str]
+
+    def tables_of(self, model: str) -> list[Table]:
+        """One model's tables, in the order of its experiments."""
+        return [table for table in self.tables if table.model == model]
+
+    def notes(self) -> list[str]:
+        """What must be said beside the tables."""
+        notes: list[str] = []
+        for table in self.tables:
+            for line in table.lines:
+                for score in line.scores.values():
+                    notes += notes_on(line.label, score)
+            notes += _session_notes(table)
+        notes += [f"FAILED: {label}: {error}" for label, error in self.failures.items()]
+        return list(dict.fromkeys(notes))
+
+
+def read_report(plan: SweepPlan, failures: Mapping[str, str]) -> Report:
+    """Scores every cell that has rows.
+
+    Raises:
+        RunError: a file is damaged.
+    """
+    tables = tuple(collect(plan))
+    drawn = {
+        model: draw_tradeoff([table for table in tables if table.model == model])
+        for model in plan.models
+    }
+    return Report(
+        plan,
+        tables,
+        failures,
+        read_recipe(plan),
+        tuple(found_pictures(plan.folder.parent, plan.models)),
+        {model: text for model, text in drawn.items() if text},
+    )
+
+
 def write_report(plan: SweepPlan, failures: Mapping[str, str]) -> str:
-    """Scores every cell that has rows, writes `report.md`, `.json` and `.png`.
+    """Scores every cell that has rows, writes `report.md`, `.html`, `.json` and `.png`.
 
     Args:
         plan: the sweep.
         failures: what stopped the cells that failed, by label.
 
     Returns:
-        The text of `report.md`.
+        The tables as text.
 
     Raises:
         RunError: a file is damaged or cannot be written.
     """
     from adaskip.figure import draw
+    from adaskip.page import as_page
 
-    tables = collect(plan)
-    text = as_markdown(plan, tables, failures)
-    write_text(plan.folder / "report.md", text + "\n")
-    write_json(plan.folder / "report.json", as_json(plan, tables, failures))
-    draw(tables, plan.folder / "report.png")
-    return text
+    report = read_report(plan, failures)
+    figure = plan.folder / "report.png"
+    draw(report.tables, figure)
+    for model, drawing in report.tradeoffs.items():
+        write_text(plan.folder / f"quality-{model}.svg", drawing + "\n")
+    write_text(plan.folder / "report.md", as_markdown(report) + "\n")
+    write_text(plan.folder / "report.html", as_page(report, figure) + "\n")
+    write_json(plan.folder / "report.json", as_json(report))
+    return tables_text(report)
 
 
-def as_markdown(plan: SweepPlan, tables: Sequence[Table], failures: Mapping[str, str]) -> str:
-    """All tables with what must be said beside them."""
-    parts = [f"# {plan.name}", CAPTION]
-    notes: list[str] = []
-    for table in tables:
-        parts += [f"## {table.experiment}: {table.model}", _table_text(table)]
-        for line in table.lines:
-            for score in line.scores.values():
-                notes += notes_on(line.label, score)
-        notes += _session_notes(table)
-    notes += [f"FAILED: {label}: {error}" for label, error in failures.items()]
+def tables_text(report: Report) -> str:
+    """All tables with what must be said beside them: what a sweep prints."""
+    parts = [f"# {report.plan.name}", CAPTION + " " + SPEED_CAPTION]
+    for table in report.tables:
+        parts.append(f"## {table.experiment}: {table.model}")
+        parts.append(quality_grid(table).markdown())
+        if table.lines:
+            parts.append(speed_grid(table).markdown())
+    notes = report.notes()
     if notes:
-        parts.append("\n".join(f"- {note}" for note in dict.fromkeys(notes)))
+        parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts)
 
 
-def _table_text(table: Table) -> str:
-    header = ["policy", "skips"]
-    for task in table.tasks:
-        header += [task, "Δ"] + ["rougeL"] * _with_rouge_l(table, task)
-        header += ["perplexity"] * _with_perplexity(table, task)
-    header += ["rows", "skipped % prefill", "decode", "TTFT s", "speedup", "ms/token", "speedup"]
-    rows = [_cells(table, line) for line in table.lines]
-    return markdown_table(header, rows) if rows else "No results yet."
-
-
-def _cells(table: Table, line: Line) -> list[str]:
-    skips = "nothing" if line.policy == DENSE else f"{line.budget} {line.unit}"
-    cells = [line.policy, skips]
-    for task in table.tasks:
-        score = line.scores.get(task)
-        cells.append(number(score.score if score else None))
-        cells.append(number(table.delta(line, task), signed=True))
-        if _with_rouge_l(table, task):
-            cells.append(number(score.rouge_l if score else None))
-        if _with_perplexity(table, task):
-            cells.append(perplexity(line.perplexity.get(task)))
-    step = line.median("per_token")
-    return [
-        *cells,
-        str(sum(score.n_rows for score in line.scores.values())),
-        percent(line.share(Phase.PREFILL)),
-        percent(line.share(Phase.DECODE)),
-        number(line.median("ttft")),
-        _speedup(line.speedup(table.dense, "ttft"), line.share(Phase.PREFILL)),
-        number(None if step is None else 1000 * step, 1),
-        _speedup(line.speedup(table.dense, "per_token"), line.share(Phase.DECODE)),
+def as_markdown(report: Report) -> str:
+    """The tables, the figures and the recipe."""
+    parts = [tables_text(report), "## Figures"]
+    drawn = [
+        (f"quality-{model}.svg", f"Quality against speed of {model}") for model in report.tradeoffs
     ]
+    if any(table.lines for table in report.tables):
+        drawn.append(("report.png", "Scores and perplexity by task"))
+    drawn += [(_beside(report.plan.folder, item.path), item.caption) for item in report.pictures]
+    parts += [f"![{caption}]({path})" for path, caption in drawn] or ["None yet."]
+    parts += ["## Recipe", prompts_grid(report.recipe).markdown()]
+    used = profiles(report.recipe)
+    if used:
+        parts.append(f"Importance profiles: {', '.join(used)}.")
+    parts += [settings_grid(report.recipe).markdown(), machines_grid(report.recipe).markdown()]
+    return "\n\n".join(parts)
 
 
-def _speedup(measured: float | None, share: float | None) -> str:
-    if measured is None or share is None:
-        return MISSING
-    return f"{measured:.2f} ({ideal_speedup(share):.2f})"
-
-
-def _with_rouge_l(table: Table, task: str) -> bool:
-    return any(line.scores[task].rouge_l is not None for line in table.lines if task in line.scores)
-
-
-def _with_perplexity(table: Table, task: str) -> bool:
-    return any(task in line.perplexity for line in table.lines)
+def _beside(folder: Path, path: Path) -> str:
+    """The way from the report to a figure next to its folder."""
+    return f"../{path.relative_to(folder.parent).as_posix()}"
 
 
 def _session_notes(table: Table) -> list[str]:
@@ -120,22 +165,20 @@ def _session_notes(table: Table) -> list[str]:
     ]
 
 
-def as_json(
-    plan: SweepPlan, tables: Sequence[Table], failures: Mapping[str, str]
-) -> dict[str, Any]:
+def as_json(report: Report) -> dict[str, Any]:
     """Everything the tables show, with the score of every row, and where it comes from."""
     return {
         "schema": SCHEMA,
-        "name": plan.name,
-        "failures": dict(failures),
-        "recipe": _recipe(plan),
+        "name": report.plan.name,
+        "failures": dict(report.failures),
+        "recipe": dict(report.recipe),
         "tables": [
             {
                 "model": table.model,
                 "experiment": table.experiment,
                 "lines": [_line_json(table, line) for line in table.lines],
             }
-            for table in tables
+            for table in report.tables
         ],
     }
 
@@ -154,18 +197,9 @@ def _line_json(table: Table, line: Line) -> dict[str, Any]:
             task: {
                 **score.as_dict(),
                 "delta": table.delta(line, task),
+                "delta_interval": table.interval(line, task),
                 "perplexity": line.perplexity.get(task),
             }
             for task, score in line.scores.items()
         },
     }
-
-
-def _recipe(plan: SweepPlan) -> dict[str, Any]:
-    """Per run: settings, prompt hashes, profile and the machine, from its `run.json`."""
-    recipe = {}
-    for folder in dict.fromkeys(run_folder(cell.config) for cell in plan.cells):
-        if (folder / RUN_FILE).is_file():
-            record = read_json(folder / RUN_FILE)
-            recipe[folder.name] = {key: value for key, value in record.items() if key != "schema"}
-    return recipe

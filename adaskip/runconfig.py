@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +66,12 @@ class RunConfig:
     batch_size: int = option(1, "rows generated together; the online extension decides per batch")
     dtype: str | None = option(None, "float32, bfloat16 or float16 (default: bfloat16 on CUDA)")
     device: str | None = option(None, "torch device (default: cuda where there is one, else cpu)")
+    device_map: str | None = option(
+        None, "auto: split the layers over all devices of the process (accelerate)"
+    )
+    tp_plan: str | None = option(
+        None, "auto: split every layer over the processes torchrun started (tensor parallel)"
+    )
     importance: str | None = option(None, "importance profile to use in place of warming up")
     warmup: int = option(20, "warm-up prompts to learn importance from")
     warmup_task: str | None = option(
@@ -115,7 +123,7 @@ class RunConfig:
         """The inverse of `as_dict`.
 
         Raises:
-            RunError: a field is unknown or missing.
+            RunError: a field is unknown, missing or of the wrong type.
         """
         known = {item.name for item in dataclasses.fields(cls)}
         for key in content:
@@ -124,6 +132,9 @@ class RunConfig:
         for key in ("experiment", "model_name"):
             if key not in content:
                 raise RunError(f"The setting {key!r} is missing; it has no default.")
+        hints = typing.get_type_hints(cls)
+        for key, value in content.items():
+            _check_type(key, value, hints[key])
         return cls(**{**content, "tasks": tuple(content.get("tasks", ()))})
 
     def check(self) -> None:
@@ -138,6 +149,11 @@ class RunConfig:
         check_file_name("run name (--model)", self.run_name)
         if self.gain not in GAINS:
             raise unknown_name("gain", self.gain, GAINS)
+        for key in ("device_map", "tp_plan"):
+            if getattr(self, key) not in (None, "auto"):
+                raise unknown_name(f"--{key}", getattr(self, key), ["auto"])
+        if self.device_map and self.tp_plan:
+            raise AdaskipError("--device_map and --tp_plan both split the model: give one of them.")
         for key in (
             "limit",
             "sample_tokens",
@@ -149,6 +165,21 @@ class RunConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise AdaskipError(f"--{key} is {value}; it must be at least 1.")
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    """Refuses a setting of the wrong type, as YAML and JSON files may have it."""
+    if key == "tasks":
+        fits = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        kinds: tuple[type, ...] = (list,)
+    else:
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kinds = tuple(kind if isinstance(kind, type) else str for kind in options)
+        # To Python, true is a number.
+        fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+    if not fits:
+        allowed = " or ".join(kind.__name__.replace("NoneType", "null") for kind in kinds)
+        raise RunError(f"The setting {key!r} is {value!r}; it must be of type {allowed}.")
 
 
 def check_file_name(what: str, name: str) -> str:

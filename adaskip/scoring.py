@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.errors import RunError
-from adaskip.ledger import RUN_FILE
+from adaskip.ledger import RUN_FILE, read_record
 from adaskip.metrics import ScoreLog, corpus_score, rouge_l, score_each, similarity_backend
 from adaskip.plan import Phase
-from adaskip.records import SCHEMA, Record, read_json, read_rows, write_json
+from adaskip.records import SCHEMA, Record, read_rows, write_json
 from adaskip.runconfig import DENSE, RunConfig, check_file_name
 from adaskip.tasks import task_spec
 
@@ -101,19 +101,22 @@ def score_run(folder: Path, *, min_length: int = MIN_LENGTH) -> RunScore:
     """
     if not (folder / RUN_FILE).is_file():
         raise RunError(f"{folder} holds no run: there is no {RUN_FILE} in it.")
-    record = read_json(folder / RUN_FILE)
+    record = read_record(folder)
     config = RunConfig.from_dict(record["config"])
     n_layers = int(record["n_layers"])
-    scores = {
-        task: score_rows(
-            task,
-            read_rows(folder / f"{task}.jsonl"),
-            n_layers=n_layers,
-            n_planned=int(facts["rows"]),
-            min_length=min_length,
-        )
-        for task, facts in record["tasks"].items()
-    }
+    scores = {}
+    for task, facts in record["tasks"].items():
+        path = folder / f"{task}.jsonl"
+        rows, planned = read_rows(path), int(facts["rows"])
+        try:
+            scores[task] = score_rows(
+                task, rows, n_layers=n_layers, n_planned=planned, min_length=min_length
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RunError(
+                f"{path} holds a row that no run wrote ({reason}); delete it and run again."
+            ) from error
     return RunScore(folder, config, n_layers, scores)
 
 
@@ -182,7 +185,7 @@ def dense_scores(
     wanted = _comparable(run.config)
     folders = [path.parent for path in sorted(results_dir.glob(f"*-SKIP-0/{RUN_FILE}"))]
     for folder in folders:
-        config = RunConfig.from_dict(read_json(folder / RUN_FILE)["config"])
+        config = RunConfig.from_dict(read_record(folder)["config"])
         if config.policy != DENSE or _comparable(config) != wanted:
             continue
         for task, score in score_run(folder, min_length=min_length).tasks.items():

@@ -13,12 +13,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from adaskip.bench import Bench
 from adaskip.cli import FAILED, Parser, guarded, say
+from adaskip.cost import describe
+from adaskip.distributed import team
 from adaskip.errors import AdaskipError
-from adaskip.ledger import is_finished, rows_path
+from adaskip.ledger import is_finished
 from adaskip.plans import Cell, SweepPlan, read_plan, select
-from adaskip.records import read_rows
 from adaskip.reference_quality import PerplexityPlan, is_measured, measure_perplexity
 from adaskip.report import write_report
 from adaskip.runconfig import RunConfig
@@ -61,14 +64,9 @@ def run_cells(cells: Sequence[Cell], perplexity: PerplexityPlan | None) -> dict[
     """
     benches = Benches()
     failures: dict[str, str] = {}
-    for number, cell in enumerate(cells, start=1):
+    for cell in tqdm(cells, desc="cells", unit="cell", disable=not team().is_first):
         try:
-            config = resolve(cell.config)
-            if not is_finished(config):
-                logger.info("Cell %d of %d: %s", number, len(cells), cell.label)
-                run(config, benches.get(config))
-            if perplexity and not is_measured(config, cell.task, perplexity):
-                measure_perplexity(config, cell.task, benches.get(config), perplexity)
+            _run_cell(cell, benches, perplexity)
         except Exception as error:
             # Whatever stopped this cell, the others are independent of it.
             if not isinstance(error, AdaskipError):
@@ -78,16 +76,20 @@ def run_cells(cells: Sequence[Cell], perplexity: PerplexityPlan | None) -> dict[
     return failures
 
 
-def describe(cells: Sequence[Cell]) -> str:
-    """The list `--dry_run` prints: every cell, and how far it is."""
-    lines = []
-    for cell in cells:
-        config = resolve(cell.config)
-        done = len(read_rows(rows_path(config, cell.task)))
-        asked = config.limit or "all"
-        state = "finished" if is_finished(config) else f"{done} of {asked} rows done"
-        lines.append(f"{cell.label}: {state}")
-    return "\n".join([*lines, f"{len(cells)} cells"])
+def _run_cell(cell: Cell, benches: Benches, perplexity: PerplexityPlan | None) -> None:
+    """Makes what is missing of one cell; processes of one command work on it together."""
+    config, group = resolve(cell.config), team()
+    if not group.on_first(lambda: is_finished(config)):
+        logger.info("%s", cell.label)
+        with group.together(), group.first_ahead(not config.tp_plan):
+            bench = benches.get(config)
+        run(config, bench)
+    if perplexity and not group.on_first(lambda: is_measured(config, cell.task, perplexity)):
+        bench = benches.get(config)
+        if config.tp_plan:
+            measure_perplexity(config, cell.task, bench, perplexity)
+        else:  # a few rows only: the other processes wait
+            group.on_first(lambda: measure_perplexity(config, cell.task, bench, perplexity))
 
 
 def sweep(plan: SweepPlan, only: Sequence[str] = ()) -> int:
@@ -98,8 +100,9 @@ def sweep(plan: SweepPlan, only: Sequence[str] = ()) -> int:
     """
     start = time.monotonic()
     failures = run_cells(select(plan.cells, only), plan.perplexity)
-    say(write_report(plan, failures))
-    say(f"Took {time.monotonic() - start:.0f} s. Written: {plan.folder}/report.md, .json and .png.")
+    say(team().on_first(lambda: write_report(plan, failures)))
+    written = f"{plan.folder}/report.html, .md, .json and .png"
+    say(f"Took {time.monotonic() - start:.0f} s. Written: {written}.")
     return FAILED if failures else 0
 
 
@@ -123,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.results_dir:
             plan = moved(plan, Path(given.results_dir))
         if given.dry_run:
-            say(describe(select(plan.cells, given.only)))
+            say(describe(plan, select(plan.cells, given.only)))
             return 0
         return sweep(plan, given.only)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -107,3 +108,30 @@ def rows_of(folder: Path, task: str = "multifieldqa_en") -> list[dict[str, Any]]
 def lasting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without what differs between two runs of the same: times and process."""
     return [{k: v for k, v in row.items() if k not in ("seconds", "session")} for row in rows]
+
+
+def save_plan(place: Workplace, **changes: Any) -> Path:
+    """Saves a small sweep of all three experiments, to be kept in the workplace's results."""
+    settings = {
+        k: v for k, v in place.settings.items() if k not in ("results_dir", "max_new_tokens")
+    }
+    content = {
+        "name": "small",
+        "results_dir": str(place.results),
+        "models": ["llama"],
+        "settings": settings,
+        "tasks": {
+            "multifieldqa_en": {"limit": 2, "max_new_tokens": 3},
+            "gov_report": {"limit": 1, "max_new_tokens": 5},
+        },
+        "policies": {"EE": [1, 2], "ADA": [2]},
+        "experiments": {
+            "prefill": ["multifieldqa_en"],
+            "decode": ["gov_report"],
+            "e2e": ["gov_report"],
+        },
+        **changes,
+    }
+    path = place.data / "small.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path

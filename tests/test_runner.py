@@ -16,14 +16,15 @@ from run_fixtures import (
     save_data,
 )
 
-from adaskip import runner
+from adaskip import batches
 from adaskip.audit import Audit
+from adaskip.batches import plan_batches, share_out
 from adaskip.bench import Bench
 from adaskip.errors import AdaskipError, ProfileError, RunError
 from adaskip.generation import generate_greedy
 from adaskip.plan import SkipPlan
 from adaskip.policies import POLICIES
-from adaskip.runner import plan_batches, resolve, run, run_folder
+from adaskip.runner import resolve, run, run_folder
 from adaskip.tasks import Row
 
 
@@ -211,7 +212,7 @@ def test_ctrl_c_keeps_what_is_done(place: Workplace, monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
         return generate_greedy(*args, **kwargs)
 
-    monkeypatch.setattr(runner, "generate_greedy", interrupted)
+    monkeypatch.setattr(batches, "generate_greedy", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(place.config())
     monkeypatch.undo()
@@ -241,14 +242,19 @@ def test_batches_are_the_same_every_time_and_shards_leave_no_row_out() -> None:
     assert sizes == [4, 4, 3]
     lengths = [len(row.context) for batch in plan_batches(rows, 4) for row in batch]
     assert lengths == sorted(lengths)
-    shards = [row for rank in range(3) for (row,) in plan_batches(rows, 1, rank=rank, world=3)]
-    assert sorted(shards, key=lambda row: int(row.id)) == rows
+    shares = [share_out(plan_batches(rows, 2), {"0", "4"}, rank=rank, world=3) for rank in range(3)]
+    # Rows 0 and 4 made a batch, which is done.
+    assert sorted(int(row.id) for share in shares for b in share for row in b) == [
+        *(1, 2, 3),
+        *range(5, 11),
+    ]
+    assert {len(share) for share in shares} == {1, 2}
 
 
 def test_a_mismatch_fails_the_run_and_the_row_is_not_kept(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adaskip.runner.Audit", lambda model, session: Audit(model, None))
+    monkeypatch.setattr("adaskip.batches.Audit", lambda model, session: Audit(model, None))
     with pytest.raises(RunError, match="What ran is not the plan"):
         run(place.config(**budget("EE")))
     assert not list(place.results.glob("*/*.jsonl"))

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from run_fixtures import Workplace, rows_of, save_checkpoint, save_data
+from run_fixtures import Workplace, rows_of, save_checkpoint, save_data, save_plan
 
 from adaskip import sweep
-from adaskip.configuration import config_path
+from adaskip.configuration import config_path, read_config
 from adaskip.plans import SweepPlan, read_plan, select
 
 
@@ -23,32 +22,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(checkpoint: Path, tmp_path: Path) -> Workplace:
     return Workplace(checkpoint, save_data(tmp_path / "data"), tmp_path / "results")
-
-
-def save_plan(place: Workplace, **changes: Any) -> Path:
-    settings = {
-        k: v for k, v in place.settings.items() if k not in ("results_dir", "max_new_tokens")
-    }
-    content = {
-        "name": "small",
-        "results_dir": str(place.results),
-        "models": ["llama"],
-        "settings": settings,
-        "tasks": {
-            "multifieldqa_en": {"limit": 2, "max_new_tokens": 3},
-            "gov_report": {"limit": 1, "max_new_tokens": 5},
-        },
-        "policies": {"EE": [1, 2], "ADA": [2]},
-        "experiments": {
-            "prefill": ["multifieldqa_en"],
-            "decode": ["gov_report"],
-            "e2e": ["gov_report"],
-        },
-        **changes,
-    }
-    path = place.data / "small.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
 
 
 def test_a_dense_cell_serves_every_experiment(place: Workplace) -> None:
@@ -93,6 +66,10 @@ BAD = [
     ({"settings": {"sead": 1}}, "Did you mean 'seed'"),
     ({"name": "../x"}, "cannot name a file"),
     ({"perplexity": {"row": 1}}, "perplexity takes rows and max_tokens"),
+    ({"estimate": {"rows": 1}}, "estimate takes rows"),
+    ({"models": "llama"}, "models must be a list of names"),
+    ({"policies": {"EE": ["1"]}}, "policies must map names to lists of numbers"),
+    ({"settings": {"seed": "x"}}, "'seed' is 'x'; it must be of type int"),
 ]
 
 
@@ -129,9 +106,50 @@ def test_a_dry_run_lists_and_writes_nothing(
 ) -> None:
     assert sweep.main([str(save_plan(place)), "--dry_run", "--only", "policy=ADA"]) == 0
     out = capsys.readouterr().out
-    assert "llama decode ADA 2 gov_report: 0 of 1 rows done" in out
+    # One row, cut to 96 tokens; an answer of 5 tokens is a prefill and four decode steps.
+    (line,) = [x for x in out.splitlines() if x.startswith("| llama decode ADA 2 gov_report ")]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert cells == ["0 of 1 rows done", "1", "96", "5", "?", "assumption"]
     assert "3 cells" in out
     assert not place.results.exists()
+
+
+def test_a_dry_run_learns_from_finished_cells(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(save_plan(place))
+    assert sweep.main([file, "--only", "policy=dense", "task=multifieldqa_en"]) == 0
+    path = place.results / "runs/llama-dense-SKIP-0/multifieldqa_en.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, ttft in zip(rows, (60.0, 120.0), strict=True):
+        # 1 and 2 seconds per token of the prompt, 3 minutes per decode step.
+        row |= {"tokens_after": 60, "generated_tokens": 3}
+        row["seconds"] = {"ttft": ttft, "per_token": 180.0, "total": 0.0}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    assert sweep.main([file, "--dry_run", "--only", "experiment=prefill", "budget=1"]) == 0
+    out = capsys.readouterr().out
+    (line,) = [x for x in out.splitlines() if x.startswith("| llama prefill EE 1")]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    # Two rows: 120 tokens at 1.5 s, 4 decode steps of 3 min.
+    assert cells == ["0 of 2 rows done", "2", "120", "6", "15.0", "2 rows of this task"]
+
+
+def test_the_paper_is_a_plan_of_all_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    file = config_path("paper.yaml")
+    plan = read_plan(file)
+    assert plan.models == ("llama", "internlm", "vicuna")
+    # Per model five dense cells, and seven columns of four policies with three budgets.
+    assert len(plan.cells) == 3 * (5 + 7 * 4 * 3)
+    budgets = read_config("budgets.yaml")
+    for experiment, tasks in plan.experiments.items():
+        assert list(tasks) == budgets["experiments"][experiment]["tasks"]
+    for cell in plan.cells:
+        config = cell.config
+        units = budgets["budgets"]["sublayers" if config.policy == "ADA" else "layers"]
+        assert config.policy == "dense" or config.budget in units
+    assert sweep.main([str(file), "--dry_run", "--only", "model=vicuna", "policy=ADA"]) == 0
+    assert "21 cells" in capsys.readouterr().out
 
 
 def test_a_sweep_runs_once_and_then_only_reports(

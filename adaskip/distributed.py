@@ -1,0 +1,161 @@
+"""The processes one command was started as, by torchrun or `accelerate launch`; usually one.
+
+They share a results folder. Rows are divided between them; what must happen once happens on the
+first. Control messages go over gloo, which needs no device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime as dt
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+from adaskip.errors import AdaskipError, RunError
+
+T = TypeVar("T")
+# Processes wait for the slowest one, which may have hours of work left.
+PATIENCE = dt.timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among those of the same command.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes records and talks to the user."""
+        return self.rank == 0
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Runs an action on the first process; all get its result, or its error.
+
+        Raises:
+            RunError: the action raised an `AdaskipError` on the first process.
+            RuntimeError: it raised anything else there.
+        """
+        if self.world == 1:
+            return action()
+        told: list[Any] = [None, None, False]
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                told[0] = action()
+            except Exception as caught:
+                error = caught
+                told[1:] = [_sentence(caught), isinstance(caught, AdaskipError)]
+        _collectives().broadcast_object_list(told, src=0)
+        if error is not None:
+            raise error
+        if told[1] is not None:
+            raise _error(f"The first process failed: {told[1]}", told[2])
+        result: T = told[0]
+        return result
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A part that fails on all processes if it fails on one, so that none waits for ever.
+
+        Raises:
+            RunError: an `AdaskipError` was raised on another process.
+            RuntimeError: anything else was.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            if self.world == 1:
+                raise
+            error = caught
+        if self.world == 1:
+            return
+        told: list[Any] = [None] * self.world
+        own = None if error is None else (_sentence(error), isinstance(error, AdaskipError))
+        _collectives().all_gather_object(told, own)
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(told):
+            if failure is not None:
+                raise _error(f"Process {rank} of {self.world} failed: {failure[0]}", failure[1])
+
+    @contextlib.contextmanager
+    def first_ahead(self, wanted: bool = True) -> Iterator[None]:
+        """A part the first process goes through before the others: what it leaves, they find."""
+        wanted = wanted and self.world > 1
+        if wanted and not self.is_first:
+            _collectives().barrier()
+        try:
+            yield
+        finally:
+            if wanted and self.is_first:
+                _collectives().barrier()
+
+
+@cache
+def team() -> Team:
+    """The processes of this command; the first call connects them.
+
+    Raises:
+        RunError: the launcher's environment is incomplete, or the processes cannot be connected.
+    """
+    try:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        rank = int(os.environ.get("RANK", "0"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    except ValueError as error:
+        raise RunError(
+            f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers ({error}): start several processes "
+            "with torchrun or accelerate launch."
+        ) from error
+    if world == 1:
+        return Team()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        torch.distributed.init_process_group(backend, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"The {world} processes cannot be connected ({_sentence(error)}): start them with "
+            "torchrun or accelerate launch."
+        ) from error
+    atexit.register(_disconnect)
+    return Team(rank, world)
+
+
+def launched_as_first() -> bool:
+    """Whether this process may talk to the user; needs no connection."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _collectives() -> Any:
+    import torch.distributed
+
+    return torch.distributed
+
+
+def _disconnect() -> None:
+    with contextlib.suppress(Exception):
+        _collectives().destroy_process_group()
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _error(message: str, is_ours: bool) -> Exception:
+    return RunError(message) if is_ours else RuntimeError(message)

@@ -1,0 +1,164 @@
+"""The report page in a real browser: tables and figures are there, and nothing is fetched."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_fixtures import Workplace, save_checkpoint, save_data, save_plan
+
+from adaskip import sweep
+from adaskip.page import as_table
+from adaskip.report_tables import Column, Grid
+from adaskip.tradeoff import Scale
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--hide-scrollbars", "--disable-background-networking", "--disable-component-update"),
+    "--disable-sync",
+]
+NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND"
+# What the page is asked once it is shown.
+PROBE = """<script>
+const refused = [];
+addEventListener('securitypolicyviolation', e => refused.push(e.blockedURI));
+addEventListener('load', () => { document.title = JSON.stringify({
+  refused, fetched: performance.getEntriesByType('resource').map(e => e.name)
+    .filter(name => !name.startsWith('data:')),
+  pictures: [...document.images].map(i => i.naturalWidth),
+  tables: [...document.querySelectorAll('table')].map(t => t.rows.length),
+  drawings: document.querySelectorAll('svg.tradeoff').length,
+  marks: document.querySelectorAll('svg.tradeoff path[class^=p]').length,
+  wide: document.documentElement.scrollWidth, screen: innerWidth,
+}); });
+</script>"""
+
+browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    checkpoint = save_checkpoint(folder / "model")
+    place = Workplace(checkpoint, save_data(folder / "data"), folder / "results" / "small")
+    observations = folder / "results" / "observations"
+    observations.mkdir(parents=True)
+    from PIL import Image
+
+    Image.linear_gradient("L").resize((1600, 400)).save(observations / "ob1-llama.png")
+    Image.new("RGB", (10, 10)).save(observations / "ob1-other.png")
+    (observations / "ob1-llama.md").write_text("# Observation <1>\n")
+    file = save_plan(place, perplexity={"rows": 1, "max_tokens": 4}, policies={"EE": [1, 2, 9]})
+    assert sweep.main([str(file)]) == 1
+    return place.results
+
+
+def shown(page: Path, folder: Path, *flags: str) -> str:
+    """The page as chromium has it after loading, without any network."""
+    assert CHROMIUM is not None
+    profile = f"--user-data-dir={folder / 'profile'}"
+    command = [CHROMIUM, *FLAGS, NO_NETWORK, profile, *flags, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+def probed(results: Path, folder: Path, width: int) -> dict[str, Any]:
+    """What the page tells about itself on a screen of some width."""
+    text = (results / "report.html").read_text(encoding="utf-8")
+    text = text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    page = folder / "probe.html"
+    page.write_text(text.replace("</head>", PROBE + "</head>"), encoding="utf-8")
+    title = re.search(
+        r"<title>(\{.*?\})</title>", shown(page, folder, "--dump-dom", f"--window-size={width},900")
+    )
+    assert title
+    told: dict[str, Any] = json.loads(html.unescape(title[1]))
+    return told
+
+
+@browser
+@pytest.mark.parametrize("width", [1280, 520])
+def test_a_browser_shows_everything_and_fetches_nothing(
+    results: Path, tmp_path: Path, width: int
+) -> None:
+    told = probed(results, tmp_path, width)
+    assert told["refused"] == told["fetched"] == []
+    # Per experiment one table of quality and one of speed, then the recipe's three.
+    assert told["tables"][:6] == [5, 4, 5, 4, 5, 4]
+    assert len(told["tables"]) == 9
+    # The figure of scores and the observation of this model, made narrower.
+    assert told["pictures"][1:] == [1400]
+    assert told["pictures"][0] > 500
+    assert told["drawings"] == 1
+    assert told["marks"] == 1 + 2 * 2 * 3  # the legend's, then two budgets in every panel
+    assert told["wide"] <= told["screen"]
+
+
+@browser
+def test_the_page_can_be_photographed(results: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "page.png"
+    shown(results / "report.html", tmp_path, f"--screenshot={picture}", "--window-size=1280,2400")
+    with Image.open(picture) as image:
+        assert image.size == (1280, 2400)
+        colours = image.convert("RGB").getcolors(1 << 24)
+    assert colours is not None
+    assert len(colours) > 50
+    assert max(count for count, _ in colours) < 0.95 * 1280 * 2400
+
+
+def test_the_page_refers_to_nothing_outside_itself(results: Path) -> None:
+    text = (results / "report.html").read_text(encoding="utf-8")
+    addresses = re.findall(r"""(?:src|href|url|action|data)\s*[=(]\s*["']?([^"'\s>)]*)""", text)
+    assert {address.split(":")[0].split("#")[0] for address in addresses} <= {"", "data"}
+    assert "<script" not in text
+    assert "default-src 'none'" in text
+    assert len(text) < 1_000_000
+
+
+def test_the_page_and_the_text_say_the_same(results: Path) -> None:
+    page = html.unescape((results / "report.html").read_text(encoding="utf-8"))
+    text = (results / "report.md").read_text(encoding="utf-8")
+    report = json.loads((results / "report.json").read_text(encoding="utf-8"))
+    for part in ("FAILED: llama prefill EE 9 multifieldqa_en", "Observation <1>", "SHA-256"):
+        assert part in page
+        assert part in text
+    assert "ob1-other" not in text
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (results / name).is_file()
+    for table in report["tables"]:
+        for line in table["lines"]:
+            for task in line["tasks"].values():
+                assert f"{task['score']:.2f}" in page
+                if task["delta_interval"]:
+                    low, high = task["delta_interval"]
+                    assert low <= task["delta"] + 0.01
+                    assert task["delta"] <= high + 0.01
+                    assert f"[{low:+.1f}, {high:+.1f}]" in text
+
+
+def test_what_a_table_holds_is_text_not_markup() -> None:
+    grid = Grid((Column("a", "<g>"), Column("b")), (("<i>", "&"), ("x", "y")), frozenset({(0, 1)}))
+    made = as_table(grid, '"caption"', ["one", "two"])
+    assert "<i>" not in made
+    assert "&lt;i&gt;" in made
+    assert "<b>&amp;</b>" in made
+    assert made.count('class="first"') == 1
+    assert 'aria-label="&quot;caption&quot;"' in made
+
+
+def test_scales_by_hand() -> None:
+    plain = Scale(0, 10, 100, 200)
+    assert plain(5) == 150
+    assert plain.ticks() == [0, 5, 10]
+    upside = Scale(1, 1000, 0, 300, log=True)
+    assert upside(10) == pytest.approx(100)
+    assert upside.ticks() == [1, 10, 100, 1000]

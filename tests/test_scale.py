@@ -1,0 +1,146 @@
+"""Two processes of one command: the same files as from one, nothing twice, nothing missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_fixtures import Workplace, lasting, rows_of, save_checkpoint, save_data, save_plan
+
+from adaskip.cli import run_main
+from adaskip.distributed import team
+from adaskip.errors import RunError
+from adaskip.parts import part_path, settle_rows
+from adaskip.records import append_rows, lock, read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def place(checkpoint: Path, tmp_path: Path) -> Workplace:
+    return Workplace(checkpoint, save_data(tmp_path / "data", 7), tmp_path / "results")
+
+
+def accelerate() -> list[str]:
+    """`accelerate launch`; without a GPU only `--multi_gpu` makes it start several processes."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    return [
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--main_process_port", str(port)),
+    ]
+
+
+def launch(launcher: list[str], command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *launcher, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment,
+    )
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, accelerate()], ids=["torchrun", "accelerate"])
+def test_two_processes_leave_the_files_of_one(place: Workplace, launcher: list[str]) -> None:
+    options = ["--policy", "ADA", "--skip_sub_layer_num", "2", "--batch_size", "2"]
+    options += [*place.options, "--tasks", "multifieldqa_en", "gov_report"]
+    done = launch(launcher, ["e2e/run_llama.py", *options])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("is complete") == 1
+    assert run_main("e2e", "llama", [*options, "--model", "single"]) == 0
+    two, one = place.results / "llama-ADA-E2E-SKIP-2", place.results / "single-SKIP-2"
+    for task in ("multifieldqa_en", "gov_report"):
+        rows = rows_of(two, task)
+        assert lasting(rows) == lasting(rows_of(one, task))
+        # One command is one session, whichever process made the row.
+        record = json.loads((two / "run.json").read_text())
+        assert {row["session"] for row in rows} == {record["sessions"][0]["id"]}
+        assert len(rows) == 7
+    assert not list(two.glob("*.part*"))
+    assert len(list((place.results / "importance").iterdir())) == 1
+
+
+def test_a_sweep_of_two_processes_goes_on_after_a_failure(place: Workplace) -> None:
+    file = save_plan(place, policies={"EE": [1, 9]}, perplexity={"rows": 1, "max_tokens": 4})
+    command = ["-m", "adaskip.sweep", str(file)]
+    done = launch([*TORCHRUN, *command], [])
+    assert done.returncode == 1
+    report = json.loads((place.results / "report.json").read_text())
+    assert len(report["failures"]) == 3
+    assert all("The budget of 9" in text for text in report["failures"].values())
+    for table in report["tables"]:
+        assert [line["policy"] for line in table["lines"]] == ["dense", "EE"]
+    assert done.stdout.count("Took") == 1
+    assert (place.results / "report.html").is_file()
+
+
+def test_a_second_launch_on_the_same_name_is_refused(place: Workplace) -> None:
+    options = ["--policy", "EE", "--skip_full_layer_num", "1", *place.options]
+    folder = place.results / "llama-EE-PREFILL-SKIP-1"
+    with lock(folder):
+        done = launch(TORCHRUN, ["prefill/run_llama.py", *options, "--tasks", "trec"])
+    assert done.returncode != 0
+    assert "error: Another process is working on" in done.stderr
+    assert "error: The first process failed: Another process" in done.stderr
+    assert not list(folder.glob("*.jsonl*"))
+
+
+@pytest.mark.parametrize("split", [("--device_map", "auto"), ("--tp_plan", "auto")])
+def test_a_split_model_answers_as_a_whole_one(place: Workplace, split: tuple[str, str]) -> None:
+    options = ["--policy", "ADA", "--skip_sub_layer_num", "3"]
+    options += [*place.options, "--tasks", "gov_report"]
+    launcher = TORCHRUN if "--tp_plan" in split else []
+    done = launch(launcher, ["e2e/run_llama.py", *options, *split])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run_main("e2e", "llama", [*options, "--model", "whole"]) == 0
+    rows = lasting(rows_of(place.results / "llama-ADA-E2E-SKIP-3", "gov_report"))
+    assert rows == lasting(rows_of(place.results / "whole-SKIP-3", "gov_report"))
+
+
+def row(number: int, **more: Any) -> dict[str, Any]:
+    return {"id": str(number), "n": number, **more}
+
+
+def test_parts_are_merged_once_and_in_order(tmp_path: Path) -> None:
+    path, order = tmp_path / "a.jsonl", [str(n) for n in range(6)]
+    append_rows(path, [row(0), row(3)])
+    append_rows(part_path(path, 0), [row(1), row(4)])
+    append_rows(part_path(path, 1), [row(2), row(3, other=True)])
+    with part_path(path, 1).open("ab") as file:
+        file.write(b'{"id": "5"')  # torn by a kill
+    assert settle_rows(path, order) == [row(n) for n in range(5)]
+    assert read_rows(path) == [row(n) for n in range(5)]
+    assert [item.name for item in tmp_path.iterdir()] == ["a.jsonl"]
+    before = path.stat().st_mtime_ns
+    settle_rows(path, order)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_launcher_with_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for world, message in (("two", "must be numbers"), ("2", "cannot be connected")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        team.cache_clear()
+        with pytest.raises(RunError, match=message):
+            team()
+    monkeypatch.undo()
+    team.cache_clear()
+    assert team().world == 1
