@@ -9,8 +9,10 @@ from adaskip.errors import (
     UnsupportedCallError,
     UnsupportedModelError,
 )
+from adaskip.growing_cache import GrowingCache
 from adaskip.importance import Importance
 from adaskip.learning import learn_importance
+from adaskip.memory import keep_freed_memory
 from adaskip.models import load_model, load_tokenizer
 from adaskip.plan import Phase, SkipPlan, Step, Sublayer
 from adaskip.policies import (
@@ -23,6 +25,7 @@ from adaskip.policies import (
     UnifiedSkipping,
 )
 from adaskip.session import Session, skipping
+from adaskip.speed.calibration import measured_times
 from adaskip.version import __version__
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "DataError",
     "EarlyExit",
     "FixedSkipping",
+    "GrowingCache",
     "Importance",
     "Phase",
     "ProfileError",
@@ -47,8 +51,10 @@ __all__ = [
     "UnsupportedCallError",
     "UnsupportedModelError",
     "__version__",
+    "keep_freed_memory",
     "learn_importance",
     "load_model",
     "load_tokenizer",
+    "measured_times",
     "skipping",
 ]

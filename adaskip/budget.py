@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.importance import Importance
 from adaskip.plan import Sublayer
-from adaskip.sublayer_times import SublayerTimes
+from adaskip.speed.sublayer_times import SublayerTimes
 
 Select = Literal["rank", "knapsack"]
 SELECTS: tuple[Select, ...] = get_args(Select)

@@ -15,10 +15,10 @@ from functools import cache
 from typing import Any, Literal
 
 from adaskip.errors import AdaskipError
-from adaskip.packaged import optional_module
 from adaskip.rouge import Failure, Unscorable, official_rouge, rouge_l
-from adaskip.tasks import task_spec
-from adaskip.words import chinese_tokens, english_tokens, segment
+from adaskip.tasks.packaged import optional_module
+from adaskip.tasks.spec import task_spec
+from adaskip.tasks.words import chinese_tokens, english_tokens, segment
 
 __all__ = [
     "METRICS",
@@ -190,7 +190,7 @@ def score_each(
     For trec, triviaqa, samsum and lsht only the first line counts, after leading newlines.
 
     Args:
-        task: a name of `adaskip.tasks.task_names()`.
+        task: a name of `adaskip.tasks.spec.task_names()`.
         prediction: the model's answer, uncut.
         references: the reference answers, at least one.
         all_classes: the names of the classes, for a classification task.

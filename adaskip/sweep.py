@@ -15,17 +15,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from adaskip.bench import Bench
-from adaskip.cli import FAILED, Parser, guarded, say
-from adaskip.cost import describe
-from adaskip.distributed import team
 from adaskip.errors import AdaskipError
-from adaskip.ledger import is_finished
-from adaskip.plans import Cell, SweepPlan, read_plan, select
-from adaskip.reference_quality import PerplexityPlan, is_measured, measure_perplexity
-from adaskip.report import write_report
-from adaskip.runconfig import RunConfig
-from adaskip.runner import resolve, run
+from adaskip.experiments.bench import Bench
+from adaskip.experiments.cli import FAILED, Parser, guarded, say
+from adaskip.experiments.cost import describe
+from adaskip.experiments.distributed import team
+from adaskip.experiments.ledger import is_finished
+from adaskip.experiments.plans import Cell, SweepPlan, read_plan, select
+from adaskip.experiments.reference_quality import PerplexityPlan, is_measured, measure_perplexity
+from adaskip.experiments.runconfig import RunConfig
+from adaskip.experiments.runner import resolve, run
+from adaskip.report.sweep_report import write_report
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 # A checkout that is not installed must find the package, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adaskip.cli import run_main
+from adaskip.experiments.cli import run_main
 
 if __name__ == "__main__":
     sys.exit(run_main("decode", "llama"))

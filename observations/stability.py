@@ -6,7 +6,7 @@ from pathlib import Path
 # A checkout that is not installed must find the package, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adaskip.observation_cli import observation_main
+from adaskip.observing.cli import observation_main
 
 if __name__ == "__main__":
     sys.exit(observation_main("stability"))

@@ -6,7 +6,7 @@ from pathlib import Path
 # A checkout that is not installed must find the package, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adaskip.opprofile import profile_main
+from adaskip.speed.operator_profile import profile_main
 
 if __name__ == "__main__":
     sys.exit(profile_main())

@@ -6,7 +6,7 @@ from pathlib import Path
 # A checkout that is not installed must find the package, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adaskip.speedconfig import speed_main
+from adaskip.speed.config import speed_main
 
 if __name__ == "__main__":
     sys.exit(speed_main("llama", contexts=(512, 2048, 8192, 32768, 131072)))

@@ -16,8 +16,8 @@ import time
 
 import torch
 
-from adaskip.runconfig import RunConfig
-from adaskip.runner import run
+from adaskip.experiments.runconfig import RunConfig
+from adaskip.experiments.runner import run
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

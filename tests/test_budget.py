@@ -13,10 +13,10 @@ from conftest import N_LAYERS, prompt, tiny_model
 
 from adaskip import AdaSkip, AdaskipError, Importance, Sublayer, learn_importance, skipping
 from adaskip.budget import sublayers_for
-from adaskip.budgetcheck import check_budgets
-from adaskip.calibration import measured_times
 from adaskip.plan import Phase, all_sublayers
-from adaskip.sublayer_times import SublayerTimes, combined
+from adaskip.speed.budget_check import check_budgets
+from adaskip.speed.calibration import measured_times
+from adaskip.speed.sublayer_times import SublayerTimes, combined
 
 
 def importance(similarities: Sequence[float]) -> Importance:
@@ -160,7 +160,7 @@ def test_times_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(first.seconds) == set(all_sublayers(N_LAYERS))
     with monkeypatch.context() as patch:
         patch.setattr(
-            "adaskip.calibration.measure_sublayers", lambda *_, **__: pytest.fail("again")
+            "adaskip.speed.calibration.measure_sublayers", lambda *_, **__: pytest.fail("again")
         )
         assert measured_times(model, Phase.PREFILL, 24, folder=tmp_path) == first
         assert measured_times(model, "decode", 24, folder=tmp_path).phase is Phase.DECODE
@@ -178,7 +178,7 @@ def test_times_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_prediction_is_compared_with_measurement() -> None:
-    rows = check_budgets(tiny_model("llama"), 16, [1.2], n_steps=2, rounds=1)
+    rows = check_budgets(tiny_model("llama"), 16, [1.02], n_steps=2, rounds=1)
     assert [(row["phase"], row["select"]) for row in rows] == [
         ("prefill", "rank"),
         ("prefill", "knapsack"),
@@ -186,6 +186,6 @@ def test_prediction_is_compared_with_measurement() -> None:
         ("decode", "knapsack"),
     ]
     for row in rows:
-        assert row["predicted"] >= 1.2
+        assert row["predicted"] >= 1.02
         assert row["off_points"] == pytest.approx(100 * (row["measured"] - row["predicted"]))
         assert 1 <= row["attn"] + row["ffn"] <= 2 * N_LAYERS

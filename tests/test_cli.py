@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from run_fixtures import Workplace, raw_row, rows_of, save_checkpoint, save_data
 
-from adaskip.cli import eval_main, run_main
 from adaskip.errors import DataError
+from adaskip.experiments.cli import eval_main, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(
@@ -140,7 +140,7 @@ def test_bad_input_is_one_sentence_and_writes_no_row(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("adaskip.longbench._load_hub", no_hub)
+    monkeypatch.setattr("adaskip.tasks.longbench._load_hub", no_hub)
     given, expected = BAD[case]
     options = given(place) if callable(given) else given
     base = () if "--importance" in options and case == "profile" else EE
@@ -174,7 +174,10 @@ def start(place: Workplace, n_rows: int = 200) -> subprocess.Popen[str]:
     """Starts a run of many rows and waits for the first of them."""
     save_data(place.data, n_rows)
     options = [*EE, *place.options, "--tasks", "trec"]
-    code = "import sys; from adaskip.cli import run_main; sys.exit(run_main('prefill', 'llama'))"
+    code = (
+        "import sys; from adaskip.experiments.cli import run_main\n"
+        "sys.exit(run_main('prefill', 'llama'))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *options],
         cwd=ROOT,

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from run_fixtures import Workplace, raw_row, save_checkpoint, save_data, save_plan
 
 from adaskip.errors import AdaskipError
+from adaskip.experiments.ledger import read_record
+from adaskip.experiments.plans import read_plan
+from adaskip.experiments.records import read_rows, repair_rows
+from adaskip.experiments.runconfig import RunConfig
+from adaskip.experiments.runner import run
+from adaskip.experiments.scoring import score_run
 from adaskip.importance import Importance
-from adaskip.ledger import read_record
-from adaskip.longbench import load_rows
 from adaskip.plan import all_sublayers
-from adaskip.plans import read_plan
-from adaskip.records import read_rows, repair_rows
-from adaskip.runconfig import RunConfig
-from adaskip.runner import run
-from adaskip.scoring import score_run
+from adaskip.tasks.longbench import load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 quick = settings(

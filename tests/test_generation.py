@@ -7,10 +7,10 @@ import torch
 from run_fixtures import save_checkpoint
 from transformers import PreTrainedModel
 
-from adaskip.audit import Audit
 from adaskip.errors import RunError
-from adaskip.generation import StopRule, generate_greedy
-from adaskip.models import load_model
+from adaskip.experiments.audit import Audit
+from adaskip.experiments.generation import StopRule, generate_greedy
+from adaskip.models.loading import load_model
 from adaskip.plan import SkipPlan, Sublayer, whole_layers
 from adaskip.policies import FixedSkipping
 from adaskip.session import skipping

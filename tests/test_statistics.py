@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from adaskip.statistics import paired_interval
+from adaskip.report.statistics import paired_interval
 
 
 def test_equal_differences_leave_no_doubt() -> None:

@@ -24,16 +24,16 @@ from adaskip import (
     memory,
     skipping,
 )
-from adaskip.overhead import measure_overhead
 from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
-from adaskip.roofline import Rates, Work, decode_work, prefill_work
-from adaskip.speedcases import Case, make_cases, run_case
-from adaskip.speedconfig import SpeedConfig, speed_main
-from adaskip.speedreport import as_markdown, draw
-from adaskip.speedstats import Measured, _phase_record, checked_kv, compiled_times
-from adaskip.speedtest import run_speed
-from adaskip.sublayer_times import SublayerTimes
-from adaskip.timing import Spread, SublayerClock, dynamic_cache, kv_bytes, time_request
+from adaskip.speed.benchmark import run_speed
+from adaskip.speed.cases import Case, make_cases, run_case
+from adaskip.speed.config import SpeedConfig, speed_main
+from adaskip.speed.overhead import measure_overhead
+from adaskip.speed.report import as_markdown, draw
+from adaskip.speed.roofline import Rates, Work, decode_work, prefill_work
+from adaskip.speed.stats import Measured, _phase_record, checked_kv, compiled_times
+from adaskip.speed.sublayer_times import SublayerTimes
+from adaskip.speed.timing import Spread, SublayerClock, dynamic_cache, kv_bytes, time_request
 
 SKIPPED = SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): None, Sublayer(3, "attn"): 1.1})
 
@@ -269,7 +269,7 @@ def test_imports_and_runs_on_few_packages(tmp_path: Path) -> None:
     arguments += ["--rounds", "1", "--device", "cpu", "--results_dir", str(tmp_path)]
     script = f"""{ALLOWED_ONLY}
 import adaskip
-from adaskip.speedconfig import speed_main
+from adaskip.speed.config import speed_main
 assert speed_main("smollm2", {arguments!r}) == 0
 assert not BLOCKED & {{name.split(".")[0] for name in sys.modules}}
 """

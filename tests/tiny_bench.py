@@ -9,11 +9,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import override
 
-from adaskip.bench import Bench
-from adaskip.modelspec import ModelSpec
-from adaskip.prompts import Prompt
-from adaskip.runconfig import RunConfig
-from adaskip.tasks import Row
+from adaskip.experiments.bench import Bench
+from adaskip.experiments.runconfig import RunConfig
+from adaskip.models.spec import ModelSpec
+from adaskip.tasks.prompts import Prompt
+from adaskip.tasks.spec import Row
 
 CHARACTERS = string.ascii_letters + string.digits + " \n.,:?"
 

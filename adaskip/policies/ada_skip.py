@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from adaskip.budget import SELECTS, Select, sublayers_for
-from adaskip.calibration import measured_times
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.importance import GAINS, Gain, Importance
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Step, Sublayer
 from adaskip.policies.base import SkipPolicy, check_budget, register
 from adaskip.recorders import Span, StepStats, median
-from adaskip.sublayer_times import SublayerTimes
+from adaskip.speed.calibration import measured_times
+from adaskip.speed.sublayer_times import SublayerTimes
 
 # The context at which times are measured if none are given.
 _CONTEXT = 1024

@@ -1,0 +1,1 @@
+"""Experiments: running, keeping and scoring configurations."""

@@ -1,0 +1,135 @@
+"""The command lines: options built from `RunConfig`, and errors turned into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from adaskip.errors import AdaskipError
+from adaskip.experiments.distributed import launched_as_first
+from adaskip.experiments.runconfig import RunConfig
+from adaskip.plan import Scope
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a bad option as every other bad input: in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises an `AdaskipError` in place of printing the usage."""
+        raise AdaskipError(f"{message} (see {self.prog} --help)")
+
+
+def say(text: str) -> None:
+    """Prints a result: the command lines' one outlet."""
+    if launched_as_first():
+        print(text, flush=True)  # noqa: T201 - what the user asked for goes to stdout
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Runs a command; returns its exit code, 2 for bad input, 130 for Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("adaskip").setLevel(logging.INFO if launched_as_first() else logging.ERROR)
+    try:
+        return action()
+    except AdaskipError as error:
+        sentence = " ".join(str(error).split())
+        print(f"error: {sentence}", file=sys.stderr)  # noqa: T201 - see say()
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        message = "interrupted: finished rows are kept; the same command continues."
+        print(message, file=sys.stderr)  # noqa: T201 - see say()
+        return INTERRUPTED
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds one option per field of `RunConfig` that has a help text."""
+    hints = typing.get_type_hints(RunConfig)
+    for item in dataclasses.fields(RunConfig):
+        if "help" not in item.metadata:
+            continue
+        settings: dict[str, Any] = {"dest": item.name, "default": item.default}
+        kind = _plain_type(hints[item.name])
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif kind is tuple:
+            settings.update(nargs="+", metavar="NAME")
+        else:
+            settings.update(type=kind, metavar="N" if kind is int else "TEXT")
+        text = item.metadata["help"].replace("%", "%%")
+        if item.default not in (None, "", ()) and kind is not bool:
+            text += f" (default: {item.default})"
+        parser.add_argument(f"--{item.metadata['flag'] or item.name}", help=text, **settings)
+
+
+def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = None) -> int:
+    """What `prefill/run_llama.py` and its like call.
+
+    Args:
+        experiment: the folder of the script.
+        model_name: the model in its name.
+        argv: the options, by default those of the command line.
+
+    Returns:
+        The exit code.
+    """
+
+    def action() -> int:
+        parser = Parser(
+            description=f"The {experiment} experiment on {model_name}: generates answers with "
+            "sublayers skipped; eval/eval.py scores them.",
+            allow_abbrev=False,
+        )
+        add_run_options(parser)
+        given = vars(parser.parse_args(argv))
+        given["tasks"] = tuple(given["tasks"])
+        config = RunConfig(experiment=experiment, model_name=model_name, **given)
+        config.check()
+        from adaskip.experiments.runner import run
+
+        folder = run(config)
+        say(f"{folder} is complete; score it: python eval/eval.py --model {config.run_name}")
+        return 0
+
+    return guarded(action)
+
+
+def eval_main(argv: Sequence[str] | None = None) -> int:
+    """What `eval/eval.py` calls: scores every budget of a run and prints the table."""
+
+    def action() -> int:
+        from adaskip.experiments.scoring import MIN_LENGTH
+
+        parser = Parser(description="Scores every budget of a run.", allow_abbrev=False)
+        parser.add_argument("--model", required=True, metavar="NAME", help="the run's name")
+        parser.add_argument("--results_dir", default="results", help="folder that holds the runs")
+        parser.add_argument(
+            "--min_length",
+            type=int,
+            default=MIN_LENGTH,
+            metavar="N",
+            help=f"LongBench rows must be longer to count (default: {MIN_LENGTH})",
+        )
+        given = parser.parse_args(argv)
+        from adaskip.experiments.evaluation import evaluate
+
+        say(evaluate(Path(given.results_dir), given.model, min_length=given.min_length))
+        return 0
+
+    return guarded(action)
+
+
+def _plain_type(hint: Any) -> type:
+    """`int` for `int | None`, `tuple` for `tuple[str, ...]`, and any other type as it is."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    origin = typing.get_origin(hint) or hint
+    return origin if isinstance(origin, type) else str

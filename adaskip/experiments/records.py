@@ -1,0 +1,229 @@
+"""What a run leaves on disk: JSONL rows, `run.json`, the lock. Nothing here knows about models."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from adaskip.errors import RunError
+
+SCHEMA = 1
+Record = dict[str, Any]
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turns the file system's refusals into one sentence.
+
+    Raises:
+        RunError: the disk is full, the folder is read-only, or the path is no folder.
+    """
+    hints = {
+        errno.ENOSPC: "the disk is full; free some space",
+        errno.EDQUOT: "the disk quota is used up; free some space",
+        errno.EFBIG: "the file may not grow further; raise the file size limit",
+        errno.EROFS: "the file system is read-only; choose another --results_dir",
+        errno.EACCES: "permission denied; choose another --results_dir",
+        errno.EPERM: "permission denied; choose another --results_dir",
+    }
+    try:
+        yield
+    except OSError as error:
+        hint = hints.get(
+            error.errno or 0, f"{error.strerror or error}; choose another --results_dir"
+        )
+        raise RunError(
+            f"Cannot write {what}: {hint} and run the same command again. Finished rows are kept."
+        ) from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file at once or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file at once or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file at once or not at all: a temporary neighbour takes the old one's place.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def read_json(path: Path) -> Record:
+    """Reads a record this package wrote.
+
+    Raises:
+        RunError: it is damaged, or of another schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); move its folder away.") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise RunError(
+            f"{path} has record schema {schema!r}; this version reads {SCHEMA}. Use the adaskip "
+            "version that wrote it, or another run name (--model)."
+        )
+    return dict(content)
+
+
+def read_rows(path: Path) -> list[Record]:
+    """The complete rows of a JSONL file, without the torn last line of a killed run.
+
+    Raises:
+        RunError: a line before the last is damaged; the message has its number.
+    """
+    return _parse(path)[0]
+
+
+def repair_rows(path: Path) -> list[Record]:
+    """As `read_rows`, and cuts the torn last line off the file.
+
+    Raises:
+        RunError: a line before the last is damaged, or the file cannot be changed.
+    """
+    rows, good_bytes = _parse(path)
+    if path.exists() and path.stat().st_size != good_bytes:
+        with writing(path):
+            os.truncate(path, good_bytes)
+    return rows
+
+
+def _parse(path: Path) -> tuple[list[Record], int]:
+    """The complete rows, and how many bytes they take."""
+    if not path.exists():
+        return [], 0
+    rows: list[Record] = []
+    good_bytes = 0
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or "id" not in row:
+                raise ValueError("not a row with an id")
+        except ValueError as error:
+            raise RunError(
+                f"{path}, line {number} is damaged ({error}); delete that line and run again."
+            ) from error
+        rows.append(row)
+        good_bytes += len(line) + 1
+    return rows, good_bytes
+
+
+def append_rows(path: Path, rows: Sequence[Record]) -> None:
+    """Appends finished rows in one write and sees them onto the disk.
+
+    Raises:
+        RunError: they cannot be written; a torn line is repaired when the run is continued.
+    """
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with writing(path), path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds a run's folder for this process; the lock of a killed process is free again.
+
+    Raises:
+        RunError: another process holds it, or the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"Another process is working on {folder}; wait for it, or name this run otherwise "
+                "(--model)."
+            ) from error
+        yield
+
+
+def environment(device: str) -> Record:
+    """Versions, code and hardware behind a run."""
+    import torch
+
+    from adaskip.version import __version__
+
+    on_cuda = device.startswith("cuda") and torch.cuda.is_available()
+    return {
+        "adaskip": __version__,
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "commit": git_commit(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model and how many of its threads there are."""
+    name = platform.processor() or platform.machine() or "cpu"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name} × {os.cpu_count()}"
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout the package runs from, `-dirty` when changed; None outside one."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,161 @@
+"""Runs one configuration: every row generated, audited, timed and kept at once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from adaskip.configuration import read_config
+from adaskip.errors import RunError
+from adaskip.experiments.batches import plan_batches, run_batches, share_out
+from adaskip.experiments.bench import Bench, warmup_task
+from adaskip.experiments.distributed import team
+from adaskip.experiments.ledger import begin, is_finished, rows_path, run_folder, session_id, update
+from adaskip.experiments.records import Record, lock
+from adaskip.experiments.runconfig import RunConfig
+from adaskip.experiments.scoring import phase_shares
+from adaskip.models.loading import resolve_device, resolve_dtype
+from adaskip.policies import SkipPolicy
+from adaskip.speed.parts import part_path, settle_rows
+from adaskip.tasks.spec import Row, task_spec
+
+__all__ = ["RunConfig", "is_finished", "plan_batches", "resolve", "run", "run_folder"]
+
+logger = logging.getLogger(__name__)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fills in the defaults that depend on the machine and on `configs/`.
+
+    Raises:
+        AdaskipError: the configuration is wrong in itself.
+    """
+    config.check()
+    device = resolve_device(config.device)
+    facts = read_config("budgets.yaml")
+    kind = "sample_tasks" if config.model_name in facts["offline_models"] else "tasks"
+    tasks = config.tasks or tuple(facts["experiments"][config.experiment][kind])
+    for task in (*tasks, *filter(None, [config.warmup_task])):
+        task_spec(task)
+    return dataclasses.replace(
+        config,
+        device=str(device),
+        dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
+        tasks=tuple(dict.fromkeys(tasks)),
+        name=config.run_name,
+        warmup_task=config.warmup_task or warmup_task(tasks),
+    )
+
+
+def run(config: RunConfig, bench: Bench | None = None) -> Path:
+    """Generates what is missing of a run.
+
+    Nothing of the run is written before everything that can be wrong has been checked.
+
+    Args:
+        config: what to run.
+        bench: the loaded model to use; loaded here if None.
+
+    Returns:
+        The run's folder, with `<task>.jsonl` and `run.json`.
+
+    Raises:
+        AdaskipError: the configuration, the model, the data or an existing run does not fit; or
+            what ran was not the plan.
+    """
+    config, group = resolve(config), team()
+    session_id()  # agreed on by all processes before the first of them needs it alone
+    folder = run_folder(config)
+    if group.on_first(lambda: is_finished(config)):
+        logger.info("%s is finished; nothing to do", folder)
+        return folder
+    group.on_first(lambda: refuse_busy(folder))
+    with group.together(), group.first_ahead(not config.tp_plan):
+        # The first process learns importance and fills caches; the others find them. Parts of one
+        # model can't go ahead of each other.
+        bench = _fitting(config, bench)
+        rows = {task: bench.rows(config, task) for task in config.tasks}
+        policies = {task: bench.policy(config, task) for task in config.tasks}
+    profile = bench.importance(config).fingerprint if config.policy == "ADA" else None
+    n_layers, n_rows = bench.n_layers, {task: len(rows[task]) for task in config.tasks}
+    with contextlib.ExitStack() as stack:
+        group.on_first(lambda: stack.enter_context(lock(folder)))
+        record = group.on_first(
+            lambda: begin(config, n_layers=n_layers, profile=profile, n_rows=n_rows)
+        )
+        torch.manual_seed(config.seed)
+        for task in config.tasks:
+            made = _run_task(config, task, bench, policies[task], rows[task])
+            facts = {"skipped_share": phase_shares(made, n_layers)}
+            group.on_first(partial(update, config, record, task, facts))
+    return folder
+
+
+def refuse_busy(folder: Path) -> None:
+    """Refuses a run another process works on, before a model is loaded for it.
+
+    Raises:
+        RunError: it is busy.
+    """
+    if folder.exists():
+        with lock(folder):
+            pass
+
+
+def _fitting(config: RunConfig, bench: Bench | None) -> Bench:
+    """The loaded model, checked against the configuration."""
+    if bench is None:
+        bench = Bench.open(config)
+    elif not bench.fits(config):
+        raise RunError(f"The loaded model {bench.source} is not the one of {config.run_name}.")
+    bench.check_budget(config)
+    return bench
+
+
+def _run_task(
+    config: RunConfig, task: str, bench: Bench, policy: SkipPolicy | None, rows: list[Row]
+) -> list[Record]:
+    """Generates the missing rows of one task, each process its part, and returns all rows."""
+    group, path = team(), rows_path(config, task)
+    batches = plan_batches(rows, config.batch_size)
+    order = [row.id for batch in batches for row in batch]
+    done = group.on_first(lambda: {str(row["id"]) for row in settle_rows(path, order)})
+    if done - set(order) and set(order) - done:
+        raise RunError(
+            f"{path} holds rows that are not among those asked for now: give the --limit and the "
+            "data it was made with, or another run name (--model)."
+        )
+    own, target = _share(config, path, batches, done)
+    try:
+        with group.together():
+            run_batches(config, task, bench, policy, own, done, target)
+    except Exception:
+        # What the other processes made until then counts.
+        group.on_first(lambda: settle_rows(path, order))
+        raise
+    made = group.on_first(lambda: settle_rows(path, order))
+    missing = set(order) - {str(row["id"]) for row in made}
+    if missing:
+        raise RunError(
+            f"{path} lacks {len(missing)} of {len(order)} rows that other processes made: "
+            "--results_dir must be one folder that all machines share."
+        )
+    return made
+
+
+def _share(
+    config: RunConfig, path: Path, batches: list[list[Row]], done: Collection[str]
+) -> tuple[list[list[Row]], Path | None]:
+    """The batches this process works on, and where it writes their rows, if it does."""
+    group = team()
+    if config.tp_plan:
+        # All processes hold a part of the one model, and go through all rows together.
+        return share_out(batches, done), path if group.is_first else None
+    own = share_out(batches, done, rank=group.rank, world=group.world)
+    return own, path if group.world == 1 else part_path(path, group.rank)

@@ -1,0 +1,107 @@
+"""What is known about a model before it is loaded: its row in `configs/`, where its files are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from adaskip.configuration import read_config
+from adaskip.errors import AdaskipError, unknown_name
+from adaskip.models.smollm2 import smollm2_folder
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a run must know about a model besides its weights; a row of `configs/models.yaml`.
+
+    Attributes:
+        name: as given by the user.
+        hub_id: where the weights come from; None for `smollm2`, which comes from a package.
+        prompt_limit: longest prompt in tokens; longer ones lose their middle.
+        template: the chat prompt, `{prompt}` standing for the text; None if it is not wrapped.
+        answer_end: text at which an answer is cut, None if nowhere.
+        shape: the checkpoint's own configuration, empty if only the checkpoint knows.
+    """
+
+    name: str
+    hub_id: str | None
+    prompt_limit: int
+    template: str | None = None
+    answer_end: str | None = None
+    shape: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def wrap(self, prompt: str) -> str:
+        """The prompt within the chat template, or as it is."""
+        return self.template.replace("{prompt}", prompt) if self.template else prompt
+
+
+def model_names() -> tuple[str, ...]:
+    """The short names, in the order of `configs/models.yaml`."""
+    return tuple(read_config("models.yaml"))
+
+
+def model_spec(name_or_path: str | Path) -> ModelSpec:
+    """The row of a short name, or a row without template for a folder or hub id.
+
+    Raises:
+        AdaskipError: there is no such name, folder or hub model.
+    """
+    name = str(name_or_path)
+    rows = read_config("models.yaml")
+    if name in rows:
+        return ModelSpec(name=name, **rows[name])
+    config = read_model_config(model_source(name))
+    limit = config.get("max_position_embeddings")
+    if not limit:
+        raise AdaskipError(f"The configuration of {name!r} gives no max_position_embeddings.")
+    return ModelSpec(name=name, hub_id=name, prompt_limit=int(limit))
+
+
+def model_source(name: str) -> str:
+    """Where a model's files are: a folder or a hub id."""
+    rows = read_config("models.yaml")
+    if name in rows:
+        return rows[name]["hub_id"] or str(smollm2_folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists():
+        raise AdaskipError(f"{name!r} is a file: give the folder that holds config.json.")
+    if "/" not in name and "\\" not in name:
+        raise unknown_name("model", name, rows)
+    if not HUB_ID.fullmatch(name) or name.startswith((".", "~")):
+        raise AdaskipError(
+            f"There is no folder {name!r}: give an existing folder, a hub id (owner/name) or one "
+            f"of: {', '.join(rows)}."
+        )
+    return name
+
+
+def read_model_config(source: str) -> dict[str, Any]:
+    """The content of a model's `config.json`."""
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        if Path(source).is_dir():
+            raise AdaskipError(f"Cannot read {source}/config.json: {first_line(error)}") from error
+        raise AdaskipError(
+            f"There is no folder {source!r}, and the Hugging Face hub cannot be read: "
+            f"{first_line(error)} Without the hub, download the model elsewhere and give its "
+            "folder (--model_path FOLDER)."
+        ) from error
+    if "model_type" not in raw:
+        raise AdaskipError(f"No model: {source} has no config.json that names a model_type.")
+    return dict(raw)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, ended by a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ") + "."

@@ -1,0 +1,1 @@
+"""Observations: IO similarity of layers and sublayers, and how stable a choice is."""

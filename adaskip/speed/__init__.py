@@ -1,0 +1,1 @@
+"""Speed: times, memory and limits, and the budget as an acceleration."""

@@ -1,0 +1,1 @@
+"""Tasks: LongBench and the offline sample, as rows and prompts."""
