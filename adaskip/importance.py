@@ -177,10 +177,11 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def _weight(module: Any) -> Tensor:
-    """The weight of a module, fetched where accelerate has offloaded it."""
+    """The weight of a module, fetched where accelerate has offloaded it or ranks share it."""
     if module.weight.device.type != "meta":
-        weight: Tensor = module.weight.detach()
-        return weight
+        weight: Any = module.weight.detach()
+        whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        return whole
     from accelerate.utils import align_module_device
 
     with align_module_device(module, torch.device("cpu")):
