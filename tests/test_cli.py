@@ -16,6 +16,8 @@ from run_fixtures import Workplace, raw_row, rows_of, save_checkpoint, save_data
 
 from adaskip.errors import DataError
 from adaskip.experiments.cli import eval_main, run_main
+from adaskip.plan import Phase, all_sublayers
+from adaskip.speed.sublayer_times import SublayerTimes
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(
@@ -219,3 +221,25 @@ def test_a_killed_run_is_continued(place: Workplace) -> None:
     assert run_main("prefill", "llama", options) == 0
     rows = rows_of(place.results / "llama-EE-PREFILL-SKIP-1", "trec")
     assert [row["id"] for row in rows] == [f"row{number}" for number in range(30)]
+
+
+def test_an_acceleration_becomes_a_number_of_sublayers(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def times(model: Any, phase: Phase, context: int, batch: int) -> SublayerTimes:
+        assert (phase, context, batch) == (Phase.DECODE, 64, 1)
+        n_layers = model.config.num_hidden_layers
+        seconds = dict.fromkeys(all_sublayers(n_layers), 10 / (2 * n_layers))
+        return SublayerTimes(10.0, seconds, phase, context)
+
+    monkeypatch.setattr("adaskip.experiments.acceleration.measured_times", times)
+    save_data(place.data, 2)
+    options = [*place.options, "--tasks", "trec", "--max_length", "64"]
+    ada = ["--policy", "ADA"]
+    # Each of 2L sublayers takes 1 / 2L of the time: half of them halve it.
+    assert run_main("decode", "llama", [*options, *ada, "--acceleration", "2"]) == 0
+    n_skip = json.loads((place.checkpoint / "config.json").read_text())["num_hidden_layers"]
+    assert (place.results / f"llama-ADA-DECODE-SKIP-{n_skip}" / "trec.jsonl").is_file()
+    for wrong in ([*ada, "--skip_sub_layer_num", "3"], ["--policy", "EE"]):
+        assert run_main("decode", "llama", [*options, "--acceleration", "1.3", *wrong]) == 2
+        assert "in place of --skip_sub_layer_num" in capsys.readouterr().err

@@ -150,6 +150,10 @@ class Bench:
         spec = task_spec(task)
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
         listed = [*ends] if isinstance(ends, list) else [ends, self.tokenizer.eos_token_id]
+        if self.spec.answer_end:
+            # The prediction is cut there anyway; what would follow need not be computed.
+            end = self.tokenizer.convert_tokens_to_ids(self.spec.answer_end)
+            listed.append(None if end == self.tokenizer.unk_token_id else end)
         ids = {int(token) for token in listed if token is not None}
         return StopRule(
             frozenset(ids.union(stop_token_ids(spec, self.tokenizer))),

@@ -89,13 +89,23 @@ def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = No
             allow_abbrev=False,
         )
         add_run_options(parser)
+        parser.add_argument(
+            "--acceleration",
+            type=float,
+            metavar="RATIO",
+            help="budget of ADA as the ratio of dense to skipped time, in place of a number",
+        )
         given = vars(parser.parse_args(argv))
         given["tasks"] = tuple(given["tasks"])
+        acceleration, bench = given.pop("acceleration"), None
         config = RunConfig(experiment=experiment, model_name=model_name, **given)
-        config.check()
+        from adaskip.experiments.acceleration import accelerated
         from adaskip.experiments.runner import run
 
-        folder = run(config)
+        if acceleration is not None:
+            config, bench = accelerated(config, acceleration)
+        config.check()
+        folder = run(config, bench)
         say(f"{folder} is complete; score it: python eval/eval.py --model {config.run_name}")
         return 0
 
