@@ -29,7 +29,7 @@ observations: $(VENV)/.installed
 	$(BIN)/python observations/stability.py --model smollm2
 
 speed: $(VENV)/.installed
-	$(BIN)/python speed/run_smollm2_speed.py
+	$(BIN)/python speed/run_smollm2_speed.py --weights default --policies EE US ADA --minutes 11
 
 paper: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/paper.yaml
