@@ -2,9 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The oldest transformers that pyproject.toml admits; its core tests run in an environment of its own
+# that shares everything else.
+OLDEST_TRANSFORMERS := 5.4.0
+OLDEST := .venv-oldest
+CORE_TESTS := families policies phases recorders golden engines models
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 
-.PHONY: demo test lint types unit observations speed paper clean
+.PHONY: demo test lint types unit oldest observations speed paper clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/demo.yaml
@@ -20,6 +25,10 @@ types: $(VENV)/.installed
 
 unit: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --timeout 600
+
+oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile --timeout 600 \
+		$(CORE_TESTS:%=tests/test_%.py)
 
 observations: $(VENV)/.installed
 	$(BIN)/python observations/ob0.py --model smollm2
@@ -43,5 +52,12 @@ $(VENV)/.installed: $(REQUIREMENTS) pyproject.toml
 	$(BIN)/python -m pip install --no-deps -e .
 	touch $@
 
+$(OLDEST)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv $(OLDEST)
+	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
+		> $$($(OLDEST)/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
+	$(OLDEST)/bin/python -m pip install transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

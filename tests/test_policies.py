@@ -225,6 +225,21 @@ class Scripted(SkipPolicy):
         return SkipPlan({Sublayer(2, "attn"): None})
 
 
+class Observing(Scripted):
+    """Takes what it is given, without saying what it wants."""
+
+    def observe(self, step: Step, stats: StepStats) -> None:
+        self.seen = [(step.phase, len(stats.rows)), *getattr(self, "seen", [])]
+
+
+def test_a_policy_that_observes_sees_all_that_runs() -> None:
+    policy, model = Observing(), tiny_model("llama")
+    with skipping(model, policy):
+        model.generate(prompt(6), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    everything = 2 * N_LAYERS
+    assert policy.seen == [(Phase.DECODE, everything - 1)] * 2 + [(Phase.PREFILL, everything - 1)]
+
+
 @pytest.mark.parametrize(
     ("scope", "in_prefill", "in_decode"),
     [("prefill", ["ffn1"], ["ffn1"]), ("decode", [], ["attn2"]), ("e2e", ["ffn1"], ["attn2"])],

@@ -83,8 +83,9 @@ class SkipPolicy(ABC):
         """What this forward skips. A plan equal to the last one costs nothing."""
 
     def watch(self, step: Step) -> frozenset[Span]:
-        """The parts whose statistics `observe` wants of this step."""
-        return frozenset()
+        """The parts `observe` wants statistics of in this step: all, if there is an `observe`."""
+        observes = type(self).observe is not SkipPolicy.observe
+        return frozenset({"attn", "ffn"}) if observes else frozenset()
 
     def observe(self, step: Step, stats: StepStats) -> None:  # noqa: B027 - most watch nothing
         """Takes the statistics asked for by `watch`, after the forward."""
