@@ -16,8 +16,8 @@ from run_fixtures import Workplace, lasting, rows_of, save_checkpoint, save_data
 from adaskip.errors import RunError
 from adaskip.experiments.cli import run_main
 from adaskip.experiments.distributed import team
+from adaskip.experiments.parts import part_path, settle_rows
 from adaskip.experiments.records import append_rows, lock, read_rows
-from adaskip.speed.parts import part_path, settle_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -17,12 +17,12 @@ from adaskip.experiments.batches import plan_batches, run_batches, share_out
 from adaskip.experiments.bench import Bench, warmup_task
 from adaskip.experiments.distributed import team
 from adaskip.experiments.ledger import begin, is_finished, rows_path, run_folder, session_id, update
+from adaskip.experiments.parts import part_path, settle_rows
 from adaskip.experiments.records import Record, lock
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.experiments.scoring import phase_shares
 from adaskip.models.loading import resolve_device, resolve_dtype
 from adaskip.policies import SkipPolicy
-from adaskip.speed.parts import part_path, settle_rows
 from adaskip.tasks.spec import Row, task_spec
 
 __all__ = ["RunConfig", "is_finished", "plan_batches", "resolve", "run", "run_folder"]
