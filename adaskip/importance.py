@@ -51,6 +51,13 @@ class Importance:
         """Decoder layers of the model."""
         return len(self.similarity) // 2
 
+    @property
+    def name(self) -> str:
+        """Tells profiles apart, of one model too: its fingerprint and a hash of the values."""
+        columns = (self.similarity, self.gain_norm, self.gain_token)
+        values = json.dumps([list(column.values()) for column in columns])
+        return f"{self.fingerprint}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
+
     def ranking(self) -> tuple[Sublayer, ...]:
         """All sublayers, least important first; ties by lower layer, attention before FFN."""
         # sorted() is stable and the mapping is in depth order.

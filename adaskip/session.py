@@ -244,8 +244,6 @@ def skipping(
 
 def _replace(undo: ExitStack, module: nn.Module, name: str, value: object) -> None:
     """Sets an attribute on this one instance, and notes how to take it back."""
-    if name in vars(module):
-        undo.callback(setattr, module, name, vars(module)[name])
-    else:
-        undo.callback(delattr, module, name)
+    own = vars(module)
+    undo.callback(*((setattr, module, name, own[name]) if name in own else (delattr, module, name)))
     setattr(module, name, value)

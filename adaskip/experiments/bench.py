@@ -36,8 +36,7 @@ SAMPLE_ROWS = 20
 class Bench:
     """What stays loaded between runs of one model.
 
-    Attributes:
-        source: what was loaded; `fits` says whether it serves another configuration.
+    `source` is what was loaded; `fits` says whether it serves another configuration.
     """
 
     spec: ModelSpec
@@ -56,7 +55,7 @@ class Bench:
             AdaskipError: it cannot be loaded, or its architecture is not supported.
         """
         name = config.model_path or config.model_name
-        # A path or hub id replaces the weights; prompt limit and template stay the named model's.
+        # A path or hub id replaces the weights only.
         spec = model_spec(config.model_name)
         names = ("dtype", "device", "device_map", "tp_plan")
         model = load_model(name, **{option: getattr(config, option) for option in names})

@@ -125,7 +125,7 @@ def begin(
     Args:
         config: resolved.
         n_layers: decoder layers of the model.
-        profile: fingerprint of the importance profile, if the policy has one.
+        profile: name of the importance profile, if the policy has one.
         n_rows: rows of each task.
 
     Returns:

@@ -102,7 +102,7 @@ class RunConfig:
         """The fields two runs must share to be the same run.
 
         Tasks and limit only say how much of it; the answer length is compared per task, the profile
-        by its fingerprint; a dense run is the same in every experiment.
+        by its name; a dense run is the same in every experiment.
         """
         left_out = set(_NOT_SETTINGS)
         if self.policy != "ADA":

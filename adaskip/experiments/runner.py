@@ -82,7 +82,7 @@ def run(config: RunConfig, bench: Bench | None = None) -> Path:
         bench = _fitting(config, bench)
         rows = {task: bench.rows(config, task) for task in config.tasks}
         policies = {task: bench.policy(config, task) for task in config.tasks}
-    profile = bench.importance(config).fingerprint if config.policy == "ADA" else None
+    profile = bench.importance(config).name if config.policy == "ADA" else None
     n_layers, n_rows = bench.n_layers, {task: len(rows[task]) for task in config.tasks}
     with contextlib.ExitStack() as stack:
         group.on_first(lambda: stack.enter_context(lock(folder)))

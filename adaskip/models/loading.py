@@ -95,9 +95,8 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         AdaskipError: no such model, or no tokenizer in it.
     """
     source = model_source(str(name_or_path))
-    folder = Path(source)
     # Without this, some releases of transformers make an empty tokenizer.
-    if folder.is_dir() and not any(found for glob in TOKENIZERS for found in folder.glob(glob)):
+    if Path(source).is_dir() and not any(f for glob in TOKENIZERS for f in Path(source).glob(glob)):
         raise AdaskipError(
             f"{source} holds no tokenizer: put the model's own (tokenizer.json or tokenizer.model) "
             "beside its config.json."

@@ -76,7 +76,7 @@ def period(recipe: Mapping[str, Record]) -> tuple[str, str] | None:
 
 
 def profiles(recipe: Mapping[str, Record]) -> list[str]:
-    """The importance profiles that were used, by fingerprint."""
+    """The importance profiles that were used, by name."""
     return sorted({str(record["importance"]) for record in recipe.values() if record["importance"]})
 
 
