@@ -41,8 +41,15 @@ def save_run(results: Path, rows: list[dict[str, Any]], planned: int = 2, **chan
     config = RunConfig(**given)
     folder = results / config.folder_name
     task = rows[0]["task"]
-    tasks = {task: {"rows": planned, "limit": None}}
-    record = {"schema": SCHEMA, "config": config.as_dict(), "n_layers": 4, "tasks": tasks}
+    facts = {"rows": planned, "limit": None, "max_new_tokens": 8, "prompt_sha256": "0" * 64}
+    record = {
+        "schema": SCHEMA,
+        "config": config.as_dict(),
+        "n_layers": 4,
+        "importance": None,
+        "sessions": [],
+        "tasks": {task: facts},
+    }
     write_json(folder / "run.json", record)
     append_rows(folder / f"{task}.jsonl", rows)
     return folder
