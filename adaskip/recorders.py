@@ -146,9 +146,10 @@ def _reduce(
         x = before[..., start : start + _TILE, :].float()
         y = after[..., start : start + _TILE, :].float()
         inner.append(torch.linalg.vecdot(x, y))
-        norms_out.append(torch.linalg.vecdot(y, y))
+        # A norm makes no product as large as its input first, as an inner product does.
+        norms_out.append(torch.linalg.vector_norm(y, dim=-1).square())
         if squared_in is None:
-            norms_in.append(torch.linalg.vecdot(x, x))
+            norms_in.append(torch.linalg.vector_norm(x, dim=-1).square())
     if squared_in is None:
         squared_in = torch.cat(norms_in, dim=-1)
     return torch.cat(inner, dim=-1), squared_in, torch.cat(norms_out, dim=-1)
