@@ -97,7 +97,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.replaced.get_max_length()  # type: ignore[no-any-return]
 
     def get_max_cache_shape(self) -> int:
-        """`get_max_length` under the name of transformers 5.0."""
+        """`get_max_length` under its name in older releases of transformers."""
         return self.replaced.get_max_cache_shape()  # type: ignore[no-any-return]
 
     def lazy_initialization(self, *states: Tensor) -> None:
@@ -120,7 +120,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             owner.layers[self.index] = self.replaced
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets tokens: a negative number is how many, a positive one (5.0) what remains."""
+        """Forgets tokens: a negative number is how many, a positive one (once) what remains."""
         if tokens_to_remove < 0:
             self.length = max(self.length + tokens_to_remove, 0)
         elif tokens_to_remove > 0:

@@ -66,7 +66,7 @@ def prompt(tokens: int, batch: int = 1, seed: int = 1) -> torch.Tensor:
 
 
 def reset_empties() -> bool:
-    """Whether transformers' own reset of a dynamic cache empties it; before 5.23 it only zeroes."""
+    """Whether transformers' own reset of a dynamic cache empties it; in 5.17 it only zeroes."""
     cache = DynamicCache()
     cache.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
     cache.reset()

@@ -13,18 +13,17 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from adaskip import memory
 from adaskip.budget import SELECTS
 from adaskip.experiments.cli import Parser, guarded, say
 from adaskip.experiments.records import SCHEMA, environment, write_json
 from adaskip.learning import learn_importance
-from adaskip.models.loading import load_model, model_names, random_model
+from adaskip.models.loading import model_names
 from adaskip.plan import Phase
 from adaskip.policies import AdaSkip
 from adaskip.report.tables import markdown_table, number
 from adaskip.session import skipping
 from adaskip.speed.calibration import hardware, measure_sublayers, random_prompt
-from adaskip.speed.timing import growing_cache, time_request
+from adaskip.speed.timing import growing_cache, open_model, time_request
 
 _WARMUP_TOKENS = 256
 
@@ -129,13 +128,7 @@ def budget_main(argv: Sequence[str] | None = None) -> int:
 
     def action() -> int:
         given = _parser().parse_args(argv)
-        model = (
-            load_model(given.model, device=given.device)
-            if given.real
-            else random_model(given.model, device=given.device, n_layers=given.layers)
-        )
-        if model.device.type == "cpu":
-            memory.keep_freed_memory()
+        model = open_model(given.model, given.device, real=given.real, n_layers=given.layers)
         rows = []
         for context in given.contexts:
             rows += check_budgets(

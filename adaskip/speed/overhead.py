@@ -15,21 +15,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from adaskip import memory
 from adaskip.experiments.cli import Parser, guarded, say
 from adaskip.experiments.generation import synchronize
 from adaskip.experiments.records import SCHEMA, environment, write_json
 from adaskip.learning import ImportanceRecorder, learn_importance
-from adaskip.models.loading import load_model, model_names, random_model
+from adaskip.models.loading import model_names
 from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
 from adaskip.recorders import Recorder, TokenStatistics
 from adaskip.report.tables import markdown_table, number
 from adaskip.session import skipping
 from adaskip.speed.calibration import hardware, random_prompt
-from adaskip.speed.timing import Spread, dynamic_cache, growing_cache, time_request
+from adaskip.speed.timing import Spread, dynamic_cache, growing_cache, open_model, time_request
 
-# The highest ratio that counts as free: issue-level goals, printed beside what was measured.
+# The highest ratio that counts as free, printed beside what was measured.
 GOALS = {
     "empty plan": (1.01, 1.01),
     "recording": (1.02, 1.03),
@@ -146,13 +145,7 @@ def overhead_main(argv: Sequence[str] | None = None) -> int:
 
     def action() -> int:
         given = _parser().parse_args(argv)
-        model = (
-            load_model(given.model, device=given.device)
-            if given.real
-            else random_model(given.model, device=given.device, n_layers=given.layers)
-        )
-        if model.device.type == "cpu":
-            memory.keep_freed_memory()
+        model = open_model(given.model, given.device, real=given.real, n_layers=given.layers)
         points = [
             measure_overhead(model, context, n_steps=given.new_tokens, rounds=given.rounds)
             for context in given.contexts

@@ -22,6 +22,8 @@ from transformers.cache_utils import Cache
 from adaskip.blocks import block_spec, bound_parts
 from adaskip.experiments.generation import synchronize
 from adaskip.growing_cache import GrowingCache, kv_tensors
+from adaskip.memory import keep_freed_memory
+from adaskip.models.loading import load_model, random_model
 from adaskip.plan import Phase, SkipPlan, Sublayer, all_sublayers
 
 MakeCache = Callable[[PreTrainedModel], Cache]
@@ -189,3 +191,23 @@ def _seconds(start: Any, end: Any) -> float:
     if isinstance(start, float):
         return float(end - start)
     return float(start.elapsed_time(end)) / 1000
+
+
+def open_model(
+    name: str, device: str | None, *, real: bool, n_layers: int | None
+) -> PreTrainedModel:
+    """The model a script times, with freed memory kept on a CPU.
+
+    Args:
+        name: as in configs/models.yaml.
+        device: where; None for the default.
+        real: its own weights, else random ones of its shape.
+        n_layers: decoder layers of a random one, None for all.
+    """
+    if real:
+        model = load_model(name, device=device)
+    else:
+        model = random_model(name, device=device, n_layers=n_layers)
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    return model
