@@ -38,7 +38,8 @@ observations: $(VENV)/.installed
 	$(BIN)/python observations/stability.py --model smollm2
 
 speed: $(VENV)/.installed
-	$(BIN)/python speed/run_smollm2_speed.py --weights default --policies EE US ADA --minutes 11
+	$(BIN)/python speed/run_smollm2_speed.py --weights default --policies EE US ADA \
+		--contexts 512 1024 4096 --minutes 7
 
 paper: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/paper.yaml

@@ -1,12 +1,13 @@
-"""Paired bootstrap intervals: worked cases, and that they cover what they should."""
+"""Intervals of means and medians: worked cases, and that they cover what they should."""
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 
-from adaskip.report.statistics import paired_interval
+from adaskip.report.statistics import median_interval, paired_interval
 
 
 def test_equal_differences_leave_no_doubt() -> None:
@@ -41,3 +42,22 @@ def test_it_covers_the_true_difference_about_as_often_as_it_says() -> None:
         assert found is not None
         covered += found[0] <= 0.1 <= found[1]
     assert covered / 400 == pytest.approx(0.94, abs=0.03)
+
+
+def test_interval_of_a_median_by_hand() -> None:
+    # 2 / 2**5 = 6 % and 2 / 2**6 = 3 %: six values are the fewest whose ends say 95 %.
+    assert median_interval([3, 1, 2]) == (1, 3)
+    assert median_interval([7]) == (7, 7)
+    assert median_interval([6, 5, 4, 3, 2, 1]) == (1, 6)
+    # 2 * (1 + 8) / 2**8 = 7 %, 2 * (1 + 9) / 2**9 = 4 %.
+    assert median_interval(range(1, 9)) == (1, 8)
+    assert median_interval(range(1, 10)) == (2, 8)
+
+
+def test_interval_of_a_median_covers_it() -> None:
+    generator = random.Random(5)
+    covered = 0
+    for _ in range(1000):
+        low, high = median_interval([generator.expovariate(1.0) for _ in range(15)])
+        covered += low <= math.log(2) <= high
+    assert covered / 1000 == pytest.approx(0.965, abs=0.02)  # 15 values: 1 - 2 * 576 / 2**15

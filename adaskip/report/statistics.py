@@ -1,8 +1,9 @@
-"""How sure a difference of mean scores is: paired bootstrap intervals, seeded."""
+"""How sure a mean or a median is: intervals of 95 %."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -39,3 +40,21 @@ def paired_interval(
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(differences[draws].mean(axis=1), [tail, 100 - tail])
     return float(low), float(high)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a median, whatever the distribution: two of the ordered values.
+
+    The k-th lowest and the k-th highest value enclose the median unless fewer than k values fall on
+    one side of it, so k is the largest number for which that has a probability of at most 5 %.
+    Fewer than 6 values cannot say that much: theirs is the lowest and the highest.
+    """
+    ordered = sorted(values)
+    n, k, outside = len(ordered), 0, 0.0
+    while k < n // 2:
+        outside += 2 * math.comb(n, k) / 2**n
+        if outside > 1 - CONFIDENCE:
+            break
+        k += 1
+    k = max(k, 1)
+    return ordered[k - 1], ordered[n - k]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from adaskip import memory
@@ -21,15 +21,18 @@ from adaskip.learning import learn_importance
 from adaskip.models.loading import load_model, random_model, resolve_device, resolve_dtype
 from adaskip.plan import Phase
 from adaskip.speed.calibration import hardware, layer_types, random_prompt
-from adaskip.speed.cases import Case, CaseRun, make_cases, run_case
-from adaskip.speed.config import DEFAULT_WEIGHTS, MIN_ROUNDS, SpeedConfig
+from adaskip.speed.cases import BASELINES, Case, CaseRun, make_cases, run_case
+from adaskip.speed.config import DEFAULT_WEIGHTS, SpeedConfig
+from adaskip.speed.interleaving import by_turns
 from adaskip.speed.roofline import Rates, measured_rates
 from adaskip.speed.stats import Measured, Point, case_record, checked_kv, compiled_times
 from adaskip.speed.sublayer_times import SublayerTimes, combined
-from adaskip.speed.timing import SublayerClock, growing_cache, time_request
+from adaskip.speed.timing import ClockedRequests, RequestTimes
 
 logger = logging.getLogger(__name__)
 WARMUP_TOKENS = 256
+# How lines are compared; a record made otherwise is not continued.
+METHOD = "round by round"
 
 
 def run_speed(config: SpeedConfig) -> Path:
@@ -61,9 +64,8 @@ def run_speed(config: SpeedConfig) -> Path:
     )
     rates = measured_rates(device)
     record["rates"] = None if rates is None else asdict(rates)
-    shares = sum(context * batch for context, batch in points)
+    seconds = 60 * config.minutes / len(points)
     for context, batch in points:
-        seconds = 60 * config.minutes * context * batch / shares
         record["points"].append(_point(model, cases, config, context, batch, seconds, rates))
         record["points"].sort(key=lambda p: (p["batch"], p["context"]))
         write_json(path, record)
@@ -72,7 +74,7 @@ def run_speed(config: SpeedConfig) -> Path:
 
 def _open_record(config: SpeedConfig, path: Path, device: torch.device) -> dict[str, Any]:
     """The record on disk, if it may be continued, or a new one."""
-    settings = config.settings() | {"hardware": hardware(device)}
+    settings = config.settings() | {"hardware": hardware(device), "method": METHOD}
     settings["dtype"] = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
     if config.resume and path.exists():
         record = read_json(path)
@@ -146,18 +148,22 @@ def measure_point(
     ids = random_prompt(model, context, batch)
     start = time.perf_counter()
     measured = {case.label: _first(model, case, ids, config) for case in cases}
-    clock = SublayerClock(model)
-    clocked: dict[Phase, tuple[list[float], list[Any]]] = {p: ([], []) for p in Phase}
-    title = f"{context} tokens x {batch}"
-    with tqdm(total=config.rounds, desc=title, unit="round") as bar:
-        for number in range(config.rounds + 1):
-            if number > MIN_ROUNDS and time.perf_counter() - start > seconds:
-                break
-            for case in cases if number else ():
-                measured[case.label].add(run_case(model, case, ids, config.new_tokens).times)
-            _clock(model, clock, ids, config.new_tokens, clocked if number else None)
-            bar.update(1 if number else 0)
-    times = _sublayers(model, measured["dense"], clocked, context, batch)
+    clock = ClockedRequests(model, ids, config.new_tokens)
+    clock.warm_up()
+    kinds: dict[str, Callable[[], RequestTimes]] = {
+        case.label: partial(_request, model, case, ids, config.new_tokens) for case in cases
+    }
+    rounds = by_turns(
+        kinds | {"clocked": clock.request},
+        rounds=config.rounds,
+        baselines=[label for label in BASELINES if label in kinds],
+        seconds=seconds - (time.perf_counter() - start),
+        title=f"{context} tokens x {batch}",
+    )
+    for taken in rounds:
+        for label, own in measured.items():
+            own.add(taken[label])
+    times = {p: _sublayers(model, measured["dense"], clock, p, context, batch) for p in Phase}
     decode = compiled_times(measured, times[Phase.DECODE]) if config.compiled else None
     point = Point(context, batch, config.new_tokens, rates)
     lines = [
@@ -171,6 +177,10 @@ def measure_point(
     }
 
 
+def _request(model: PreTrainedModel, case: Case, ids: Tensor, n_steps: int) -> RequestTimes:
+    return run_case(model, case, ids, n_steps).times
+
+
 def _first(model: PreTrainedModel, case: Case, ids: Tensor, config: SpeedConfig) -> Measured:
     """The request that warms up: memory, keys and values, and what was skipped."""
     memory.reset_peak(model.device)
@@ -180,40 +190,20 @@ def _first(model: PreTrainedModel, case: Case, ids: Tensor, config: SpeedConfig)
     return Measured(run.plans, peak, run.times.kv_bytes, formula, run.times.tokens)
 
 
-def _clock(
-    model: PreTrainedModel,
-    clock: SublayerClock,
-    ids: Tensor,
-    n_steps: int,
-    into: dict[Phase, tuple[list[float], list[Any]]] | None,
-) -> None:
-    """One dense request with timestamps."""
-    with clock.running():
-        times = time_request(model, ids, n_steps, make_cache=growing_cache)
-    prefill, *steps = clock.read()
-    if into is not None:
-        into[Phase.PREFILL][0].append(times.ttft)
-        into[Phase.PREFILL][1].append(prefill)
-        into[Phase.DECODE][0].append(times.per_token)
-        into[Phase.DECODE][1].extend(steps)
-
-
 def _sublayers(
     model: PreTrainedModel,
     dense: Measured,
-    clocked: dict[Phase, tuple[list[float], list[Any]]],
+    clock: ClockedRequests,
+    phase: Phase,
     context: int,
     batch: int,
-) -> dict[Phase, SublayerTimes]:
-    return {
-        phase: combined(
-            dense.seconds(phase),
-            clocked[phase][1],
-            clocked[phase][0],
-            phase=phase,
-            context=context,
-            batch=batch,
-            layer_types=layer_types(model),
-        )
-        for phase in Phase
-    }
+) -> SublayerTimes:
+    return combined(
+        dense.seconds(phase),
+        clock.forwards[phase],
+        [request.seconds(phase) for request in clock.requests],
+        phase=phase,
+        context=context,
+        batch=batch,
+        layer_types=layer_types(model),
+    )

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from adaskip.budget import SELECTS
+from adaskip.budget import SELECTS, Select
 from adaskip.experiments.cli import Parser, guarded, say
 from adaskip.experiments.records import SCHEMA, environment, write_json
+from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.models.loading import model_names
 from adaskip.plan import Phase
@@ -23,7 +25,9 @@ from adaskip.policies import AdaSkip
 from adaskip.report.tables import markdown_table, number
 from adaskip.session import skipping
 from adaskip.speed.calibration import hardware, measure_sublayers, random_prompt
-from adaskip.speed.timing import growing_cache, open_model, time_request
+from adaskip.speed.interleaving import Ratio, by_turns
+from adaskip.speed.sublayer_times import SublayerTimes
+from adaskip.speed.timing import RequestTimes, growing_cache, open_model, time_request
 
 _WARMUP_TOKENS = 256
 
@@ -44,51 +48,50 @@ def check_budgets(
     times = measure_sublayers(
         model, context, n_steps=n_steps, make_cache=growing_cache, progress=True
     )
-    kinds: list[tuple[Phase, AdaSkip] | None] = [None]
-    for phase in Phase:
-        for ratio in ratios:
-            for select in SELECTS:
-                policy = AdaSkip(
-                    importance,
-                    acceleration=ratio,
-                    times=times[phase],
-                    select=select,
-                    online=False,
-                )
-                kinds.append((phase, policy))
-    ids = random_prompt(model, context)
-    taken: list[list[dict[Phase, float]]] = [[] for _ in kinds]
-    for number_ in tqdm(range(rounds + 1), desc=f"{context} tokens", unit="round"):
-        for place, kind in enumerate(kinds):
-            seconds = _request(model, ids, n_steps, kind)
-            if number_:
-                taken[place].append(seconds)
-    return [
-        _row(*kind, taken[0], taken[place]) for place, kind in enumerate(kinds) if kind is not None
+    policies = [
+        (phase, _policy(importance, times[phase], ratio, select))
+        for phase in Phase
+        for ratio in ratios
+        for select in SELECTS
     ]
+    ids = random_prompt(model, context)
+    names = ["dense", *(f"{phase} {p.acceleration} {p.select}" for phase, p in policies)]
+    kinds = {
+        name: partial(_request, model, ids, n_steps, kind)
+        for name, kind in zip(names, [None, *policies], strict=True)
+    }
+    for warm_up in kinds.values():
+        warm_up()
+    taken = list(by_turns(kinds, rounds=rounds, baselines=["dense"], title=f"{context} tokens"))
+    return [
+        _row(phase, policy, [[r[label] for r in taken] for label in ("dense", name)])
+        for name, (phase, policy) in zip(names[1:], policies, strict=True)
+    ]
+
+
+def _policy(importance: Importance, times: SublayerTimes, ratio: float, select: Select) -> AdaSkip:
+    return AdaSkip(importance, acceleration=ratio, times=times, select=select, online=False)
 
 
 def _request(
     model: PreTrainedModel, ids: Tensor, n_steps: int, kind: tuple[Phase, AdaSkip] | None
-) -> dict[Phase, float]:
+) -> RequestTimes:
     context = nullcontext() if kind is None else skipping(model, kind[1], scope=kind[0].value)
     # A prefill is measured without the decode steps that would follow.
     steps = 1 if kind is not None and kind[0] is Phase.PREFILL else n_steps
     with context:
-        request = time_request(model, ids, steps, make_cache=growing_cache)
-    return {Phase.PREFILL: request.ttft, Phase.DECODE: request.per_token}
+        return time_request(model, ids, steps, make_cache=growing_cache)
 
 
 def _row(
-    phase: Phase,
-    policy: AdaSkip,
-    dense: Sequence[dict[Phase, float]],
-    own: Sequence[dict[Phase, float]],
+    phase: Phase, policy: AdaSkip, rounds: Sequence[Sequence[Sequence[RequestTimes]]]
 ) -> dict[str, Any]:
+    """Predicted and measured ratio; `rounds`: requests of each round, dense and with the policy."""
     assert policy.times is not None  # noqa: S101 - given above
     chosen = policy.chosen()
     predicted = policy.times.speedup(chosen)
-    measured = median(t[phase] for t in dense) / median(t[phase] for t in own)
+    dense, own = ([median(t.seconds(phase) for t in each) for each in kind] for kind in rounds)
+    measured = Ratio.paired(dense, own)
     return {
         "phase": str(phase),
         "context": policy.times.context,
@@ -97,8 +100,8 @@ def _row(
         "attn": sum(s.kind == "attn" for s in chosen),
         "ffn": sum(s.kind == "ffn" for s in chosen),
         "predicted": predicted,
-        "measured": measured,
-        "off_points": 100 * (measured - predicted),
+        "measured": asdict(measured),
+        "off_points": 100 * (measured.median - predicted),
     }
 
 
@@ -115,7 +118,7 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
                 number(row["asked"]),
                 f"{row['attn']}+{row['ffn']}",
                 number(row["predicted"], 3),
-                number(row["measured"], 3),
+                Ratio(**row["measured"]).text(3),
                 number(row["off_points"], 1, signed=True),
             ]
             for row in rows

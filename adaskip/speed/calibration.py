@@ -7,21 +7,27 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.models.smollm2 import cache_root
-from adaskip.plan import Phase, Sublayer
+from adaskip.plan import Phase
+from adaskip.speed.interleaving import by_turns
 from adaskip.speed.sublayer_times import VERSION, SublayerTimes, combined
-from adaskip.speed.timing import MakeCache, RequestTimes, SublayerClock, dynamic_cache, time_request
+from adaskip.speed.timing import (
+    ClockedRequests,
+    MakeCache,
+    RequestTimes,
+    dynamic_cache,
+    time_request,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,38 +68,25 @@ def measure_sublayers(
     if min(context, batch, repeats, n_steps) < 1:
         raise AdaskipError("Context, batch, repeats and steps must be 1 or more each.")
     ids = random_prompt(model, context, batch)
-    plain, timed = [], []
-    forwards: dict[Phase, list[dict[Sublayer, float]]] = {phase: [] for phase in Phase}
-    rounds = tqdm(range(repeats + 1), desc="timing sublayers", disable=not progress)
-    for number in rounds:
-        without, with_marks, (first, *steps) = _both(model, ids, n_steps, make_cache)
-        if number:  # the first round warms up
-            plain.append(without)
-            timed.append(with_marks)
-            forwards[Phase.PREFILL].append(first)
-            forwards[Phase.DECODE] += steps
-    facts: dict[str, Any] = {"context": context, "batch": batch, "layer_types": layer_types(model)}
+    plain = partial(time_request, model, ids, n_steps, make_cache=make_cache)
+    clock = ClockedRequests(model, ids, n_steps, make_cache)
+    plain()
+    clock.warm_up()
+    kinds: dict[str, Callable[[], RequestTimes]] = {"plain": plain, "clocked": clock.request}
+    rounds = by_turns(kinds, rounds=repeats, title="timing sublayers", progress=progress)
+    taken = [request for each in rounds for request in each["plain"]]
     return {
         phase: combined(
-            [request.seconds(phase) for request in plain],
-            forwards[phase],
-            [request.seconds(phase) for request in timed],
+            [request.seconds(phase) for request in taken],
+            clock.forwards[phase],
+            [request.seconds(phase) for request in clock.requests],
             phase=phase,
-            **facts,
+            context=context,
+            batch=batch,
+            layer_types=layer_types(model),
         )
         for phase in Phase
     }
-
-
-def _both(
-    model: PreTrainedModel, ids: Tensor, n_steps: int, make_cache: MakeCache
-) -> tuple[RequestTimes, RequestTimes, list[dict[Sublayer, float]]]:
-    """A request without timestamps, one with them, and the sublayers of each of its forwards."""
-    without = time_request(model, ids, n_steps, make_cache=make_cache)
-    clock = SublayerClock(model)
-    with clock.running():
-        with_marks = time_request(model, ids, n_steps, make_cache=make_cache)
-    return without, with_marks, clock.read()
 
 
 def measured_times(

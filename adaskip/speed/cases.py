@@ -27,6 +27,7 @@ from adaskip.speed.timing import RequestTimes, dynamic_cache, growing_cache, tim
 
 CacheName = Literal["dynamic", "growing", "static"]
 SPEED_POLICIES = ("EE", "SD", "US", "ADA")
+DENSE, DENSE_COMPILED = BASELINES = ("dense", "dense compiled")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Case:
     @property
     def baseline(self) -> str:
         """The label of the case that skips nothing and is otherwise the same."""
-        return "dense compiled" if self.compiled else "dense"
+        return DENSE_COMPILED if self.compiled else DENSE
 
 
 def make_cases(
@@ -83,7 +84,7 @@ def make_cases(
     named = [(f"{p} {n if p == 'ADA' else n // 2}", policy) for p, n, policy in plans]
     cases = [
         Case("stock", None, "dynamic"),
-        Case("dense", None),
+        Case(DENSE, None),
         Case("empty plan", FixedSkipping(EMPTY_PLAN)),
         *(Case(label, policy) for label, policy in named),
     ]
@@ -94,7 +95,7 @@ def _compiled(named: Sequence[tuple[str, SkipPolicy]], n_layers: int) -> list[Ca
     """The compiled cases; SkipDecode, which would compile a graph per number of layers, is out."""
     fixed = [(label, policy) for label, policy in named if not isinstance(policy, SkipDecode)]
     return [
-        Case("dense compiled", None, "static", True),
+        Case(DENSE_COMPILED, None, "static", True),
         Case("empty plan compiled", FixedSkipping(EMPTY_PLAN), "static", True),
         Case("no attn compiled", _without("attn", n_layers), "static", True, measured=False),
         Case("no ffn compiled", _without("ffn", n_layers), "static", True, measured=False),

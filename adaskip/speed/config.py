@@ -9,8 +9,8 @@ from typing import Any
 
 from adaskip.errors import AdaskipError
 from adaskip.experiments.cli import Parser, guarded, say
+from adaskip.speed.interleaving import MIN_ROUNDS
 
-MIN_ROUNDS = 3
 DEFAULT_WEIGHTS = "default"
 
 
@@ -21,8 +21,8 @@ class SpeedConfig:
     Attributes:
         weights: None for random ones, "default" for the model's own, else a folder or hub id.
         budgets: in sublayers.
-        minutes: about how long it may take in all; longer contexts get more of it. A point takes
-            at least `MIN_ROUNDS` rounds, and one to warm up.
+        minutes: about how long it may take in all, the same for every point. A point takes at
+            least `MIN_ROUNDS` rounds, and one to warm up.
     """
 
     model_name: str

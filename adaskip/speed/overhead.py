@@ -1,10 +1,10 @@
-"""What patching, recording and learning cost: ratios of medians, measured by turns."""
+"""What patching, recording and learning cost, as ratios measured round by round."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from adaskip.experiments.cli import Parser, guarded, say
@@ -23,9 +22,10 @@ from adaskip.models.loading import model_names
 from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
 from adaskip.recorders import Recorder, TokenStatistics
-from adaskip.report.tables import markdown_table, number
+from adaskip.report.tables import MISSING, markdown_table, number
 from adaskip.session import skipping
 from adaskip.speed.calibration import hardware, random_prompt
+from adaskip.speed.interleaving import Ratio, by_turns
 from adaskip.speed.timing import Spread, dynamic_cache, growing_cache, open_model, time_request
 
 # The highest ratio that counts as free, printed beside what was measured.
@@ -35,7 +35,10 @@ GOALS = {
     "learn_importance": (1.03, None),
     "growing cache": (1.01, 1.0),
 }
+BASELINES = ("stock", "prefill only")
 N_PROMPTS = 2
+# Of prefill, and per decode step where there are any.
+Seconds = tuple[float, ...]
 
 
 def measure_overhead(
@@ -51,46 +54,46 @@ def measure_overhead(
     """
     ids = random_prompt(model, context)
     prompts = [random_prompt(model, context, seed=seed) for seed in range(N_PROMPTS)]
-    kinds: dict[str, Callable[[], tuple[float, float | None]]] = {
+    kinds: dict[str, Callable[[], Seconds]] = {
         "stock": lambda: _stock(model, ids, n_steps),
         "empty plan": lambda: _patched(model, ids, n_steps, []),
         "recording": lambda: _patched(
             model, ids, n_steps, [ImportanceRecorder(), TokenStatistics("ffn", phase="decode")]
         ),
         "growing cache": lambda: _stock(model, ids, n_steps, growing=True),
-        "prefill only": lambda: (_prefill(model, prompts), None),
-        "learn_importance": lambda: (_learn(model, prompts), None),
+        "prefill only": lambda: (_prefill(model, prompts),),
+        "learn_importance": lambda: (_learn(model, prompts),),
     }
-    seconds: dict[str, list[tuple[float, float | None]]] = {name: [] for name in kinds}
-    for number_ in tqdm(range(rounds + 1), desc=f"{context} tokens", unit="round"):
-        for name, action in kinds.items():
-            taken = action()
-            if number_:
-                seconds[name].append(taken)
-    return {"context": context, "rows": [_row(name, seconds) for name in kinds]}
+    for warm_up in kinds.values():
+        warm_up()
+    rounds_ = list(by_turns(kinds, rounds=rounds, baselines=BASELINES, title=f"{context} tokens"))
+    return {"context": context, "rows": [_row(name, rounds_) for name in kinds]}
 
 
-def _row(name: str, seconds: dict[str, list[tuple[float, float | None]]]) -> dict[str, Any]:
-    """Spreads of one kind, and its ratios to its baseline."""
-    base = "prefill only" if name in ("prefill only", "learn_importance") else "stock"
+def _row(name: str, rounds: Sequence[Mapping[str, Sequence[Seconds]]]) -> dict[str, Any]:
+    """Spreads of one kind, and its ratios to its baseline, round by round."""
+    stock, prefill_only = BASELINES
+    base = prefill_only if name in (prefill_only, "learn_importance") else stock
     row: dict[str, Any] = {"label": name}
     for index, phase in enumerate(Phase):
-        own = [taken[index] for taken in seconds[name]]
-        values = [value for value in own if value is not None]
-        if not values:
-            continue
-        reference = median(taken[index] or 0.0 for taken in seconds[base])
-        goal = GOALS.get(name, (None, None))[index]
-        row[str(phase)] = asdict(Spread.of(values)) | {
-            "ratio": median(values) / reference,
-            "goal": goal,
-        }
+        own, reference = (_per_round(rounds, kind, index) for kind in (name, base))
+        if own and reference:
+            row[str(phase)] = asdict(Spread.of(own)) | {
+                "ratio": asdict(Ratio.paired(own, reference)),
+                "goal": GOALS.get(name, (None, None))[index],
+            }
     return row
 
 
-def _stock(
-    model: PreTrainedModel, ids: Tensor, n_steps: int, *, growing: bool = False
-) -> tuple[float, float]:
+def _per_round(
+    rounds: Sequence[Mapping[str, Sequence[Seconds]]], name: str, index: int
+) -> list[float]:
+    """One phase's seconds of a kind, the median of each round; empty if it has no such phase."""
+    taken = [each[name] for each in rounds]
+    return [median(s[index] for s in each) for each in taken if len(each[0]) > index]
+
+
+def _stock(model: PreTrainedModel, ids: Tensor, n_steps: int, *, growing: bool = False) -> Seconds:
     make_cache = growing_cache if growing else dynamic_cache
     times = time_request(model, ids, n_steps, make_cache=make_cache)
     return times.ttft, times.per_token
@@ -98,7 +101,7 @@ def _stock(
 
 def _patched(
     model: PreTrainedModel, ids: Tensor, n_steps: int, recorders: Sequence[Recorder]
-) -> tuple[float, float]:
+) -> Seconds:
     with skipping(model, FixedSkipping(EMPTY_PLAN), recorders=recorders):
         return _stock(model, ids, n_steps)
 
@@ -133,7 +136,7 @@ def as_markdown(points: Sequence[dict[str, Any]]) -> str:
                 own = row.get(str(phase))
                 spread = own and [1000 * own[key] for key in ("median", "q1", "q3")]
                 cells.append("{:.1f} [{:.1f}–{:.1f}]".format(*spread) if spread else number(None))
-                cells.append(number(own and own["ratio"], 3))
+                cells.append(Ratio(**own["ratio"]).text(3) if own else MISSING)
                 cells.append(number(own and own["goal"]))
             rows.append(cells)
     header = ["case", "tokens", "prefill ms", "ratio", "goal", "ms/token", "ratio", "goal"]

@@ -10,16 +10,18 @@ from typing import Any
 from adaskip.experiments.records import read_json, write_bytes, write_text
 from adaskip.plan import KINDS, Phase
 from adaskip.report.tables import MISSING, markdown_table, number
+from adaskip.speed.interleaving import Ratio
 
 COLOURS = {"EE": "#0072B2", "SD": "#CC79A7", "US": "#E69F00", "ADA": "#009E73"}
 MARKERS = ("o", "s", "^", "D", "v")
 CAPTION = (
-    "Medians of requests taken by turns in one process, quartiles in brackets. Speedup: against "
-    "the dense line, in brackets the ideal one, at which skipped sublayers cost nothing. Kept: "
-    "measured saving / ideal saving. `stock`: the model as transformers runs it, on its "
-    "DynamicCache; `dense`: the same on a GrowingCache, which all lines below it use; `compiled` "
-    "lines use a static cache and are compared with `dense compiled`. Skipped: attention + FFN "
-    "sublayers at the last step."
+    "Every case once per round, in random order, in one process; times are medians over rounds, "
+    "quartiles in brackets. Speedup: against the dense line of the same round, the median over "
+    "rounds; in parentheses the ideal one, at which skipped sublayers cost nothing. Kept: measured "
+    "saving / ideal saving, its 95 % interval in brackets. `stock`: the model as transformers runs "
+    "it, on its DynamicCache; `dense`: the same on a GrowingCache, which all lines below it use; "
+    "`compiled` lines use a static cache and are compared with `dense compiled`. Skipped: "
+    "attention + FFN sublayers at the last step."
 )
 
 
@@ -82,8 +84,8 @@ def _row(point: Mapping[str, Any], case: Mapping[str, Any], *, with_floor: bool)
         median, q1, q3 = (1000 * own[key] for key in ("median", "q1", "q3"))
         cells += [
             f"{median:.1f} [{q1:.1f}–{q3:.1f}]",
-            f"{own['speedup']:.3f} ({own['ideal_speedup']:.3f})",
-            number(own["saving_ratio"]),
+            f"{own['speedup']['median']:.3f} ({own['ideal_speedup']:.3f})",
+            MISSING if own["saving_ratio"] is None else Ratio(**own["saving_ratio"]).text(2),
         ]
     peak = case["peak_bytes"]
     cells += [MISSING if peak is None else number(peak / 1e9), number(case["kv_bytes"] / 1e6)]
@@ -148,7 +150,7 @@ def _panel(panel: Any, points: list[Mapping[str, Any]], labels: list[str], phase
         seen[policy] += 1
         cases = [next(c for c in point["cases"] if c["label"] == label) for point in points]
         style = {"color": COLOURS[policy], "marker": marker, "markersize": 4}
-        panel.plot(contexts, [c[phase]["speedup"] for c in cases], label=label, **style)
+        panel.plot(contexts, [c[phase]["speedup"]["median"] for c in cases], label=label, **style)
         ideal = [c[phase]["ideal_speedup"] for c in cases]
         panel.plot(contexts, ideal, linestyle=":", color=COLOURS[policy], linewidth=1)
     panel.axhline(1, color="black", linewidth=0.6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean, median
 from typing import Any
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from adaskip.errors import RunError
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Sublayer
-from adaskip.speed.cases import Case, CaseRun
+from adaskip.speed.cases import DENSE_COMPILED, Case, CaseRun
+from adaskip.speed.interleaving import Ratio
 from adaskip.speed.roofline import Rates, decode_work, prefill_work
 from adaskip.speed.sublayer_times import SublayerTimes
 from adaskip.speed.timing import RequestTimes, Spread, kv_bytes
@@ -45,6 +46,7 @@ class Measured:
         kv_bytes: keys and values held at the end.
         kv_formula: what they must be.
         tokens: the tokens chosen: [batch, 1 + steps].
+        ttft, per_token: seconds, one value per round.
     """
 
     plans: list[SkipPlan]
@@ -55,13 +57,13 @@ class Measured:
     ttft: list[float] = field(default_factory=list)
     per_token: list[float] = field(default_factory=list)
 
-    def add(self, times: RequestTimes) -> None:
-        """Takes one more request."""
-        self.ttft.append(times.ttft)
-        self.per_token.append(times.per_token)
+    def add(self, requests: Sequence[RequestTimes]) -> None:
+        """Takes one more round: its median, if it has more than one request."""
+        self.ttft.append(median(request.ttft for request in requests))
+        self.per_token.append(median(request.per_token for request in requests))
 
     def seconds(self, phase: Phase) -> list[float]:
-        """Of each request: time to the first token, or time per output token."""
+        """Of each round: time to the first token, or time per output token."""
         return self.ttft if phase is Phase.PREFILL else self.per_token
 
     def plans_of(self, phase: Phase) -> list[SkipPlan]:
@@ -102,7 +104,7 @@ def compiled_times(measured: Mapping[str, Measured], eager: SublayerTimes) -> Su
 
     The dense step minus the one without any attention (or FFN), by the number of layers.
     """
-    total = median(measured["dense compiled"].per_token)
+    total = median(measured[DENSE_COMPILED].per_token)
     each = {
         kind: max(total - median(measured[f"no {kind} compiled"].per_token), 0.0) / eager.n_layers
         for kind in ("attn", "ffn")
@@ -154,16 +156,19 @@ def case_record(
 def _phase_record(
     own: Measured, baseline: Measured, times: SublayerTimes, phase: Phase
 ) -> dict[str, Any]:
-    """Times of a phase, its speedup over the baseline, the ideal one, and how near they are."""
-    spread = Spread.of(own.seconds(phase))
-    dense = _median(baseline, phase)
+    """Times of a phase, its speedup over the baseline, the ideal one, and how near they are.
+
+    Compared with the baseline of the same round, round by round.
+    """
     # SkipDecode skips more from step to step.
-    ideal_saving = mean(times.saved(_sublayers(plan)) for plan in own.plans_of(phase))
-    ideal_saving *= dense / times.total
-    return asdict(spread) | {
-        "speedup": dense / spread.median,
-        "ideal_speedup": dense / (dense - ideal_saving),
-        "saving_ratio": (dense - spread.median) / ideal_saving if ideal_saving else None,
+    saved = mean(times.saved(_sublayers(plan)) for plan in own.plans_of(phase))
+    share = saved / times.total
+    pairs = list(zip(own.seconds(phase), baseline.seconds(phase), strict=True))
+    kept = [(1 - a / b) / share for a, b in pairs] if share else []
+    return asdict(Spread.of(own.seconds(phase))) | {
+        "speedup": asdict(Ratio.of([b / a for a, b in pairs])),
+        "ideal_speedup": 1 / (1 - share),
+        "saving_ratio": asdict(Ratio.of(kept)) if kept else None,
     }
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -191,6 +192,43 @@ def _seconds(start: Any, end: Any) -> float:
     if isinstance(start, float):
         return float(end - start)
     return float(start.elapsed_time(end)) / 1000
+
+
+class ClockedRequests:
+    """Dense requests with timestamps, one at a time, and what they told of the sublayers.
+
+    Attributes:
+        requests: the requests so far.
+        forwards: seconds of every sublayer, in each forward of a phase.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        n_steps: int,
+        make_cache: MakeCache = growing_cache,
+    ) -> None:
+        self.requests: list[RequestTimes] = []
+        self.forwards: dict[Phase, list[dict[Sublayer, float]]] = {phase: [] for phase in Phase}
+        self._clock = SublayerClock(model)
+        self._time = partial(time_request, model, input_ids, n_steps, make_cache=make_cache)
+
+    def warm_up(self) -> None:
+        """A request that does not count."""
+        with self._clock.running():
+            self._time()
+        self._clock.read()
+
+    def request(self) -> RequestTimes:
+        """A request that counts."""
+        with self._clock.running():
+            times = self._time()
+        prefill, *steps = self._clock.read()
+        self.requests.append(times)
+        self.forwards[Phase.PREFILL].append(prefill)
+        self.forwards[Phase.DECODE] += steps
+        return times
 
 
 def open_model(
