@@ -27,13 +27,14 @@ from adaskip import (
 from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
 from adaskip.speed.benchmark import run_speed
 from adaskip.speed.cases import Case, make_cases, run_case
+from adaskip.speed.clock import SublayerClock
 from adaskip.speed.config import SpeedConfig, speed_main
 from adaskip.speed.overhead import measure_overhead
 from adaskip.speed.report import as_markdown, draw
 from adaskip.speed.roofline import Rates, Work, decode_work, prefill_work
 from adaskip.speed.stats import Measured, _phase_record, checked_kv, compiled_times
 from adaskip.speed.sublayer_times import SublayerTimes
-from adaskip.speed.timing import Spread, SublayerClock, dynamic_cache, kv_bytes, time_request
+from adaskip.speed.timing import Spread, dynamic_cache, kv_bytes, time_request
 
 SKIPPED = SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): None, Sublayer(3, "attn"): 1.1})
 

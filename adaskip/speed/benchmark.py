@@ -22,12 +22,13 @@ from adaskip.models.loading import load_model, random_model, resolve_device, res
 from adaskip.plan import Phase
 from adaskip.speed.calibration import hardware, layer_types, random_prompt
 from adaskip.speed.cases import BASELINES, Case, CaseRun, make_cases, run_case
+from adaskip.speed.clock import ClockedRequests
 from adaskip.speed.config import DEFAULT_WEIGHTS, SpeedConfig
 from adaskip.speed.interleaving import by_turns
 from adaskip.speed.roofline import Rates, measured_rates
 from adaskip.speed.stats import Measured, Point, case_record, checked_kv, compiled_times
 from adaskip.speed.sublayer_times import SublayerTimes, combined
-from adaskip.speed.timing import ClockedRequests, RequestTimes
+from adaskip.speed.timing import RequestTimes
 
 logger = logging.getLogger(__name__)
 WARMUP_TOKENS = 256

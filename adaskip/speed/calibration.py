@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.models.smollm2 import cache_root
 from adaskip.plan import Phase
+from adaskip.speed.clock import ClockedRequests
 from adaskip.speed.interleaving import by_turns
 from adaskip.speed.sublayer_times import VERSION, SublayerTimes, combined
 from adaskip.speed.timing import (
-    ClockedRequests,
     MakeCache,
     RequestTimes,
     dynamic_cache,
