@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -120,11 +121,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             help="run these cells only: model, experiment, policy, budget, task",
         )
         parser.add_argument("--results_dir", help="in place of the file's")
+        parser.add_argument(
+            "--allow_pickle",
+            action="store_true",
+            help="also read weights from .bin files: pickles, of which torch reads tensors only",
+        )
         parser.add_argument("--dry_run", action="store_true", help="list the cells, run nothing")
         given = parser.parse_args(argv)
         plan = read_plan(Path(given.file))
         if given.results_dir:
             plan = moved(plan, Path(given.results_dir))
+        if given.allow_pickle:
+            plan = changed(plan, allow_pickle=True)
         if given.dry_run:
             say(describe(plan, select(plan.cells, given.only)))
             return 0
@@ -135,13 +143,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def moved(plan: SweepPlan, folder: Path) -> SweepPlan:
     """The same sweep, kept in another folder."""
+    plan = dataclasses.replace(plan, folder=folder)
+    return changed(plan, results_dir=str(folder / "runs"))
+
+
+def changed(plan: SweepPlan, **settings: Any) -> SweepPlan:
+    """The same sweep with other settings of every cell."""
     cells = tuple(
-        dataclasses.replace(
-            cell, config=dataclasses.replace(cell.config, results_dir=str(folder / "runs"))
-        )
+        dataclasses.replace(cell, config=dataclasses.replace(cell.config, **settings))
         for cell in plan.cells
     )
-    return dataclasses.replace(plan, folder=folder, cells=cells)
+    return dataclasses.replace(plan, cells=cells)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,8 @@ from transformers import (
 from adaskip.errors import AdaskipError, UnsupportedModelError
 from adaskip.models import loading as models
 from adaskip.models import spec as modelspec
-from adaskip.models.loading import (
-    load_model,
-    load_tokenizer,
-    model_names,
-    model_spec,
-    random_model,
-    resolve_device,
-    resolve_dtype,
-)
+from adaskip.models.devices import resolve_device, resolve_dtype
+from adaskip.models.loading import load_model, load_tokenizer, model_names, model_spec, random_model
 
 GOLDEN = Path(__file__).parents[1] / ".." / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is absent")
@@ -251,18 +244,20 @@ def test_missing_truncated_and_wrong_weights(folder: Path):
         load_model(folder, device="cpu")
 
 
-def test_bin_weights_are_read_as_tensors_only(folder: Path):
+def test_bin_weights_are_read_as_tensors_only_and_if_allowed(folder: Path):
     reference = load_model(folder, device="cpu")
     (folder / "model.safetensors").unlink()
     state = reference.state_dict()
     # Old checkpoints, Vicuna's and InternLM's among them, carry this buffer in every layer.
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     torch.save(state, folder / "pytorch_model.bin")
-    loaded = load_model(folder, device="cpu").state_dict()
+    with pytest.raises(AdaskipError, match="--allow_pickle"):
+        load_model(folder, device="cpu")
+    loaded = load_model(folder, device="cpu", allow_pickle=True).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in reference.state_dict().items())
     torch.save({"model.norm.weight": Path}, folder / "pytorch_model.bin")
     with pytest.raises(AdaskipError, match="Cannot load the weights"):
-        load_model(folder, device="cpu")
+        load_model(folder, device="cpu", allow_pickle=True)
 
 
 def test_devices_and_dtypes():

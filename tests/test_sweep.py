@@ -221,6 +221,19 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(
     assert len(tried) == 1
 
 
+def test_pickles_are_allowed_by_the_command_alone(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[SweepPlan] = []
+    monkeypatch.setattr(sweep, "sweep", lambda plan, only: seen.append(plan) or 0)
+    path = str(save_plan(place))
+    assert sweep.main([path]) == sweep.main([path, "--allow_pickle"]) == 0
+    allowed = [{cell.config.allow_pickle for cell in plan.cells} for plan in seen]
+    assert allowed == [{False}, {True}]
+    # The rows are the same either way.
+    assert seen[0].cells[0].config.settings() == seen[1].cells[0].config.settings()
+
+
 def test_a_plan_can_be_kept_elsewhere(place: Workplace, tmp_path: Path) -> None:
     plan: SweepPlan = sweep.moved(read_plan(save_plan(place)), tmp_path / "other")
     assert plan.folder == tmp_path / "other"

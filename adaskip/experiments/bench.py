@@ -57,7 +57,7 @@ class Bench:
         name = config.model_path or config.model_name
         # A path or hub id replaces the weights only.
         spec = model_spec(config.model_name)
-        names = ("dtype", "device", "device_map", "tp_plan")
+        names = ("dtype", "device", "device_map", "tp_plan", "allow_pickle")
         model = load_model(name, **{option: getattr(config, option) for option in names})
         return cls(spec, model, load_tokenizer(name), _source(config))
 

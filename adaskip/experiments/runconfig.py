@@ -18,7 +18,7 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 _ADA_ONLY = ("importance", "warmup", "warmup_task", "gain", "online")
 _NOT_SETTINGS = (
     *("name", "tasks", "limit", "max_new_tokens", "data_dir", "results_dir", "resume"),
-    "importance",
+    *("importance", "allow_pickle"),
 )
 
 
@@ -71,6 +71,9 @@ class RunConfig:
     )
     tp_plan: str | None = option(
         None, "auto: split every layer over the processes torchrun started (tensor parallel)"
+    )
+    allow_pickle: bool = option(
+        False, "also read weights from .bin files: pickles, of which torch reads tensors only"
     )
     importance: str | None = option(None, "importance profile to use in place of warming up")
     warmup: int = option(20, "warm-up prompts to learn importance from")

@@ -21,7 +21,7 @@ from adaskip.experiments.parts import part_path, settle_rows
 from adaskip.experiments.records import Record, lock
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.experiments.scoring import phase_shares
-from adaskip.models.loading import resolve_device, resolve_dtype
+from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.policies import SkipPolicy
 from adaskip.tasks.spec import Row, task_spec
 

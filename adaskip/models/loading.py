@@ -20,6 +20,7 @@ from adaskip.blocks import block_spec
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.experiments.splitting import split_options
 from adaskip.models import internlm
+from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.spec import (
     ModelSpec,
     first_line,
@@ -36,17 +37,14 @@ __all__ = [
     "model_names",
     "model_spec",
     "random_model",
-    "resolve_device",
-    "resolve_dtype",
 ]
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 RANDOM_SEED = 2025
+PICKLE_HINT = (
+    "If its weights are .bin files, which are pickles: convert them to safetensors, or allow them "
+    "(--allow_pickle, allow_pickle=True) to be read by torch's unpickler, restricted to tensors."
+)
 # Its methods are typed too narrowly: what they return depends on their arguments.
 AUTO_MODEL: Any = AutoModelForCausalLM
 
@@ -58,11 +56,12 @@ def load_model(
     device: torch.device | str | None = None,
     device_map: str | None = None,
     tp_plan: str | None = None,
+    allow_pickle: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in eval mode, on one device unless it is split.
 
-    Weights are read from safetensors, or from `.bin` files as plain tensors (`weights_only`), never
-    code. InternLM v1 becomes a Llama that refuses sequences beyond its exact range.
+    Weights are read from safetensors, and no code that comes with a checkpoint is run. InternLM v1
+    becomes a Llama that refuses sequences beyond its exact range.
 
     Args:
         name_or_path: a short name, a folder, or a hub id of a supported family.
@@ -70,6 +69,8 @@ def load_model(
         device: by default CUDA if there is one, else the CPU.
         device_map: "auto" splits the model over this process's devices (accelerate).
         tp_plan: "auto" splits each layer over the processes of torchrun.
+        allow_pickle: where there are no safetensors, read `.bin` files. They are pickles; torch's
+            restricted unpickler (`weights_only`) makes nothing but tensors of them.
 
     Raises:
         AdaskipError: no such model, dtype or device; weights missing, damaged or incomplete.
@@ -81,7 +82,7 @@ def load_model(
     source = model_source(str(name_or_path))
     raw = read_model_config(source)
     split = split_options(device_map, tp_plan)
-    model, report = _load_weights(source, build_config(raw), precision, split)
+    model, report = _load_weights(source, build_config(raw), precision, allow_pickle, split)
     _check_complete(source, report, refuse_extra=raw["model_type"] == internlm.MODEL_TYPE)
     internlm.guard_positions(model)
     ready: PreTrainedModel = (model if split else model.to(target)).eval()
@@ -169,44 +170,6 @@ def build_config(raw: Mapping[str, Any]) -> PretrainedConfig:
     return config
 
 
-def resolve_device(device: torch.device | str | None = None) -> torch.device:
-    """The device asked for, or the default one.
-
-    Raises:
-        AdaskipError: there is no such device here.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise AdaskipError(
-            f"Unknown device {device!r}: give cpu, cuda or cuda:<number>."
-        ) from error
-    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found.type == "cuda" and (found.index or 0) >= n_cuda:
-        raise AdaskipError(
-            f"Device {str(device)!r} is not available: {n_cuda} CUDA devices were found. Give cpu."
-        )
-    return found
-
-
-def resolve_dtype(
-    dtype: torch.dtype | str | None = None, device: torch.device | None = None
-) -> torch.dtype:
-    """The dtype asked for, or the default of a device: bfloat16 on CUDA, float32 elsewhere.
-
-    Raises:
-        AdaskipError: a dtype that models are not loaded in.
-    """
-    if dtype is None:
-        return torch.bfloat16 if device is not None and device.type == "cuda" else torch.float32
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise unknown_name("dtype", name, DTYPES)
-    return DTYPES[name]
-
-
 def _tokenizer_class(source: str) -> str | None:
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -215,7 +178,11 @@ def _tokenizer_class(source: str) -> str | None:
 
 
 def _load_weights(
-    source: str, config: PretrainedConfig, dtype: torch.dtype, split: Mapping[str, Any]
+    source: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    allow_pickle: bool,
+    split: Mapping[str, Any],
 ) -> tuple[Any, Mapping[str, Any]]:
     """The model with its weights, and transformers' report of which tensors fitted."""
     try:
@@ -224,6 +191,7 @@ def _load_weights(
             config=config,
             dtype=dtype,
             trust_remote_code=False,
+            use_safetensors=None if allow_pickle else True,
             weights_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported by the caller, by name
@@ -232,7 +200,9 @@ def _load_weights(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # safetensors, torch, pickle and hub errors share no base class
-        raise AdaskipError(f"Cannot load the weights of {source}: {first_line(error)}") from error
+        hint = "" if allow_pickle or not isinstance(error, OSError) else f" {PICKLE_HINT}"
+        message = f"Cannot load the weights of {source}: {first_line(error)}{hint}"
+        raise AdaskipError(message) from error
     return loaded
 
 

@@ -23,7 +23,7 @@ from adaskip.sweep import Benches
 FACTS = "observations.yaml"
 DATA_OPTIONS = (
     *("tasks", "limit", "model_path", "data_dir", "longbench_e", "min_length", "sample_tokens"),
-    *("max_length", "dtype", "device", "seed", "results_dir"),
+    *("max_length", "dtype", "device", "allow_pickle", "seed", "results_dir"),
 )
 # Of one model: its part of the JSON, its panels in rows, and the text to print.
 Part = tuple[dict[str, Any], list[Panel], str]

@@ -18,7 +18,8 @@ from adaskip import memory
 from adaskip.errors import AdaskipError, RunError
 from adaskip.experiments.records import SCHEMA, environment, read_json, write_json
 from adaskip.learning import learn_importance
-from adaskip.models.loading import load_model, random_model, resolve_device, resolve_dtype
+from adaskip.models.devices import resolve_device, resolve_dtype
+from adaskip.models.loading import load_model, random_model
 from adaskip.plan import Phase
 from adaskip.speed.calibration import hardware, layer_types, random_prompt
 from adaskip.speed.cases import BASELINES, Case, CaseRun, make_cases, run_case
@@ -99,7 +100,8 @@ def _model(config: SpeedConfig, device: torch.device) -> PreTrainedModel:
     kwargs: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
     if config.weights is not None:
         own = config.weights == DEFAULT_WEIGHTS
-        return load_model(config.model_name if own else config.weights, **kwargs)
+        name = config.model_name if own else config.weights
+        return load_model(name, allow_pickle=config.allow_pickle, **kwargs)
     with torch.device("meta"):
         shape = random_model(config.model_name, device="meta", n_layers=config.layers)
     needed = (

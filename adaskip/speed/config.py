@@ -39,13 +39,17 @@ class SpeedConfig:
     layers: int | None = None
     dtype: str | None = None
     device: str | None = None
+    allow_pickle: bool = False
     name: str = ""
     results_dir: str = "results/speed"
     resume: bool = True
 
     def settings(self) -> dict[str, Any]:
         """What points of one table must have in common."""
-        free = ("contexts", "batches", "rounds", "minutes", "name", "results_dir", "resume")
+        free = (
+            *("contexts", "batches", "rounds", "minutes"),
+            *("name", "results_dir", "resume", "allow_pickle"),
+        )
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()
@@ -80,6 +84,7 @@ _HELP = {
     "layers": "decoder layers, where the whole model is too large (random weights only)",
     "dtype": "float32, bfloat16 or float16 (default: bfloat16 on CUDA, else float32)",
     "device": "torch device (default: cuda where there is one, else cpu)",
+    "allow_pickle": "also read weights from .bin files: pickles, of which torch reads tensors only",
     "name": "name of the record (default: MODEL-DEVICE)",
     "results_dir": "folder of the records",
     "resume": "continue a record that exists",
