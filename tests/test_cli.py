@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from run_fixtures import Workplace, raw_row, rows_of, save_checkpoint, save_data
 
+from adaskip import GrowingCache
 from adaskip.errors import DataError
 from adaskip.experiments.cli import eval_main, run_main
 from adaskip.plan import Phase, all_sublayers
@@ -226,8 +227,9 @@ def test_a_killed_run_is_continued(place: Workplace) -> None:
 def test_an_acceleration_becomes_a_number_of_sublayers(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def times(model: Any, phase: Phase, context: int, batch: int) -> SublayerTimes:
+    def times(model: Any, phase: Phase, context: int, batch: int, make_cache: Any) -> SublayerTimes:
         assert (phase, context, batch) == (Phase.DECODE, 64, 1)
+        assert isinstance(make_cache(model), GrowingCache)  # what answers are generated with
         n_layers = model.config.num_hidden_layers
         seconds = dict.fromkeys(all_sublayers(n_layers), 10 / (2 * n_layers))
         return SublayerTimes(10.0, seconds, phase, context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from run_fixtures import save_checkpoint
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 from adaskip.errors import RunError
 from adaskip.experiments.audit import Audit
 from adaskip.experiments.generation import StopRule, generate_greedy
+from adaskip.growing_cache import GrowingLayer
 from adaskip.models.loading import load_model
 from adaskip.plan import SkipPlan, Sublayer, whole_layers
 from adaskip.policies import FixedSkipping
@@ -32,6 +35,21 @@ def test_greedy_is_what_generate_does(model: PreTrainedModel) -> None:
     together = generate_greedy(model, prompts, StopRule(frozenset(), 9))
     alone = [generate_greedy(model, [ids], StopRule(frozenset(), 9)).tokens[0] for ids in prompts]
     assert list(together.tokens) == alone
+
+
+def test_the_context_is_copied_once_per_answer(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[int] = []
+    moved = GrowingLayer._moved
+
+    def count(layer: GrowingLayer, old: Any, states: torch.Tensor, past: int) -> torch.Tensor:
+        copies.append(past)
+        return moved(layer, old, states, past)
+
+    monkeypatch.setattr(GrowingLayer, "_moved", count)
+    generate_greedy(model, [[5, 9, 33, 7]], StopRule(frozenset(), 300))
+    assert copies == [0] * 2 * model.config.num_hidden_layers
 
 
 def test_an_answer_ends_at_its_stop_token_but_not_too_early(model: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ from adaskip.experiments.runconfig import RunConfig
 from adaskip.experiments.runner import resolve
 from adaskip.plan import Phase
 from adaskip.speed.calibration import measured_times
+from adaskip.speed.timing import growing_cache
 from adaskip.tasks.spec import task_spec
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ def accelerated(config: RunConfig, acceleration: float) -> tuple[RunConfig, Benc
     limit = config.max_length or bench.spec.prompt_limit
     context = min(limit, config.sample_tokens) if offline else limit
     phase = Phase.PREFILL if config.experiment == "prefill" else Phase.DECODE
-    times = measured_times(bench.model, phase, context, batch=config.batch_size)
+    times = measured_times(
+        bench.model, phase, context, batch=config.batch_size, make_cache=growing_cache
+    )
     chosen = sublayers_for(bench.importance(resolved), times, acceleration, "rank")
     logger.warning(
         "An acceleration of %s in %s at %d tokens takes %d sublayers: %.3f predicted",

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+
+from adaskip.growing_cache import GrowingCache
 
 Prompts = Sequence[Sequence[int]]
 
@@ -36,7 +38,7 @@ class Generated:
 class _State:
     """A batch under way: cache, mask (None for a single row), position of each row's last token."""
 
-    cache: DynamicCache
+    cache: GrowingCache
     mask: Tensor | None
     positions: Tensor | None
 
@@ -109,7 +111,8 @@ def _prefill(
     longest = max(len(prompt) for prompt in prompts)
     padded = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     ids = torch.tensor(padded, device=model.device)
-    state = _State(DynamicCache(config=model.config), None, None)
+    # With room for the whole answer, no decode step copies the context.
+    state = _State(GrowingCache(model.config, room=stop.max_new_tokens), None, None)
     # A mask of ones alone would cost kernels that need none their fast path; a batch has one even
     # without padding, because its finished rows become padding.
     if len(prompts) > 1:
