@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The oldest transformers that pyproject.toml admits; its core tests run in an environment of its own
-# that shares everything else.
+# Environments of their own that share everything else: the oldest transformers that pyproject.toml
+# admits, with the core tests; and the packages that quantize, with theirs.
 OLDEST_TRANSFORMERS := 5.4.0
 OLDEST := .venv-oldest
+QUANTIZED := .venv-quantized
 CORE_TESTS := families policies phases recorders golden engines models
+PYTEST := python -m pytest -q -n 2 --dist loadfile --timeout 600
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 
-.PHONY: demo test lint types unit oldest observations speed paper clean
+.PHONY: demo test lint types unit oldest quantized observations speed paper clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/demo.yaml
@@ -24,11 +26,13 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --timeout 600
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
 
 oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile --timeout 600 \
-		$(CORE_TESTS:%=tests/test_%.py)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/$(PYTEST) $(CORE_TESTS:%=tests/test_%.py)
+
+quantized: $(QUANTIZED)/.installed
+	OMP_NUM_THREADS=1 $(QUANTIZED)/bin/$(PYTEST) tests/test_quantized.py
 
 observations: $(VENV)/.installed
 	$(BIN)/python observations/ob0.py --model smollm2
@@ -53,12 +57,22 @@ $(VENV)/.installed: $(REQUIREMENTS) pyproject.toml
 	$(BIN)/python -m pip install --no-deps -e .
 	touch $@
 
+# A new environment in the target's folder that sees the packages of the main one behind its own.
+define shared_environment
+$(BIN)/python -m venv $(@D)
+$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
+	> $$($(@D)/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
+endef
+
 $(OLDEST)/.installed: $(VENV)/.installed
-	$(BIN)/python -m venv $(OLDEST)
-	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
-		> $$($(OLDEST)/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
-	$(OLDEST)/bin/python -m pip install transformers==$(OLDEST_TRANSFORMERS)
+	$(shared_environment)
+	$(@D)/bin/python -m pip install transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
+
+$(QUANTIZED)/.installed: $(VENV)/.installed requirements-quantized.txt
+	$(shared_environment)
+	$(@D)/bin/python -m pip install -r requirements-quantized.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(QUANTIZED) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

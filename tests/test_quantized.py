@@ -16,8 +16,10 @@ from adaskip import (
     SkipPlan,
     Sublayer,
     learn_importance,
+    load_model,
     skipping,
 )
+from adaskip.models import smollm2
 
 PLAN = SkipPlan({Sublayer(0, "attn"): None, Sublayer(2, "ffn"): None, Sublayer(3, "attn"): 1.1})
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}
@@ -62,6 +64,16 @@ def with_bitsandbytes(model: PreTrainedModel, folder: Any) -> PreTrainedModel:
     return quantized.eval()
 
 
+def gguf_model() -> PreTrainedModel:
+    """SmolLM2 as transformers itself loads a GGUF file, quantizer and all."""
+    gguf = smollm2.packaged_gguf()
+    loaded: Any = AutoModelForCausalLM
+    model: PreTrainedModel = loaded.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    return model.eval()
+
+
 def tokens(model: PreTrainedModel) -> list[int]:
     made: Any = model.generate(prompt(20), max_new_tokens=8, min_new_tokens=8, do_sample=False)
     return [int(token) for token in made[0]]
@@ -96,6 +108,19 @@ def test_skipping_a_quantized_model_is_leaving_its_sublayers_out(
     with skipping(model, AdaSkip(importance, 2)):
         assert len(tokens(model)) == 28
     assert tokens(model) == dense
+
+
+def test_a_model_loaded_from_gguf_is_the_converted_one() -> None:
+    need("gguf")
+    plain, converted = gguf_model(), load_model("smollm2", device="cpu", dtype="float32")
+    logits = []
+    for model in (plain, converted):
+        with torch.no_grad(), skipping(model, FixedSkipping(PLAN)):
+            logits.append(model(prompt(40)).logits)
+    assert torch.equal(*logits)
+    learned = learn_importance(converted, [prompt(40)])
+    with skipping(plain, AdaSkip(learned, 8)):  # not refused: it is the same model
+        assert len(tokens(plain)) == 28
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
