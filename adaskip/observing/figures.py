@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.experiments.records import write_bytes
-from adaskip.report.figure import COLOURS
+from adaskip.report.palette import COLOURS
 
 # Dark and light colours in turns, so that neighbours differ in grey, too.
 _PALETTE = tuple(COLOURS[index] for index in (0, 1, 2, 5, 3, 4))

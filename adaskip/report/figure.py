@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from adaskip.experiments.records import write_bytes
 from adaskip.experiments.runconfig import DENSE
+from adaskip.report.palette import policy_colour
 from adaskip.tasks.spec import task_spec
 
 if TYPE_CHECKING:
     from adaskip.report.comparison import Line, Table
 
-# Okabe and Ito's palette, told apart by colour-blind readers; the hatches serve a grey print.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+# Of a policy's budgets, the first one plain.
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 METRICS = {
     "qa_f1": "F1",
@@ -93,14 +93,13 @@ def _legend(figure: Any, panels: Any) -> None:
 
 
 def _styles(tables: Sequence[Table]) -> dict[str, tuple[str, str]]:
-    """Colour and hatch per policy and budget, the same in every panel."""
-    labels = dict.fromkeys(
-        line.label for table in tables for line in table.lines if line.policy != DENSE
-    )
+    """Colour by policy and hatch by budget, the same in every panel."""
+    budgets: dict[str, dict[str, None]] = {}
+    for line in (line for table in tables for line in table.lines if line.policy != DENSE):
+        budgets.setdefault(line.policy, {})[line.label] = None
     return {
-        label: (COLOURS[index % len(COLOURS)], HATCHES[index // len(COLOURS) % len(HATCHES)])
-        if len(labels) > len(COLOURS)
-        else (COLOURS[index], HATCHES[index])
+        label: (policy_colour(policy), HATCHES[index % len(HATCHES)])
+        for policy, labels in budgets.items()
         for index, label in enumerate(labels)
     }
 

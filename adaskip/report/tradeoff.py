@@ -10,6 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from adaskip.experiments.runconfig import DENSE
+from adaskip.report.palette import ON_DARK, ON_LIGHT, policy_number
 
 if TYPE_CHECKING:
     from adaskip.report.comparison import Line, Table
@@ -23,18 +24,16 @@ SPEEDS = {
     "decode": ("per_token", "speedup of the time per token"),
     "e2e": ("per_token", "speedup of the time per token"),
 }
-# Okabe and Ito's palette, lighter on dark ground; the shapes serve those who tell no colours apart.
-LIGHT = ("#0072B2", "#C77700", "#00805D", "#B0578D", "#3A8FBF", "#C04A00")
-DARK = ("#5AB4EE", "#F0B030", "#35C79B", "#E29BC6", "#8FD0F5", "#F08A4B")
+# They serve those who tell no colours apart.
 SHAPES = ("circle", "square", "diamond", "triangle", "circle", "square")
 STYLE = (
     "svg.tradeoff{--ink:#1c2430;--faint:#c9d1dc;font:12px system-ui,sans-serif}"
     "svg.tradeoff text{fill:var(--ink)}"
     ".axis{stroke:var(--faint);fill:none}.base{stroke:var(--ink);stroke-dasharray:5 4;fill:none}"
-    + "".join(f".p{i}{{fill:{c};stroke:{c}}}" for i, c in enumerate(LIGHT))
+    + "".join(f".p{i}{{fill:{c};stroke:{c}}}" for i, c in enumerate(ON_LIGHT))
     + ".trail{fill:none;stroke-width:1.5;opacity:.55}"
     "@media (prefers-color-scheme:dark){svg.tradeoff{--ink:#e4e9f0;--faint:#465063}"
-    + "".join(f".p{i}{{fill:{c};stroke:{c}}}" for i, c in enumerate(DARK))
+    + "".join(f".p{i}{{fill:{c};stroke:{c}}}" for i, c in enumerate(ON_DARK))
     + "}"
 )
 
@@ -137,13 +136,13 @@ def _panel(
         if line.policy == DENSE:
             parts.append(f'<path class="base" d="M{LEFT} {up(y):.1f}H{WIDTH - RIGHT}"/>')
             parts.append(_text(WIDTH - RIGHT, up(y) - 4, DENSE, "end"))
-    for index, policy in enumerate(policies):
+    for policy in policies:
         own = [(line, across(x), up(y)) for line, x, y in points if line.policy == policy]
         path = "L".join(f"{x:.1f} {y:.1f}" for _, x, y in own)
         if len(own) > 1:
-            parts.append(f'<path class="trail p{index % 6}" d="M{path}"/>')
+            parts.append(f'<path class="trail p{policy_number(policy)}" d="M{path}"/>')
         for line, x, y in own:
-            parts.append(_mark(index, x, y, f"{line.label}"))
+            parts.append(_mark(policy, x, y, line.label))
             parts.append(_text(x + 8, y + 4, str(line.budget)))
     return "".join(parts)
 
@@ -175,13 +174,14 @@ def _legend(policies: Sequence[str]) -> str:
     parts = []
     for index, policy in enumerate(policies):
         x = LEFT + 70 * index
-        parts.append(_mark(index, x, 14, policy) + _text(x + 10, 18, policy))
+        parts.append(_mark(policy, x, 14, policy) + _text(x + 10, 18, policy))
     return "".join(parts)
 
 
-def _mark(index: int, x: float, y: float, label: str) -> str:
+def _mark(policy: str, x: float, y: float, label: str) -> str:
     """A marker of the policy's colour and shape, named by its tooltip."""
-    number, shape = index % len(SHAPES), SHAPES[index % len(SHAPES)]
+    number = policy_number(policy)
+    shape = SHAPES[number % len(SHAPES)]
     outline = {
         "square": "M-4.5-4.5h9v9h-9z",
         "diamond": "M0-6 6 0 0 6-6 0z",
