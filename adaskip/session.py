@@ -127,13 +127,14 @@ class Session:
         return EMPTY_PLAN if outside else plan
 
     def _set_switches(self, plan: SkipPlan) -> None:
-        """Switches every layer to the plan, and copies its gains to the devices."""
-        values = [1.0] * (2 * len(self._layers))
-        for sublayer, gain in plan.gains.items():
-            values[sublayer.position] = 1.0 if gain is None else gain
-        host = torch.tensor(values)
-        for gains in self._gains.values():
-            gains.copy_(host)
+        """Switches every layer to the plan, and copies its gains, if any, to the devices."""
+        learned = {s.position: gain for s, gain in plan.gains.items() if gain is not None}
+        if learned:
+            host = torch.tensor([learned.get(p, 1.0) for p in range(2 * len(self._layers))])
+            for device, gains in self._gains.items():
+                # From pinned memory, a copy does not wait for the device.
+                source = host.pin_memory() if device.type == "cuda" else host
+                gains.copy_(source, non_blocking=True)
         for index, switch in enumerate(self._switches):
             attn, ffn = Sublayer(index, "attn"), Sublayer(index, "ffn")
             gains = self._gains[self._devices[index]]

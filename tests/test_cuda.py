@@ -1,0 +1,147 @@
+"""On a CUDA device: the numbers of the CPU, no wait within a step, memory that falls as it must."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, StaticCache
+
+from adaskip import (
+    AdaSkip,
+    EarlyExit,
+    FixedSkipping,
+    GrowingCache,
+    SkipDecode,
+    SkipPlan,
+    SkipPolicy,
+    Sublayer,
+    UnifiedSkipping,
+    learn_importance,
+    skipping,
+)
+from adaskip.growing_cache import kv_tensors
+from adaskip.models import random_model
+from adaskip.speed.calibration import random_prompt
+from adaskip.speed.compiling import compiled_call
+from adaskip.speed.timing import growing_cache, time_request
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+LAYERS, WINDOW = 6, 4
+# Attention of layer 0 included, from whose cache layer transformers reads the length.
+PLAN = SkipPlan({Sublayer(0, "attn"): None, Sublayer(2, "ffn"): 1.1, Sublayer(4, "attn"): 0.9})
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return random_model("smollm2", device="cuda", dtype="float32", n_layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def policies(model: PreTrainedModel) -> dict[str, SkipPolicy]:
+    importance = learn_importance(model, [random_prompt(model, 64)])
+    return {
+        "plan": FixedSkipping(PLAN),
+        "EE": EarlyExit(2),
+        "SD": SkipDecode(2, horizon=8),
+        "US": UnifiedSkipping(2),
+        "ADA": AdaSkip(importance, 4, window=WINDOW),
+    }
+
+
+NAMES = ("plan", "EE", "SD", "US", "ADA")
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Within it, whatever waits for the device raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_logits_are_those_of_the_cpu(
+    model: PreTrainedModel, policies: dict[str, SkipPolicy], name: str
+) -> None:
+    ids = random_prompt(model, 48)
+    found = []
+    for device in ("cuda", "cpu"):
+        own = random_model("smollm2", device="cpu", dtype="float32", n_layers=LAYERS)
+        own.load_state_dict(model.state_dict())
+        own = own.to(device)
+        with torch.no_grad(), skipping(own, policies[name]):
+            found.append(own(ids.to(device)).logits.cpu())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_waits_for_nothing(
+    model: PreTrainedModel, policies: dict[str, SkipPolicy], name: str
+) -> None:
+    ids = random_prompt(model, 32)
+    token = ids[:, -1:].clone()
+
+    def step(cache: Any) -> None:
+        model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    with torch.no_grad():
+        cache = growing_cache(model)
+        model(ids, past_key_values=cache, use_cache=True)
+        with waiting_is_an_error():  # stock transformers: the test is about us
+            step(cache)
+        with skipping(model, policies[name]) as session:
+            cache = growing_cache(model)
+            model(ids, past_key_values=cache, use_cache=True)
+            plans = set()
+            for number in range(2 * WINDOW):
+                if name == "ADA" and number == WINDOW - 1:
+                    step(cache)  # decides the extension: the one read of a request
+                else:
+                    with waiting_is_an_error():
+                        step(cache)
+                plans.add(session.plan)
+    if name == "SD":  # a new plan does not wait either
+        assert len(plans) == 2
+
+
+@pytest.mark.parametrize("name", ["plan", "EE", "US"])
+def test_compiled_decoding_chooses_the_same_tokens(
+    model: PreTrainedModel, policies: dict[str, SkipPolicy], name: str
+) -> None:
+    ids = random_prompt(model, 40)
+
+    def static(own: PreTrainedModel) -> StaticCache:
+        return StaticCache(config=own.config, max_cache_len=56)
+
+    with skipping(model, policies[name]):
+        eager = time_request(model, ids, 12)
+        compiled = time_request(model, ids, 12, make_cache=static, decode=compiled_call(model))
+    assert torch.equal(eager.tokens, compiled.tokens)
+
+
+def test_skipped_attention_takes_no_memory(model: PreTrainedModel) -> None:
+    ids = random_prompt(model, 2048)
+    held = []
+    for plan in (SkipPlan(), PLAN):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        cache = GrowingCache(model.config, room=64)
+        with torch.no_grad(), skipping(model, FixedSkipping(plan)):
+            model.base_model(ids, past_key_values=cache, use_cache=True)
+        tensors = sum(tensor.nbytes for tensor in kv_tensors(cache))
+        held.append((tensors, torch.cuda.memory_allocated() - before))
+        del cache
+    (dense, dense_allocated), (skipped, skipped_allocated) = held
+    # 2 of 6 attentions.
+    assert skipped * LAYERS == dense * (LAYERS - 2)
+    assert skipped_allocated / dense_allocated == pytest.approx((LAYERS - 2) / LAYERS, abs=0.02)
