@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,12 +136,18 @@ def test_adaskip_measures_when_it_is_given_no_times(
     policy = AdaSkip(learn_importance(model, [prompt(30)]), acceleration=1.1)
     with pytest.raises(AdaskipError, match="give times=measured_times"):
         policy.bind(N_LAYERS)
-    with skipping(model, policy, scope="decode") as session:
-        model.generate(prompt(20), max_new_tokens=3)
-    assert policy.times is not None
-    assert policy.times.phase is Phase.DECODE
-    assert policy.times.speedup(session.plan.gains) >= 1.1
-    assert len(list((tmp_path / "times").iterdir())) == 2
+    with skipping(model, policy):
+        pass
+    kept = {Phase(p.name.split("-")[1]): p for p in (tmp_path / "times").iterdir()}
+    assert kept.keys() == set(Phase)
+    for scope, phase in (("decode", Phase.DECODE), ("prefill", Phase.PREFILL)):
+        # The same policy in another scope takes that one's times.
+        with skipping(model, policy, scope=scope) as session:
+            model.generate(prompt(20), max_new_tokens=3)
+        times = SublayerTimes.from_dict(json.loads(kept[phase].read_text()))
+        assert policy.predicted_acceleration == times.speedup(session.plan.gains)
+        assert policy.predicted_acceleration >= 1.1
+    assert policy.times is None
 
 
 def test_adaskip_takes_one_budget() -> None:

@@ -68,6 +68,7 @@ class AdaSkip(SkipPolicy):
     _request: int = field(init=False, repr=False, default=-1)
     _seen: list[tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=list)
     _model: weakref.ref[PreTrainedModel] | None = field(init=False, repr=False, default=None)
+    _own_times: SublayerTimes | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if self.gain is not None and self.gain not in GAINS:
@@ -93,7 +94,8 @@ class AdaSkip(SkipPolicy):
             check_budget("AdaSkip", self.n_skip, 2 * n_layers, "sublayers")
         super().bind(n_layers)
         if self.acceleration is not None and self.times is None:
-            self.times = self._measured()
+            # Anew for each model and scope; a policy may be used with several.
+            self._own_times = self._measured()
         self._fixed = SkipPlan({s: self.importance.gain(s, self.gain) for s in self.chosen()})
         self._start(-1)
 
@@ -114,9 +116,20 @@ class AdaSkip(SkipPolicy):
 
     def chosen(self) -> tuple[Sublayer, ...]:
         """The offline sublayers, by the budget; with `acceleration` only once times are known."""
-        if self.acceleration is None or self.times is None:
+        times = self._known_times
+        if self.acceleration is None or times is None:
             return self.importance.ranking()[: self.n_skip]
-        return sublayers_for(self.importance, self.times, self.acceleration, self.select)
+        return sublayers_for(self.importance, times, self.acceleration, self.select)
+
+    @property
+    def predicted_acceleration(self) -> float | None:
+        """The ratio of dense to skipped time by the sublayers' times; None while not known."""
+        times = self._known_times
+        return None if times is None else times.speedup(self.chosen())
+
+    @property
+    def _known_times(self) -> SublayerTimes | None:
+        return self.times or self._own_times
 
     @property
     @override

@@ -87,14 +87,14 @@ def _row(
     phase: Phase, policy: AdaSkip, rounds: Sequence[Sequence[Sequence[RequestTimes]]]
 ) -> dict[str, Any]:
     """Predicted and measured ratio; `rounds`: requests of each round, dense and with the policy."""
-    assert policy.times is not None  # noqa: S101 - given above
-    chosen = policy.chosen()
-    predicted = policy.times.speedup(chosen)
+    chosen, times = policy.chosen(), policy.times
+    assert times is not None  # noqa: S101 - given above
+    predicted = times.speedup(chosen)
     dense, own = ([median(t.seconds(phase) for t in each) for each in kind] for kind in rounds)
     measured = Ratio.paired(dense, own)
     return {
         "phase": str(phase),
-        "context": policy.times.context,
+        "context": times.context,
         "select": policy.select,
         "asked": policy.acceleration,
         "attn": sum(s.kind == "attn" for s in chosen),
