@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from adaskip import memory
 from adaskip.errors import AdaskipError, RunError
-from adaskip.experiments.records import SCHEMA, environment, read_json, write_json
+from adaskip.experiments.records import SCHEMA, environment, read_json, write_json, writing
 from adaskip.learning import learn_importance
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.loading import load_model, random_model
@@ -33,8 +33,9 @@ from adaskip.speed.timing import RequestTimes
 
 logger = logging.getLogger(__name__)
 WARMUP_TOKENS = 256
-# How lines are compared; a record made otherwise is not continued.
+# How lines are compared.
 METHOD = "round by round"
+OLD = ".old.json"
 
 
 def run_speed(config: SpeedConfig) -> Path:
@@ -75,25 +76,45 @@ def run_speed(config: SpeedConfig) -> Path:
 
 
 def _open_record(config: SpeedConfig, path: Path, device: torch.device) -> dict[str, Any]:
-    """The record on disk, if it may be continued, or a new one."""
+    """The record on disk, if it may be continued, or a new one.
+
+    A record that other code or another machine made is not continued but put aside, so that the
+    same command measures in every checkout, whatever results came with it.
+    """
     settings = config.settings() | {"hardware": hardware(device), "method": METHOD}
     settings["dtype"] = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
-    if config.resume and path.exists():
-        record = read_json(path)
-        other = [key for key, value in settings.items() if record["settings"].get(key) != value]
-        if other:
-            raise RunError(
-                f"{path} was measured with another {other[0]} "
-                f"({record['settings'].get(other[0])!r}, now {settings[other[0]]!r}); give a "
-                "--name, or --no-resume to measure anew."
-            )
-        return record
-    return {
+    new = {
         "schema": SCHEMA,
         "settings": settings,
         "environment": environment(device.type),
         "points": [],
     }
+    if not path.exists():
+        return new
+    old = read_json(path)
+    if config.resume and _origin(old) == _origin(new):
+        other = [key for key, value in settings.items() if old["settings"].get(key) != value]
+        if other:
+            raise RunError(
+                f"{path} was measured with another {other[0]} "
+                f"({old['settings'].get(other[0])!r}, now {settings[other[0]]!r}); give a "
+                "--name, or --no-resume to measure anew."
+            )
+        return old
+    kept = path.with_suffix(OLD)
+    with writing(kept):
+        path.replace(kept)
+    logger.info("Measuring anew; the record that was there is kept as %s", kept)
+    return new
+
+
+def _origin(record: Mapping[str, Any]) -> list[object]:
+    """What made a record: hardware, method, versions and code."""
+    settings, made_in = record["settings"], record["environment"]
+    # The first point written makes the checkout differ from its commit.
+    commit = str(made_in.get("commit")).removesuffix("-dirty")
+    versions = [made_in.get(name) for name in ("torch", "transformers")]
+    return [settings.get("hardware"), settings.get("method"), *versions, commit]
 
 
 def _model(config: SpeedConfig, device: torch.device) -> PreTrainedModel:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adaskip.experiments.records import read_json, write_bytes, write_text
 from adaskip.plan import KINDS, Phase
+from adaskip.policies import POLICIES
+from adaskip.report.palette import policy_colour
 from adaskip.report.tables import MISSING, markdown_table, number
 from adaskip.speed.interleaving import Ratio
 
-COLOURS = {"EE": "#0072B2", "SD": "#CC79A7", "US": "#E69F00", "ADA": "#009E73"}
 MARKERS = ("o", "s", "^", "D", "v")
 CAPTION = (
     "Every case once per round, in random order, in one process; times are medians over rounds, "
@@ -110,29 +112,28 @@ def _shares(points: Iterable[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def draw(record: Mapping[str, Any]) -> bytes | None:
-    """The speedup against context length as PNG: a panel per phase, dashed the ideal.
+    """The speedup against context length as PNG: a panel per phase, dotted the ideal.
 
     For the smallest batch size; None if nothing was skipped.
     """
     points = [point for point in record["points"] if point["cases"]]
     batch = min((point["batch"] for point in points), default=1)
     points = [point for point in points if point["batch"] == batch]
-    labels = [
-        case["label"]
-        for case in (points[0]["cases"] if points else ())
-        if case["label"].split()[0] in COLOURS and not case["compiled"]
-    ]
-    if not labels:
+    shown = [(str(phase), phase, _labels(points, compiled=False)) for phase in Phase]
+    shown.append(("decode, compiled", Phase.DECODE, _labels(points, compiled=True)))
+    shown = [(title, phase, labels) for title, phase, labels in shown if labels]
+    if not shown:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(1 + 4 * len(shown), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, phase in zip(panels, Phase, strict=True):
-        _panel(panel, points, labels, str(phase))
-    panels[0].set_ylabel("speedup over dense")
+    panels = figure.subplots(1, len(shown), sharey=True)
+    for panel, (title, phase, labels) in zip(panels, shown, strict=True):
+        panel.set_title(title)
+        _panel(panel, points, labels, phase)
+    panels[0].set_ylabel("speedup over dense (bars: 95 %)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     settings = record["settings"]
     figure.suptitle(f"{settings['model_name']}, batch {batch}, {settings['hardware']}", fontsize=9)
@@ -141,21 +142,42 @@ def draw(record: Mapping[str, Any]) -> bytes | None:
     return buffer.getvalue()
 
 
-def _panel(panel: Any, points: list[Mapping[str, Any]], labels: list[str], phase: str) -> None:
+def _labels(points: Sequence[Mapping[str, Any]], *, compiled: bool) -> list[str]:
+    """The cases that skip something."""
+    cases = points[0]["cases"] if points else []
+    return [
+        case["label"]
+        for case in cases
+        if case["label"].split()[0] in POLICIES and case["compiled"] == compiled
+    ]
+
+
+def _panel(
+    panel: Any, points: Sequence[Mapping[str, Any]], labels: Sequence[str], phase: Phase
+) -> None:
     contexts = [point["context"] for point in points]
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     for label in labels:
         policy = label.split()[0]
-        marker = MARKERS[seen.setdefault(policy, 0) % len(MARKERS)]
+        colour, marker = policy_colour(policy), MARKERS[seen[policy] % len(MARKERS)]
         seen[policy] += 1
         cases = [next(c for c in point["cases"] if c["label"] == label) for point in points]
-        style = {"color": COLOURS[policy], "marker": marker, "markersize": 4}
-        panel.plot(contexts, [c[phase]["speedup"]["median"] for c in cases], label=label, **style)
-        ideal = [c[phase]["ideal_speedup"] for c in cases]
-        panel.plot(contexts, ideal, linestyle=":", color=COLOURS[policy], linewidth=1)
+        found = [Ratio(**case[phase]["speedup"]) for case in cases]
+        panel.errorbar(
+            contexts,
+            [ratio.median for ratio in found],
+            [[r.median - r.low for r in found], [r.high - r.median for r in found]],
+            label=label,
+            color=colour,
+            marker=marker,
+            markersize=4,
+            elinewidth=0.8,
+            capsize=2,
+        )
+        ideal = [case[phase]["ideal_speedup"] for case in cases]
+        panel.plot(contexts, ideal, linestyle=":", color=colour, linewidth=1)
     panel.axhline(1, color="black", linewidth=0.6)
     panel.set_xscale("log", base=2)
     panel.set_xticks(contexts, [str(context) for context in contexts])
     panel.set_xlabel("prompt tokens (dotted: ideal)")
-    panel.set_title(phase)
     panel.spines[["top", "right"]].set_visible(False)

@@ -166,6 +166,7 @@ def _phase_record(
     pairs = list(zip(own.seconds(phase), baseline.seconds(phase), strict=True))
     kept = [(1 - a / b) / share for a, b in pairs] if share else []
     return asdict(Spread.of(own.seconds(phase))) | {
+        "rounds": [round(seconds, 7) for seconds in own.seconds(phase)],
         "speedup": asdict(Ratio.of([b / a for a, b in pairs])),
         "ideal_speedup": 1 / (1 - share),
         "saving_ratio": asdict(Ratio.of(kept)) if kept else None,
