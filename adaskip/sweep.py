@@ -86,11 +86,9 @@ def _run_cell(cell: Cell, benches: Benches, perplexity: PerplexityPlan | None) -
             bench = benches.get(config)
         run(config, bench)
     if perplexity and not group.on_first(lambda: is_measured(config, cell.task, perplexity)):
-        bench = benches.get(config)
-        if config.tp_plan:
-            measure_perplexity(config, cell.task, bench, perplexity)
-        else:  # a few rows only: the other processes wait
-            group.on_first(lambda: measure_perplexity(config, cell.task, bench, perplexity))
+        with group.together():
+            bench = benches.get(config)
+        measure_perplexity(config, cell.task, bench, perplexity)
 
 
 def sweep(plan: SweepPlan, only: Sequence[str] = ()) -> int:

@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity
 from adaskip import RunError
 from adaskip.configuration import read_config
 from adaskip.experiments.generation import StopRule, generate_greedy
+from adaskip.experiments.records import read_rows
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.observing.cli import configured, observation_main
 from adaskip.observing.figures import Curve, Panel, draw
@@ -129,8 +130,10 @@ def test_an_interrupted_recording_goes_on(
     broken = Interrupted(bench.spec, bench.model, bench.tokenizer, ())
     with pytest.raises(KeyboardInterrupt):
         observe_task(config, "sample_qa", lambda _: broken)
-    path = tmp_path / "similarity" / "smollm2-sample_qa.json"
-    assert len(json.loads(path.read_text())["ids"]) == 2
+    path = tmp_path / "similarity" / "smollm2-sample_qa.jsonl"
+    assert len(read_rows(path)) == 2
+    with path.open("ab") as file:
+        file.write(b'{"id": "sample_qa-2", "su')  # torn by a kill
     resumed = observe_task(config, "sample_qa", lambda _: bench)
     other = make_config(results_dir=str(tmp_path / "other"))
     whole = observe_task(other, "sample_qa", lambda _: bench)

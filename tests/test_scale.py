@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from adaskip.errors import RunError
 from adaskip.experiments.cli import run_main
 from adaskip.experiments.distributed import team
 from adaskip.experiments.parts import part_path, settle_rows
+from adaskip.experiments.perplexity_cli import perplexity_main
 from adaskip.experiments.records import append_rows, lock, read_rows
+from adaskip.observing.cli import observation_main
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -89,6 +92,33 @@ def test_a_sweep_of_two_processes_goes_on_after_a_failure(place: Workplace) -> N
         assert [line["policy"] for line in table["lines"]] == ["dense", "EE"]
     assert done.stdout.count("Took") == 1
     assert (place.results / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "script", ["observations/ob1.py", "observations/ob0.py", "eval/perplexity.py"]
+)
+def test_figures_of_two_processes_are_those_of_one(
+    place: Workplace, capsys: pytest.CaptureFixture[str], script: str
+) -> None:
+    options = ["--model", "llama", "--limit", "5", "--tasks", "gov_report", "--device", "cpu"]
+    options += ["--model_path", str(place.checkpoint), "--data_dir", str(place.data)]
+    options += ["--max_length", "96"]
+    if "ob0" in script:
+        options.append("--scores")
+    if "perplexity" in script:
+        options += ["--policy", "ADA", "--skip_sub_layer_num", "2"]
+        options += ["--warmup", "2", "--warmup_task", "qasper"]
+    done = launch(TORCHRUN, [script, *options, "--results_dir", str(place.results)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(place.results.rglob("*.part*"))
+    single = place.results / "single"
+    main = (
+        perplexity_main if "perplexity" in script else partial(observation_main, Path(script).stem)
+    )
+    assert main([*options, "--results_dir", str(single)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("Written: ") == 1
+    assert done.stdout == said.replace(str(single), str(place.results))
 
 
 def test_a_second_launch_on_the_same_name_is_refused(place: Workplace) -> None:

@@ -10,13 +10,14 @@ import atexit
 import contextlib
 import datetime as dt
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
 from adaskip.errors import AdaskipError, RunError
 
+A = TypeVar("A")
 T = TypeVar("T")
 # Processes wait for the slowest one, which may have hours of work left.
 PATIENCE = dt.timedelta(days=7)
@@ -79,16 +80,36 @@ class Team:
             if self.world == 1:
                 raise
             error = caught
-        if self.world == 1:
-            return
-        told: list[Any] = [None] * self.world
         own = None if error is None else (_sentence(error), isinstance(error, AdaskipError))
-        _collectives().all_gather_object(told, own)
+        told = self.gather(own)
         if error is not None:
             raise error
         for rank, failure in enumerate(told):
             if failure is not None:
                 raise _error(f"Process {rank} of {self.world} failed: {failure[0]}", failure[1])
+
+    def gather(self, value: T) -> list[T]:
+        """What each process gives, by rank; every process gets all of it."""
+        told = [value] * self.world
+        if self.world > 1:
+            _collectives().all_gather_object(told, value)
+        return told
+
+    def spread(self, items: Sequence[A], work: Callable[[Sequence[A]], Sequence[T]]) -> list[T]:
+        """Works on items, each process on its share; all get the results, in the items' order.
+
+        Args:
+            items: the same on every process.
+            work: makes one result per item; not called with none.
+
+        Raises:
+            RunError, RuntimeError: as `together`.
+        """
+        own = items[self.rank :: self.world]
+        with self.together():
+            made = work(own) if own else []
+        parts = self.gather(made)
+        return [parts[i % self.world][i // self.world] for i in range(len(items))]
 
     @contextlib.contextmanager
     def first_ahead(self, wanted: bool = True) -> Iterator[None]:

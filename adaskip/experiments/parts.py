@@ -1,12 +1,92 @@
-"""One JSONL file from several writers: part files, merged without duplicates, in planned order."""
+"""One JSONL file made by several processes: shared out, merged without duplicates, in order."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from adaskip.experiments.records import Record, read_rows, repair_rows, write_bytes, writing
+from adaskip.errors import RunError
+from adaskip.experiments.distributed import team
+from adaskip.experiments.records import Record, lock, read_rows, repair_rows, write_bytes, writing
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part in making the rows of a file.
+
+    Attributes:
+        done: ids of the rows that are there.
+        target: the file it appends rows to; None if another process writes the same ones.
+        rank: its number among those that make different rows.
+        world: how many of them there are.
+    """
+
+    done: frozenset[str]
+    target: Path | None
+    rank: int
+    world: int
+
+
+def make_rows(
+    path: Path, order: Sequence[str], work: Callable[[Share], None], *, same: bool = False
+) -> list[Record]:
+    """Has the missing rows of a file made by the processes of this command, each its share.
+
+    Args:
+        path: the JSONL file, in a folder that all processes share.
+        order: ids of the rows it shall hold, in their order.
+        work: makes the rows of a share and appends them to its target.
+        same: all processes make all rows together, and the first writes them.
+
+    Returns:
+        The rows of the file.
+
+    Raises:
+        RunError: the file holds other rows, a line is damaged, or it cannot be written.
+        Exception: what `work` raised, on all processes; what was made until then is kept.
+    """
+    group = team()
+    done = group.on_first(lambda: frozenset(str(row["id"]) for row in settle_rows(path, order)))
+    if done - set(order) and set(order) - done:
+        raise RunError(
+            f"{path} holds rows that are not among those asked for now: give the --limit and the "
+            "data it was made with, or another --results_dir."
+        )
+    if same:
+        share = Share(done, path if group.is_first else None, 0, 1)
+    else:
+        target = path if group.world == 1 else part_path(path, group.rank)
+        share = Share(done, target, group.rank, group.world)
+    try:
+        with group.together():
+            work(share)
+    except Exception:
+        # What the other processes made until then counts.
+        group.on_first(lambda: settle_rows(path, order))
+        raise
+    made = group.on_first(lambda: settle_rows(path, order))
+    missing = set(order) - {str(row["id"]) for row in made}
+    if missing:
+        raise RunError(
+            f"{path} lacks {len(missing)} of {len(order)} rows that other processes made: "
+            "--results_dir must be one folder that all machines share."
+        )
+    return made
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder for the processes of this command.
+
+    Raises:
+        RunError: another command holds it, or it cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        team().on_first(lambda: stack.enter_context(lock(folder)))
+        yield
 
 
 def part_path(path: Path, rank: int) -> Path:

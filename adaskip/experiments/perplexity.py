@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip.errors import AdaskipError, DataError
 from adaskip.experiments.audit import Audit
+from adaskip.experiments.distributed import team
 from adaskip.models.internlm import check_prompt_length
 from adaskip.plan import EMPTY_PLAN, Scope
 from adaskip.policies import FixedSkipping, SkipPolicy
@@ -150,6 +151,37 @@ def reference_perplexity(
     if not rows:
         raise AdaskipError("There is no reference answer to score; give at least one row.")
     return Perplexity(tuple(rows))
+
+
+def shared_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: SkipPolicy | None,
+    items: Sequence[tuple[Prompt, str]],
+    *,
+    same: bool = False,
+    **options: Any,
+) -> Perplexity:
+    """`reference_perplexity` with the items shared out over the processes of this command.
+
+    Args:
+        model: as there, and so are `tokenizer`, `policy` and `options`.
+        tokenizer: the model's.
+        policy: what is skipped.
+        items: prompts with a reference answer each; the same on every process.
+        same: all processes hold parts of one model and go through all items together.
+        options: those of `reference_perplexity`.
+
+    Raises:
+        AdaskipError, DataError, RunError: as there, on all processes.
+    """
+
+    def measure(own: Sequence[tuple[Prompt, str]]) -> Sequence[RowLoss]:
+        return reference_perplexity(model, tokenizer, policy, own, **options).rows
+
+    if same or not items:
+        return Perplexity(tuple(measure(items)))
+    return Perplexity(tuple(team().spread(items, measure)))
 
 
 def _nll(

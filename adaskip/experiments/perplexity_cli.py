@@ -11,8 +11,10 @@ from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
 from adaskip.experiments.bench import Bench
 from adaskip.experiments.cli import Parser, guarded, say
-from adaskip.experiments.perplexity import Perplexity, reference_perplexity
-from adaskip.experiments.records import environment, lock, write_json
+from adaskip.experiments.distributed import team
+from adaskip.experiments.parts import locked
+from adaskip.experiments.perplexity import Perplexity, shared_perplexity
+from adaskip.experiments.records import environment, write_json
 from adaskip.experiments.runconfig import DENSE, RunConfig, budget_flag
 from adaskip.experiments.scoring import phase_shares
 from adaskip.observing.cli import DATA_OPTIONS, FACTS, add_options, configured
@@ -121,18 +123,23 @@ def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str
         "limit": base.limit,
         "reference_tokens": max_tokens,
     }
-    with lock(path.parent):
-        record = begun(path, base, " ".join(base.tasks), settings)
+    group = team()
+    with locked(path.parent):
+        record = group.on_first(lambda: begun(path, base, " ".join(base.tasks), settings))
         missing = [cell for cell in cells if key_of(cell) not in record["sums"]]
         if not missing:
             return path, record
-        bench = Bench.open(base)
-        for cell in missing:
-            bench.check_budget(cell)
+        with group.together(), group.first_ahead():
+            # The first process learns importance and fills caches; the others find them.
+            bench = Bench.open(base)
+            for cell in missing:
+                bench.check_budget(cell)
+                for task in cell.tasks:
+                    bench.policy(cell, task)
         for cell in missing:
             record["sums"][key_of(cell)] = _measured(cell, bench, max_tokens)
             record["environment"] = environment(str(base.device))
-            write_json(path, record)
+            group.on_first(lambda: write_json(path, record))
     return path, record
 
 
@@ -154,14 +161,14 @@ def _measured(cell: RunConfig, bench: Bench, max_tokens: int) -> dict[str, Any]:
     tasks = {}
     for task in cell.tasks:
         rows = bench.rows(cell, task)
-        found = reference_perplexity(
+        found = shared_perplexity(
             bench.model,
             bench.tokenizer,
             bench.policy(cell, task),
             [(bench.prompt(cell, row), row.answers[0]) for row in rows],
             scope=cell.experiment,
             max_tokens=max_tokens,
-            progress=True,
+            progress=team().is_first,
         )
         whole += found
         pairs = zip(rows, found.rows, strict=True)

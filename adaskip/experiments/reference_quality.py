@@ -7,8 +7,9 @@ from pathlib import Path
 
 from adaskip.errors import RunError
 from adaskip.experiments.bench import Bench
+from adaskip.experiments.distributed import team
 from adaskip.experiments.ledger import run_folder
-from adaskip.experiments.perplexity import reference_perplexity
+from adaskip.experiments.perplexity import shared_perplexity
 from adaskip.experiments.records import SCHEMA, Record, read_json, write_json
 from adaskip.experiments.runconfig import RunConfig
 
@@ -48,20 +49,22 @@ def is_measured(config: RunConfig, task: str, plan: PerplexityPlan) -> bool:
 
 
 def measure_perplexity(config: RunConfig, task: str, bench: Bench, plan: PerplexityPlan) -> None:
-    """Measures and writes it for one task of a resolved configuration.
+    """Measures and writes it for one task of a resolved configuration; all processes together.
 
     Raises:
         AdaskipError: as the run itself; or a reference is empty.
     """
     rows = bench.rows(config, task)[: plan.rows]
-    measured = reference_perplexity(
+    group = team()
+    measured = shared_perplexity(
         bench.model,
         bench.tokenizer,
         bench.policy(config, task),
         [(bench.prompt(config, row), row.answers[0]) for row in rows],
         scope=config.experiment,
         max_tokens=plan.max_tokens,
-        progress=True,
+        progress=group.is_first,
+        same=bool(config.tp_plan),
     )
     content = {
         "schema": SCHEMA,
@@ -74,4 +77,4 @@ def measure_perplexity(config: RunConfig, task: str, bench: Bench, plan: Perplex
             for row, loss in zip(rows, measured.rows, strict=True)
         ],
     }
-    write_json(perplexity_path(config, task), content)
+    group.on_first(lambda: write_json(perplexity_path(config, task), content))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from adaskip.experiments.batches import plan_batches, run_batches, share_out
 from adaskip.experiments.bench import Bench, warmup_task
 from adaskip.experiments.distributed import team
 from adaskip.experiments.ledger import begin, is_finished, rows_path, run_folder, session_id, update
-from adaskip.experiments.parts import part_path, settle_rows
+from adaskip.experiments.parts import Share, locked, make_rows
 from adaskip.experiments.records import Record, lock
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.experiments.scoring import phase_shares
@@ -84,8 +82,7 @@ def run(config: RunConfig, bench: Bench | None = None) -> Path:
         policies = {task: bench.policy(config, task) for task in config.tasks}
     profile = bench.importance(config).name if config.policy == "ADA" else None
     n_layers, n_rows = bench.n_layers, {task: len(rows[task]) for task in config.tasks}
-    with contextlib.ExitStack() as stack:
-        group.on_first(lambda: stack.enter_context(lock(folder)))
+    with locked(folder):
         record = group.on_first(
             lambda: begin(config, n_layers=n_layers, profile=profile, n_rows=n_rows)
         )
@@ -122,40 +119,12 @@ def _run_task(
     config: RunConfig, task: str, bench: Bench, policy: SkipPolicy | None, rows: list[Row]
 ) -> list[Record]:
     """Generates the missing rows of one task, each process its part, and returns all rows."""
-    group, path = team(), rows_path(config, task)
     batches = plan_batches(rows, config.batch_size)
+
+    def generate(share: Share) -> None:
+        own = share_out(batches, share.done, rank=share.rank, world=share.world)
+        run_batches(config, task, bench, policy, own, share.done, share.target)
+
     order = [row.id for batch in batches for row in batch]
-    done = group.on_first(lambda: {str(row["id"]) for row in settle_rows(path, order)})
-    if done - set(order) and set(order) - done:
-        raise RunError(
-            f"{path} holds rows that are not among those asked for now: give the --limit and the "
-            "data it was made with, or another run name (--model)."
-        )
-    own, target = _share(config, path, batches, done)
-    try:
-        with group.together():
-            run_batches(config, task, bench, policy, own, done, target)
-    except Exception:
-        # What the other processes made until then counts.
-        group.on_first(lambda: settle_rows(path, order))
-        raise
-    made = group.on_first(lambda: settle_rows(path, order))
-    missing = set(order) - {str(row["id"]) for row in made}
-    if missing:
-        raise RunError(
-            f"{path} lacks {len(missing)} of {len(order)} rows that other processes made: "
-            "--results_dir must be one folder that all machines share."
-        )
-    return made
-
-
-def _share(
-    config: RunConfig, path: Path, batches: list[list[Row]], done: Collection[str]
-) -> tuple[list[list[Row]], Path | None]:
-    """The batches this process works on, and where it writes their rows, if it does."""
-    group = team()
-    if config.tp_plan:
-        # All processes hold a part of the one model, and go through all rows together.
-        return share_out(batches, done), path if group.is_first else None
-    own = share_out(batches, done, rank=group.rank, world=group.world)
-    return own, path if group.world == 1 else part_path(path, group.rank)
+    # Processes that hold parts of one model go through all rows together.
+    return make_rows(rows_path(config, task), order, generate, same=bool(config.tp_plan))

@@ -11,6 +11,7 @@ from typing import Any, cast
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
 from adaskip.experiments.cli import Parser, add_run_options, guarded, say
+from adaskip.experiments.distributed import team
 from adaskip.experiments.records import SCHEMA, environment, write_json, write_text
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.experiments.runner import resolve
@@ -91,7 +92,7 @@ def observation_main(observation: str, argv: Sequence[str] | None = None) -> int
         configs = [configured(observation, model, given) for model in models]
         benches = Benches()
         parts = {c.run_name: _PARTS[observation](c, benches, scores) for c in configs}
-        _write(observation, configs, models, parts)
+        team().on_first(lambda: _write(observation, configs, models, parts))
         return 0
 
     return guarded(action)

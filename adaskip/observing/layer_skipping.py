@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from adaskip.configuration import read_config
 from adaskip.experiments.bench import Bench
+from adaskip.experiments.distributed import team
 from adaskip.experiments.generation import generate_greedy
-from adaskip.experiments.perplexity import reference_perplexity
-from adaskip.experiments.records import lock, write_json
+from adaskip.experiments.parts import locked
+from adaskip.experiments.perplexity import shared_perplexity
+from adaskip.experiments.records import write_json
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.metrics import score
 from adaskip.observing.analysis import task_label
@@ -76,40 +78,55 @@ def measure(
     max_tokens = int(read_config("observations.yaml")["reference_tokens"])
     path = Path(config.results_dir) / "layers" / f"{config.name}-{task}.json"
     settings = {**config.settings(), "limit": config.limit, "reference_tokens": max_tokens}
-    with lock(path.parent):
-        record = begun(path, config, task, settings)
+    group = team()
+    with locked(path.parent):
+        record = group.on_first(lambda: begun(path, config, task, settings))
         found: list[dict[str, float]] = []
-        for choice in tqdm(made, desc=f"{config.name} {task}", unit="set"):
+        for choice in tqdm(
+            made, desc=f"{config.name} {task}", unit="set", disable=not group.is_first
+        ):
             key = " ".join(map(str, sorted(choice.layers))) or "none"
             done = record["sums"].setdefault(key, {})
             found.append(done)
             policy = FixedSkipping(whole_layers(choice.layers))
             if "nll" not in done:
-                bench = open_bench(config)
+                bench = _opened(config, open_bench)
                 rows = bench.rows(config, task)
                 items = [(bench.prompt(config, row), row.answers[0]) for row in rows]
-                result = reference_perplexity(
+                result = shared_perplexity(
                     bench.model, bench.tokenizer, policy, items, max_tokens=max_tokens
                 )
                 done |= {"nll": result.nll, "tokens": result.tokens, "rows": len(rows)}
-                write_json(path, record)
+                group.on_first(lambda: write_json(path, record))
             if scores and "score" not in done:
-                bench = open_bench(config)
+                bench = _opened(config, open_bench)
                 done["score"] = _score(config, bench, bench.rows(config, task), policy)
-                write_json(path, record)
+                group.on_first(lambda: write_json(path, record))
     return found
+
+
+def _opened(config: RunConfig, open_bench: OpenBench) -> Bench:
+    """The model, loaded by the first process before the others: what it leaves, they find."""
+    group = team()
+    with group.together(), group.first_ahead():
+        return open_bench(config)
 
 
 def _score(config: RunConfig, bench: Bench, rows: Sequence[Row], policy: FixedSkipping) -> float:
     """The task's score x100, generated under the policy."""
-    values = []
-    with skipping(bench.model, policy):
-        for row in rows:
-            stop = bench.stop_rule(config, row.task)
-            made = generate_greedy(bench.model, [bench.prompt(config, row).input_ids], stop)
-            text = str(bench.tokenizer.decode(list(made.tokens[0]), skip_special_tokens=True))
-            answer = postprocess(text, task_spec(row.task), bench.spec.answer_end)
-            values.append(score(row.task, answer, row.answers, row.all_classes))
+
+    def generate(own: Sequence[Row]) -> list[float]:
+        values = []
+        with skipping(bench.model, policy):
+            for row in own:
+                stop = bench.stop_rule(config, row.task)
+                made = generate_greedy(bench.model, [bench.prompt(config, row).input_ids], stop)
+                text = str(bench.tokenizer.decode(list(made.tokens[0]), skip_special_tokens=True))
+                answer = postprocess(text, task_spec(row.task), bench.spec.answer_end)
+                values.append(score(row.task, answer, row.answers, row.all_classes))
+        return values
+
+    values = team().spread(rows, generate)
     return round(100 * math.fsum(values) / len(values), 2)
 
 

@@ -12,8 +12,17 @@ from tqdm import tqdm
 from adaskip.configuration import read_config
 from adaskip.errors import DataError, RunError
 from adaskip.experiments.bench import SAMPLE_ROWS, Bench
+from adaskip.experiments.distributed import team
 from adaskip.experiments.generation import StopRule, generate_greedy
-from adaskip.experiments.records import SCHEMA, Record, lock, read_json, write_json
+from adaskip.experiments.parts import Share, locked, make_rows
+from adaskip.experiments.records import (
+    SCHEMA,
+    Record,
+    append_rows,
+    read_json,
+    read_rows,
+    write_json,
+)
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.learning import record_prompts
 from adaskip.models.internlm import check_prompt_length
@@ -32,7 +41,7 @@ def observe_task(config: RunConfig, task: str, open_bench: OpenBench) -> Similar
     """Records the similarities of a task's prompts in prefill and in their first decode steps.
 
     Every prompt is followed by as many new tokens as METHOD says, also where the answer would have
-    ended. The sums are saved after every prompt; a later call goes on from there.
+    ended.
 
     Args:
         config: resolved; `results_dir` is where `similarity/` is kept.
@@ -43,27 +52,26 @@ def observe_task(config: RunConfig, task: str, open_bench: OpenBench) -> Similar
         AdaskipError: the data, the model or an earlier record does not fit.
     """
     new_tokens = int(read_config("observations.yaml")["new_tokens"])
-    path = Path(config.results_dir) / "similarity" / f"{config.name}-{task}.json"
-    settings = {**config.settings(), "new_tokens": new_tokens}
-    with lock(path.parent):
-        record = begun(path, config, task, settings)
-        if not _finished(record, _row_limit(config, task)):
-            bench = open_bench(config)
-            rows = bench.rows(config, task)
-            stop = StopRule(frozenset(), new_tokens)
-            for row in _pending(rows, record, f"{config.name} {task}"):
-                ids = bench.prompt(config, row).input_ids
-                check_prompt_length(bench.model, len(ids), new_tokens)
-                recorders = {phase: TokenStatistics(*SPANS, phase=phase) for phase in Phase}
-                policy = FixedSkipping(EMPTY_PLAN)
-                with skipping(bench.model, policy, recorders=[*recorders.values()]):
-                    generate_greedy(bench.model, [ids], stop)
-                for phase, recorder in recorders.items():
-                    _add(record["sums"].setdefault(phase, {}), recorder)
-                record["ids"].append(row.id)
-                write_json(path, record)
-            _finish(path, record, _row_limit(config, task))
-    return Similarities.from_sums(config.name, task, record["ids"], record["sums"])
+    stop = StopRule(frozenset(), new_tokens)
+
+    def observe(bench: Bench, row: Row) -> Record:
+        ids = bench.prompt(config, row).input_ids
+        check_prompt_length(bench.model, len(ids), new_tokens)
+        recorders = {phase: TokenStatistics(*SPANS, phase=phase) for phase in Phase}
+        policy = FixedSkipping(EMPTY_PLAN)
+        with skipping(bench.model, policy, recorders=[*recorders.values()]):
+            generate_greedy(bench.model, [ids], stop)
+        return {"sums": {phase: _sums(recorder) for phase, recorder in recorders.items()}}
+
+    rows = _recorded(
+        Path(config.results_dir) / "similarity" / f"{config.name}-{task}.jsonl",
+        (config, task, {**config.settings(), "new_tokens": new_tokens}),
+        config.limit or (SAMPLE_ROWS if task_spec(task).offline else None),
+        open_bench,
+        lambda bench: bench.rows(config, task),
+        observe,
+    )
+    return Similarities.from_rows(config.name, task, rows)
 
 
 def observe_requests(
@@ -71,28 +79,71 @@ def observe_requests(
 ) -> list[list[float]]:
     """The similarity of every sublayer in each of a task's warm-up prompts: [requests][2L].
 
-    As the offline importance is learned: prefill only, the mean over a request's tokens. Saved
-    after every prompt and gone on with, as in `observe_task`.
+    As the offline importance is learned: prefill only, the mean over a request's tokens.
 
     Raises:
         DataError: the task has fewer prompts.
         AdaskipError: the model or an earlier record does not fit.
     """
-    path = Path(config.results_dir) / "requests" / f"{config.name}-{task}.json"
-    with lock(path.parent):
-        record = begun(path, config, task, config.settings())
-        if not _finished(record, n_prompts):
+
+    def observe(bench: Bench, row: Row) -> Record:
+        ids = torch.tensor([bench.prompt(config, row).input_ids])
+        check_prompt_length(bench.model, ids.shape[1])
+        means = record_prompts(bench.model, [ids]).per_request()
+        return {"similarity": [round(x, 8) for x in means[0, :, 0].tolist()]}
+
+    rows = _recorded(
+        Path(config.results_dir) / "requests" / f"{config.name}-{task}.jsonl",
+        (config, task, config.settings()),
+        n_prompts,
+        open_bench,
+        lambda bench: _warmup_rows(config, task, bench, n_prompts),
+        observe,
+    )
+    return [row["similarity"] for row in rows[:n_prompts]]
+
+
+def _recorded(
+    path: Path,
+    about: tuple[RunConfig, str, dict[str, Any]],
+    limit: int | None,
+    open_bench: OpenBench,
+    rows_of: Callable[[Bench], Sequence[Row]],
+    observe: Callable[[Bench, Row], Record],
+) -> list[Record]:
+    """What was observed of each row; kept row by row, a later call goes on from there.
+
+    Args:
+        path: the JSONL file; beside it, `.json` says what it is about.
+        about: configuration, task and settings, as `begun` takes them.
+        limit: rows asked for; None is all there are.
+        open_bench: loads the model; not called if nothing is missing.
+        rows_of: the rows, once the model is there.
+        observe: what to keep of a row.
+    """
+    group, header_path = team(), path.with_suffix(".json")
+    config, task, _ = about
+    with locked(path.parent):
+        header = group.on_first(lambda: begun(header_path, *about))
+        made = group.on_first(lambda: read_rows(path))
+        if _finished(header, len(made), limit):
+            return made
+        group.on_first(lambda: write_json(header_path, header))
+        with group.together(), group.first_ahead():
             bench = open_bench(config)
-            rows = _warmup_rows(config, task, bench, n_prompts)
-            for row in _pending(rows, record, f"{config.name} {task} warm-up"):
-                ids = torch.tensor([bench.prompt(config, row).input_ids])
-                check_prompt_length(bench.model, ids.shape[1])
-                means = record_prompts(bench.model, [ids]).per_request()
-                record["sums"][row.id] = [round(x, 8) for x in means[0, :, 0].tolist()]
-                record["ids"].append(row.id)
-                write_json(path, record)
-            _finish(path, record, n_prompts)
-    return [record["sums"][row_id] for row_id in record["ids"][:n_prompts]]
+            rows = rows_of(bench)
+
+        def work(share: Share) -> None:
+            missing = [row for row in rows if row.id not in share.done]
+            mine = missing[share.rank :: share.world]
+            title = f"{config.name} {task}"
+            for row in tqdm(mine, desc=title, unit="prompt", disable=not group.is_first):
+                if share.target is not None:
+                    append_rows(share.target, [{"id": row.id} | observe(bench, row)])
+
+        made = make_rows(path, [row.id for row in rows], work)
+        group.on_first(lambda: write_json(header_path, header | {"limit": limit}))
+    return made
 
 
 def begun(path: Path, config: RunConfig, task: str, settings: dict[str, Any]) -> Record:
@@ -109,8 +160,6 @@ def begun(path: Path, config: RunConfig, task: str, settings: dict[str, Any]) ->
             "model": config.name,
             "task": task,
             "settings": new,
-            "limit": 0,
-            "ids": [],
             "sums": {},
         }
     record = read_json(path)
@@ -125,35 +174,10 @@ def begun(path: Path, config: RunConfig, task: str, settings: dict[str, Any]) ->
     return record
 
 
-def _row_limit(config: RunConfig, task: str) -> int | None:
-    """Rows asked for; None is all there are."""
-    return config.limit or (SAMPLE_ROWS if task_spec(task).offline else None)
-
-
-def _finished(record: Record, limit: int | None) -> bool:
-    """Whether a record covers the rows asked for; `limit` 0 in it: never completed."""
-    known = record["limit"]
-    return known is None or (limit is not None and len(record["ids"]) >= limit)
-
-
-def _finish(path: Path, record: Record, limit: int | None) -> None:
-    record["limit"] = limit
-    write_json(path, record)
-
-
-def _pending(rows: Sequence[Row], record: Record, title: str) -> Any:
-    """The rows not yet recorded, under a progress bar that counts the others as done."""
-    done = set(record["ids"])
-    if done - {row.id for row in rows}:
-        raise RunError(
-            f"The record of {title} holds rows that are not among those asked for: give the data "
-            "it was made with, or another --results_dir."
-        )
-    with tqdm(total=len(rows), initial=len(done), desc=title, unit="prompt") as bar:
-        for row in rows:
-            if row.id not in done:
-                yield row
-                bar.update()
+def _finished(header: Record, n_rows: int, limit: int | None) -> bool:
+    """Whether a record covers the rows asked for; its own limit is 0 if it was never completed."""
+    known = header.get("limit", 0)
+    return n_rows > 0 and (known is None or (limit is not None and n_rows >= limit))
 
 
 def _warmup_rows(config: RunConfig, task: str, bench: Bench, n: int) -> list[Row]:
@@ -173,17 +197,16 @@ def _warmup_rows(config: RunConfig, task: str, bench: Bench, n: int) -> list[Row
     return rows
 
 
-def _add(sums: dict[str, Any], recorder: TokenStatistics) -> None:
-    """Adds what a recorder saw, with one read from the device, to `{part: [[total, squares]]}`."""
+def _sums(recorder: TokenStatistics) -> dict[str, Any]:
+    """The tokens a recorder saw, and per part `[total, squares]` of each layer.
+
+    One read from the device.
+    """
     if recorder.count is None or recorder.total is None or recorder.squares is None:
-        return
+        return {"count": 0}
     read = torch.cat([recorder.count[None], recorder.total, recorder.squares]).tolist()
     n = len(recorder.rows)
-    sums["count"] = sums.get("count", 0) + round(read[0])
-    for (layer, span), total, squares in zip(
-        recorder.rows, read[1 : n + 1], read[n + 1 :], strict=True
-    ):
-        column = sums.setdefault(span, [])
-        if layer == len(column):
-            column.append([0.0, 0.0])
-        column[layer] = [column[layer][0] + total, column[layer][1] + squares]
+    sums: dict[str, Any] = {"count": round(read[0])}
+    for (_, span), *pair in zip(recorder.rows, read[1 : n + 1], read[n + 1 :], strict=True):
+        sums.setdefault(span, []).append(pair)
+    return sums

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 from adaskip.plan import Phase
@@ -64,15 +66,16 @@ class Similarities:
         return [prefill + decode for prefill, decode in zip(*both, strict=True)]
 
     @staticmethod
-    def from_sums(
-        model: str, task: str, ids: Sequence[str], sums: Mapping[str, Any]
-    ) -> Similarities:
-        """From the sums that `recording` keeps: per phase a count and `[total, squares]`s."""
-        phases = {
-            phase: {
-                span: [Moments(sums[phase]["count"], *pair) for pair in sums[phase][span]]
-                for span in SPANS
-            }
-            for phase in Phase
-        }
-        return Similarities(model, task, tuple(ids), phases)
+    def from_rows(model: str, task: str, rows: Sequence[Mapping[str, Any]]) -> Similarities:
+        """From the rows `recording` keeps: per phase a count, and `[total, squares]`s by layer."""
+        phases: dict[Phase, dict[Span, list[Moments]]] = {phase: {} for phase in Phase}
+        for phase, spans in phases.items():
+            sums = [row["sums"][phase] for row in rows]
+            for span in SPANS:
+                columns = zip(*(_moments(each, span) for each in sums if span in each), strict=True)
+                spans[span] = [reduce(add, column) for column in columns]
+        return Similarities(model, task, tuple(str(row["id"]) for row in rows), phases)
+
+
+def _moments(sums: Mapping[str, Any], span: Span) -> list[Moments]:
+    return [Moments(sums["count"], *pair) for pair in sums[span]]
