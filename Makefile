@@ -42,7 +42,7 @@ observations: $(VENV)/.installed
 	$(BIN)/python observations/stability.py --model smollm2
 
 speed: $(VENV)/.installed
-	$(BIN)/python speed/run_smollm2_speed.py --weights default --policies EE US ADA \
+	$(BIN)/python speed/run_smollm2_speed.py --weights default --policies EE ADA \
 		--contexts 512 1024 4096 --new_tokens 32 --minutes 5
 
 paper: $(VENV)/.installed

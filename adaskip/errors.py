@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class AdaskipError(ValueError):
@@ -47,3 +47,10 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> AdaskipError:
     close = difflib.get_close_matches(given.lower(), nearest, n=1)
     hint = f" Did you mean {nearest[close[0]]!r}?" if close else ""
     return AdaskipError(f"Unknown {kind} {given!r}.{hint} Choose one of: {', '.join(names)}.")
+
+
+def refuse_below_one(options: Mapping[str, int | None]) -> None:
+    """Raises an `AdaskipError` for the first option, by its name, that is a number below 1."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise AdaskipError(f"--{name} is {value}; it must be at least 1.")

@@ -6,7 +6,8 @@ from pathlib import Path
 # A checkout that is not installed must find the package, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adaskip.speed.budget_check import budget_main
+from adaskip.speed.budget_check import BUDGET
+from adaskip.speed.study import study_main
 
 if __name__ == "__main__":
-    sys.exit(budget_main())
+    sys.exit(study_main(BUDGET))

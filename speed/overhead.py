@@ -6,7 +6,8 @@ from pathlib import Path
 # A checkout that is not installed must find the package, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adaskip.speed.overhead import overhead_main
+from adaskip.speed.overhead import OVERHEAD
+from adaskip.speed.study import study_main
 
 if __name__ == "__main__":
-    sys.exit(overhead_main())
+    sys.exit(study_main(OVERHEAD))

@@ -26,13 +26,15 @@ from adaskip import (
 )
 from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
 from adaskip.speed.benchmark import run_speed
+from adaskip.speed.budget_check import BUDGET
 from adaskip.speed.cases import Case, make_cases, run_case
 from adaskip.speed.clock import SublayerClock
 from adaskip.speed.config import SpeedConfig, speed_main
-from adaskip.speed.overhead import measure_overhead
+from adaskip.speed.overhead import OVERHEAD, measure_overhead
 from adaskip.speed.report import as_markdown, draw
 from adaskip.speed.roofline import Rates, Work, decode_work, prefill_work
 from adaskip.speed.stats import Measured, _phase_record, checked_kv, compiled_times
+from adaskip.speed.study import Study, study_main
 from adaskip.speed.sublayer_times import SublayerTimes
 from adaskip.speed.timing import Spread, dynamic_cache, kv_bytes, time_request
 
@@ -242,6 +244,23 @@ def test_overhead_compares_with_the_right_baseline() -> None:
     assert "decode" not in rows["learn_importance"]
     ratio = rows["recording"]["decode"]["median"] / rows["stock"]["decode"]["median"]
     assert rows["recording"]["decode"]["ratio"]["median"] == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize(("study", "n_rows"), [(OVERHEAD, 6), (BUDGET, 4)])
+def test_a_study_keeps_its_record_and_its_table(
+    study: Study, n_rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--layers", "2", "--contexts", "8", "--rounds", "1", "--new_tokens", "2"]
+    options += ["--device", "cpu", "--results_dir", str(tmp_path)]
+    more = ["--ratios", "1.01"] if study is BUDGET else []
+    assert study_main(study, [*options, *more]) == 0
+    text = (tmp_path / f"{study.name}-smollm2-cpu.md").read_text()
+    assert capsys.readouterr().out == text
+    assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + n_rows
+    record = json.loads((tmp_path / f"{study.name}-smollm2-cpu.json").read_text())
+    assert record["settings"]["contexts"] == [8]
+    assert study_main(study, [*options, "--rounds", "0"]) == 2
+    assert capsys.readouterr().err == "error: --rounds is 0; it must be at least 1.\n"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")

@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaskip.errors import AdaskipError, RunError, unknown_name
+from adaskip.errors import AdaskipError, RunError, refuse_below_one, unknown_name
 from adaskip.plan import SCOPES, Scope
 
 DENSE = "dense"
@@ -157,17 +157,8 @@ class RunConfig:
                 raise unknown_name(f"--{key}", getattr(self, key), ["auto"])
         if self.device_map and self.tp_plan:
             raise AdaskipError("--device_map and --tp_plan both split the model: give one of them.")
-        for key in (
-            "limit",
-            "sample_tokens",
-            "max_length",
-            "max_new_tokens",
-            "batch_size",
-            "warmup",
-        ):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise AdaskipError(f"--{key} is {value}; it must be at least 1.")
+        counts = ("limit", "sample_tokens", "max_length", "max_new_tokens", "batch_size", "warmup")
+        refuse_below_one({key: getattr(self, key) for key in counts})
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:

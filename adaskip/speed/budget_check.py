@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,19 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaskip.budget import SELECTS, Select
-from adaskip.experiments.cli import Parser, guarded, say
-from adaskip.experiments.records import SCHEMA, environment, write_json
 from adaskip.importance import Importance
 from adaskip.learning import learn_importance
-from adaskip.models.loading import model_names
 from adaskip.plan import Phase
 from adaskip.policies import AdaSkip
 from adaskip.report.tables import markdown_table, number
 from adaskip.session import skipping
-from adaskip.speed.calibration import hardware, measure_sublayers, random_prompt
+from adaskip.speed.calibration import measure_sublayers, random_prompt
 from adaskip.speed.interleaving import Ratio, by_turns
+from adaskip.speed.study import Content, Study
 from adaskip.speed.sublayer_times import SublayerTimes
-from adaskip.speed.timing import RequestTimes, growing_cache, open_model, time_request
+from adaskip.speed.timing import RequestTimes, growing_cache, time_request
 
 _WARMUP_TOKENS = 256
 
@@ -105,8 +102,14 @@ def _row(
     }
 
 
-def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table; the last column in percentage points."""
+def _measure(model: PreTrainedModel, given: argparse.Namespace) -> Content:
+    counts = {"n_steps": given.new_tokens, "rounds": given.rounds}
+    found = (check_budgets(model, context, given.ratios, **counts) for context in given.contexts)
+    return {"rows": [row for rows in found for row in rows]}
+
+
+def _table(record: Mapping[str, Any]) -> str:
+    """The last column is in percentage points."""
     header = ["phase", "tokens", "select", "asked", "attn+ffn", "predicted", "measured", "off"]
     return markdown_table(
         header,
@@ -121,48 +124,24 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
                 Ratio(**row["measured"]).text(3),
                 number(row["off_points"], 1, signed=True),
             ]
-            for row in rows
+            for row in record["rows"]
         ],
     )
 
 
-def budget_main(argv: Sequence[str] | None = None) -> int:
-    """What `speed/budget.py` calls; returns the exit code."""
-
-    def action() -> int:
-        given = _parser().parse_args(argv)
-        model = open_model(given.model, given.device, real=given.real, n_layers=given.layers)
-        rows = []
-        for context in given.contexts:
-            rows += check_budgets(
-                model, context, given.ratios, n_steps=given.new_tokens, rounds=given.rounds
-            )
-        record = {
-            "schema": SCHEMA,
-            "settings": vars(given) | {"hardware": hardware(model.device)},
-            "environment": environment(model.device.type),
-            "rows": rows,
-        }
-        folder = Path(given.results_dir)
-        write_json(folder / f"budget-{given.model}-{model.device.type}.json", record)
-        say(as_markdown(rows))
-        return 0
-
-    return guarded(action)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description="Predicted and measured ratio of AdaSkip(acceleration=...).",
-        allow_abbrev=False,
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[1.15, 1.3], help="accelerations to ask for"
     )
-    parser.add_argument("--model", default="smollm2", choices=model_names(), help="the shape")
-    parser.add_argument("--real", action="store_true", help="real weights in place of random ones")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[1.15, 1.3])
-    parser.add_argument("--new_tokens", type=int, default=16, help="decode steps per request")
-    parser.add_argument("--rounds", type=int, default=5, help="requests of each kind")
-    parser.add_argument("--layers", type=int, help="decoder layers (random weights)")
-    parser.add_argument("--device", help="torch device")
-    parser.add_argument("--results_dir", default="results/speed")
-    return parser
+
+
+BUDGET = Study(
+    name="budget",
+    description="Predicted and measured ratio of AdaSkip(acceleration=...)",
+    contexts=(1024, 4096),
+    new_tokens=16,
+    rounds=5,
+    measure=_measure,
+    table=_table,
+    options=_options,
+)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from adaskip.errors import AdaskipError
+from adaskip.errors import refuse_below_one
 from adaskip.experiments.cli import Parser, guarded, say
 from adaskip.speed.interleaving import MIN_ROUNDS
 
@@ -64,9 +64,7 @@ class SpeedConfig:
         """
         numbers = {"new_tokens": self.new_tokens, "rounds": self.rounds}
         numbers |= {"contexts": min(self.contexts), "batches": min(self.batches)}
-        for key, value in numbers.items():
-            if value < 1:
-                raise AdaskipError(f"--{key} is {value}; it must be at least 1.")
+        refuse_below_one(numbers)
 
 
 _HELP = {

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from adaskip import memory
+from adaskip.errors import refuse_below_one
 from adaskip.experiments.cli import Parser, guarded, say
 from adaskip.models.loading import model_names, random_model
 from adaskip.plan import KINDS, SkipPlan, Sublayer
@@ -114,6 +115,8 @@ def profile_main(argv: Sequence[str] | None = None) -> int:
             help="keep freed memory in the process; without, as stock transformers runs",
         )
         given = parser.parse_args(argv)
+        numbers = {"contexts": min(given.contexts), "n_skip": given.n_skip}
+        refuse_below_one(numbers | {"rounds": given.rounds})
         if given.keep_memory:
             memory.keep_freed_memory()
         model = random_model(given.model, device="cpu", n_layers=given.layers)

@@ -6,7 +6,6 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,19 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adaskip.experiments.cli import Parser, guarded, say
 from adaskip.experiments.generation import synchronize
-from adaskip.experiments.records import SCHEMA, environment, write_json
 from adaskip.learning import ImportanceRecorder, learn_importance
-from adaskip.models.loading import model_names
 from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
 from adaskip.recorders import Recorder, TokenStatistics
 from adaskip.report.tables import MISSING, markdown_table, number
 from adaskip.session import skipping
-from adaskip.speed.calibration import hardware, random_prompt
+from adaskip.speed.calibration import random_prompt
 from adaskip.speed.interleaving import Ratio, by_turns
-from adaskip.speed.timing import Spread, dynamic_cache, growing_cache, open_model, time_request
+from adaskip.speed.study import Content, Study
+from adaskip.speed.timing import Spread, dynamic_cache, growing_cache, time_request
 
 # The highest ratio that counts as free, printed beside what was measured.
 GOALS = {
@@ -126,16 +123,25 @@ def _learn(model: PreTrainedModel, prompts: Sequence[Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def as_markdown(points: Sequence[dict[str, Any]]) -> str:
-    """The table of all context lengths."""
+def _measure(model: PreTrainedModel, given: argparse.Namespace) -> Content:
+    return {
+        "points": [
+            measure_overhead(model, context, n_steps=given.new_tokens, rounds=given.rounds)
+            for context in given.contexts
+        ]
+    }
+
+
+def _table(record: Mapping[str, Any]) -> str:
+    """All context lengths."""
     rows = []
-    for point in points:
+    for point in record["points"]:
         for row in point["rows"]:
             cells = [row["label"], str(point["context"])]
             for phase in Phase:
                 own = row.get(str(phase))
                 spread = own and [1000 * own[key] for key in ("median", "q1", "q3")]
-                cells.append("{:.1f} [{:.1f}–{:.1f}]".format(*spread) if spread else number(None))
+                cells.append("{:.1f} [{:.1f}–{:.1f}]".format(*spread) if spread else MISSING)
                 cells.append(Ratio(**own["ratio"]).text(3) if own else MISSING)
                 cells.append(number(own and own["goal"]))
             rows.append(cells)
@@ -143,38 +149,12 @@ def as_markdown(points: Sequence[dict[str, Any]]) -> str:
     return markdown_table(header, rows)
 
 
-def overhead_main(argv: Sequence[str] | None = None) -> int:
-    """What `speed/overhead.py` calls; returns the exit code."""
-
-    def action() -> int:
-        given = _parser().parse_args(argv)
-        model = open_model(given.model, given.device, real=given.real, n_layers=given.layers)
-        points = [
-            measure_overhead(model, context, n_steps=given.new_tokens, rounds=given.rounds)
-            for context in given.contexts
-        ]
-        record = {
-            "schema": SCHEMA,
-            "settings": vars(given) | {"hardware": hardware(model.device)},
-            "environment": environment(model.device.type),
-            "points": points,
-        }
-        path = Path(given.results_dir) / f"overhead-{given.model}-{model.device.type}.json"
-        write_json(path, record)
-        say(as_markdown(points))
-        return 0
-
-    return guarded(action)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(description="What patching, recording and learning cost.", allow_abbrev=False)
-    parser.add_argument("--model", default="smollm2", choices=model_names(), help="the shape")
-    parser.add_argument("--real", action="store_true", help="real weights in place of random ones")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--new_tokens", type=int, default=20, help="decode steps per request")
-    parser.add_argument("--rounds", type=int, default=9, help="requests of each kind")
-    parser.add_argument("--layers", type=int, help="decoder layers (random weights)")
-    parser.add_argument("--device", help="torch device")
-    parser.add_argument("--results_dir", default="results/speed")
-    return parser
+OVERHEAD = Study(
+    name="overhead",
+    description="What patching, recording and learning cost",
+    contexts=(512, 2048),
+    new_tokens=20,
+    rounds=9,
+    measure=_measure,
+    table=_table,
+)
