@@ -43,7 +43,7 @@ observations: $(VENV)/.installed
 
 speed: $(VENV)/.installed
 	$(BIN)/python speed/run_smollm2_speed.py --weights default --policies EE ADA \
-		--contexts 512 1024 4096 --new_tokens 32 --minutes 5
+		--contexts 512 1024 4096 --new_tokens 32 --minutes 8
 
 paper: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/paper.yaml

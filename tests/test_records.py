@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from adaskip.errors import AdaskipError, RunError
+from adaskip.experiments import records
 from adaskip.experiments.records import (
     SCHEMA,
     append_rows,
     environment,
+    git_commit,
     lock,
     read_json,
     read_rows,
@@ -169,3 +172,24 @@ def test_a_record_reads_back_as_its_configuration() -> None:
 def test_the_environment_names_what_a_result_depends_on() -> None:
     known = environment("cpu")
     assert {"adaskip", "torch", "transformers", "python", "device", "commit"} <= set(known)
+
+
+def test_results_do_not_make_a_checkout_dirty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "CHECKOUT", tmp_path)
+    assert git_commit() is None
+    code, result = tmp_path / "code.py", tmp_path / "results" / "table.md"
+    result.parent.mkdir()
+    for path in (code, result):
+        path.write_text("1")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    commit = git_commit()
+    assert commit is not None
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    result.write_text("2")
+    assert git_commit() == commit
+    code.write_text("2")
+    assert git_commit() == f"{commit}-dirty"

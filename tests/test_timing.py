@@ -212,11 +212,6 @@ def test_a_run_is_continued_and_reported(tmp_path: Path) -> None:
 def test_a_record_of_another_machine_is_put_aside(tmp_path: Path) -> None:
     path = run_speed(tiny_config(tmp_path, contexts=(8,)))
     record = json.loads(path.read_text())
-    # What a run writes into a checkout makes it differ from its commit: still the same code.
-    commit = str(record["environment"]["commit"]).removesuffix("-dirty")
-    record["environment"]["commit"] = f"{commit}-dirty"
-    path.write_text(json.dumps(record))
-    assert json.loads(run_speed(tiny_config(tmp_path, contexts=(8,))).read_text()) == record
     record["settings"]["hardware"] = "another"
     path.write_text(json.dumps(record))
     found = json.loads(run_speed(tiny_config(tmp_path, contexts=(8,), new_tokens=3)).read_text())

@@ -17,6 +17,7 @@ from typing import Any
 from adaskip.errors import RunError
 
 SCHEMA = 1
+CHECKOUT = Path(__file__).parents[2]
 Record = dict[str, Any]
 
 
@@ -211,19 +212,28 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout the package runs from, `-dirty` when changed; None outside one."""
-    folder = Path(__file__).parents[2]
-    if not (folder / ".git").exists():
+    """The commit of the checkout the package runs from; None outside one.
+
+    With `-dirty` if a tracked file differs from it, results aside: those are what runs change.
+    """
+    if not (CHECKOUT / ".git").exists():
         return None
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("diff", "--name-only", "HEAD", "--", ".", ":(exclude)results")
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip() or None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    """What a git command prints about the checkout."""
+    done = subprocess.run(  # noqa: S603 - the arguments are those above
+        ["git", *arguments],  # noqa: S607 - whichever git the user has
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )
+    return done.stdout.strip()

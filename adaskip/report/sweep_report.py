@@ -31,7 +31,8 @@ CAPTION = (
 SPEED_CAPTION = (
     "Skipped: share of all sublayers over all forwards. Times are medians over rows; speedups are "
     "medians of the per-row ratio to dense, in brackets the bound by the count of skipped "
-    "sublayers."
+    "sublayers. Dense and skipping rows are made minutes apart, so a machine that changes its pace "
+    "shows in them: `make speed` compares times within a round."
 )
 
 

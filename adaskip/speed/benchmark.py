@@ -111,10 +111,8 @@ def _open_record(config: SpeedConfig, path: Path, device: torch.device) -> dict[
 def _origin(record: Mapping[str, Any]) -> list[object]:
     """What made a record: hardware, method, versions and code."""
     settings, made_in = record["settings"], record["environment"]
-    # The first point written makes the checkout differ from its commit.
-    commit = str(made_in.get("commit")).removesuffix("-dirty")
-    versions = [made_in.get(name) for name in ("torch", "transformers")]
-    return [settings.get("hardware"), settings.get("method"), *versions, commit]
+    versions = [made_in.get(name) for name in ("torch", "transformers", "commit")]
+    return [settings.get("hardware"), settings.get("method"), *versions]
 
 
 def _model(config: SpeedConfig, device: torch.device) -> PreTrainedModel:

@@ -97,18 +97,20 @@ def _row(point: Mapping[str, Any], case: Mapping[str, Any], *, with_floor: bool)
 
 
 def _shares(points: Iterable[Mapping[str, Any]]) -> Iterable[str]:
-    """Per point, what attention and FFN take of a dense forward."""
+    """Per point, how often it was measured, and what attention and FFN take of a dense forward."""
     for point in points:
+        where = f"- {point['context']} tokens, batch {point['batch']}"
         if "error" in point:
-            yield f"- {point['context']} tokens, batch {point['batch']}: {point['error']}"
+            yield f"{where}: {point['error']}"
             continue
+        where += f", {point['cases'][0]['prefill']['n']} rounds"
         parts = []
         for phase in Phase:
             times = point["sublayers"][str(phase)]
             each = [f"{kind} {1000 * sum(times[kind]) / len(times[kind]):.3f}" for kind in KINDS]
             shares = [f"{100 * sum(times[kind]) / times['total']:.1f}" for kind in KINDS]
             parts.append(f"{phase}: {', '.join(each)} ms each; shares {' + '.join(shares)} %")
-        yield f"- {point['context']} tokens, batch {point['batch']}: {'; '.join(parts)}"
+        yield f"{where}: {'; '.join(parts)}"
 
 
 def draw(record: Mapping[str, Any]) -> bytes | None:

@@ -76,8 +76,9 @@ def as_markdown(study: Study, record: Mapping[str, Any]) -> str:
     about = (
         f"{settings['model']}, {weights} weights, {settings['hardware']}; "
         f"torch {made_in['torch']}, transformers {made_in['transformers']}; "
-        f"{settings['rounds']} rounds of requests with {settings['new_tokens']} decode steps; commit {made_in['commit']}. Ratios are medians "
-        "over rounds with their 95 % interval (docs/SPEED.md)."
+        f"{settings['rounds']} rounds of requests with {settings['new_tokens']} decode steps; "
+        f"commit {made_in['commit']}. Ratios are medians over rounds with their 95 % interval "
+        "(docs/SPEED.md)."
     )
     return "\n\n".join([f"# {study.description}", about, study.table(record)])
 
