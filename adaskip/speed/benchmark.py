@@ -21,14 +21,13 @@ from adaskip.learning import learn_importance
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.loading import load_model, random_model
 from adaskip.plan import Phase
-from adaskip.speed.calibration import hardware, layer_types, random_prompt
-from adaskip.speed.cases import BASELINES, Case, CaseRun, make_cases, run_case
+from adaskip.speed.calibration import hardware, random_prompt
+from adaskip.speed.cases import BASELINES, DENSE, Case, CaseRun, make_cases, run_case
 from adaskip.speed.clock import ClockedRequests
 from adaskip.speed.config import DEFAULT_WEIGHTS, SpeedConfig
 from adaskip.speed.interleaving import by_turns
 from adaskip.speed.roofline import Rates, measured_rates
 from adaskip.speed.stats import Measured, Point, case_record, checked_kv, compiled_times
-from adaskip.speed.sublayer_times import SublayerTimes, combined
 from adaskip.speed.timing import RequestTimes
 
 logger = logging.getLogger(__name__)
@@ -185,7 +184,7 @@ def measure_point(
     for taken in rounds:
         for label, own in measured.items():
             own.add(taken[label])
-    times = {p: _sublayers(model, measured["dense"], clock, p, context, batch) for p in Phase}
+    times = {phase: clock.times(phase, measured[DENSE].seconds(phase)) for phase in Phase}
     decode = compiled_times(measured, times[Phase.DECODE]) if config.compiled else None
     point = Point(context, batch, config.new_tokens, rates)
     lines = [
@@ -210,22 +209,3 @@ def _first(model: PreTrainedModel, case: Case, ids: Tensor, config: SpeedConfig)
     peak = memory.peak_bytes(model.device)
     formula = checked_kv(model, case, run, ids.shape[1], ids.shape[0], config.new_tokens)
     return Measured(run.plans, peak, run.times.kv_bytes, formula, run.times.tokens)
-
-
-def _sublayers(
-    model: PreTrainedModel,
-    dense: Measured,
-    clock: ClockedRequests,
-    phase: Phase,
-    context: int,
-    batch: int,
-) -> SublayerTimes:
-    return combined(
-        dense.seconds(phase),
-        clock.forwards[phase],
-        [request.seconds(phase) for request in clock.requests],
-        phase=phase,
-        context=context,
-        batch=batch,
-        layer_types=layer_types(model),
-    )

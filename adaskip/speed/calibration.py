@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from adaskip.models.smollm2 import cache_root
 from adaskip.plan import Phase
 from adaskip.speed.clock import ClockedRequests
 from adaskip.speed.interleaving import by_turns
-from adaskip.speed.sublayer_times import VERSION, SublayerTimes, combined
+from adaskip.speed.sublayer_times import VERSION, SublayerTimes
 from adaskip.speed.timing import (
     MakeCache,
     RequestTimes,
@@ -41,11 +41,6 @@ def random_prompt(model: PreTrainedModel, tokens: int, batch: int = 1, seed: int
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(0, vocabulary, (batch, tokens), generator=generator)
     return ids.to(model.device)
-
-
-def layer_types(model: PreTrainedModel) -> Sequence[str] | None:
-    """The type of each layer's attention, where the configuration names them."""
-    return getattr(model.config.get_text_config(decoder=True), "layer_types", None)
 
 
 def measure_sublayers(
@@ -76,16 +71,7 @@ def measure_sublayers(
     rounds = by_turns(kinds, rounds=repeats, title="timing sublayers", progress=progress)
     taken = [request for each in rounds for request in each["plain"]]
     return {
-        phase: combined(
-            [request.seconds(phase) for request in taken],
-            clock.forwards[phase],
-            [request.seconds(phase) for request in clock.requests],
-            phase=phase,
-            context=context,
-            batch=batch,
-            layer_types=layer_types(model),
-        )
-        for phase in Phase
+        phase: clock.times(phase, [request.seconds(phase) for request in taken]) for phase in Phase
     }
 
 

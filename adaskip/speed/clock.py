@@ -7,7 +7,7 @@ construction; timing them one by one would not.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
@@ -20,7 +20,13 @@ from transformers import PreTrainedModel
 from adaskip.blocks import block_spec, bound_parts
 from adaskip.experiments.generation import synchronize
 from adaskip.plan import Phase, Sublayer, all_sublayers
+from adaskip.speed.sublayer_times import SublayerTimes, combined
 from adaskip.speed.timing import MakeCache, RequestTimes, growing_cache, time_request
+
+
+def layer_types(model: PreTrainedModel) -> Sequence[str] | None:
+    """The type of each layer's attention, where the configuration names them."""
+    return getattr(model.config.get_text_config(decoder=True), "layer_types", None)
 
 
 class SublayerClock:
@@ -91,6 +97,8 @@ class ClockedRequests:
         self.requests: list[RequestTimes] = []
         self.forwards: dict[Phase, list[dict[Sublayer, float]]] = {phase: [] for phase in Phase}
         self._clock = SublayerClock(model)
+        self._model = model
+        self._batch, self._context = input_ids.shape
         self._time = partial(time_request, model, input_ids, n_steps, make_cache=make_cache)
 
     def warm_up(self) -> None:
@@ -108,3 +116,20 @@ class ClockedRequests:
         self.forwards[Phase.PREFILL].append(prefill)
         self.forwards[Phase.DECODE] += steps
         return times
+
+    def times(self, phase: Phase, totals: Sequence[float]) -> SublayerTimes:
+        """What the sublayers take of a forward.
+
+        Args:
+            phase: of the forward.
+            totals: seconds of forwards without timestamps, measured by turns with these.
+        """
+        return combined(
+            totals,
+            self.forwards[phase],
+            [request.seconds(phase) for request in self.requests],
+            phase=phase,
+            context=self._context,
+            batch=self._batch,
+            layer_types=layer_types(self._model),
+        )
