@@ -201,7 +201,7 @@ def test_a_run_is_continued_and_reported(tmp_path: Path) -> None:
         assert case["decode"]["n"] == 1
     text = as_markdown(record, "title")
     assert text.count("\n| EE 1 ") == 2
-    assert "shares" in text
+    assert "- 8 tokens, batch 1, 1 rounds: prefill: attn" in text
     image = draw(record)
     assert image is not None
     assert image.startswith(b"\x89PNG")

@@ -23,7 +23,7 @@ from adaskip.experiments.runconfig import RunConfig
 from adaskip.metrics import score
 from adaskip.observing.analysis import task_label
 from adaskip.observing.figures import Curve, Panel
-from adaskip.observing.recording import OpenBench, begun
+from adaskip.observing.recording import OpenBench, begun, opened
 from adaskip.observing.similarities import Similarities
 from adaskip.plan import Phase, whole_layers
 from adaskip.policies import FixedSkipping
@@ -90,8 +90,7 @@ def measure(
             found.append(done)
             policy = FixedSkipping(whole_layers(choice.layers))
             if "nll" not in done:
-                bench = _opened(config, open_bench)
-                rows = bench.rows(config, task)
+                bench, rows = opened(config, open_bench, lambda bench: bench.rows(config, task))
                 items = [(bench.prompt(config, row), row.answers[0]) for row in rows]
                 result = shared_perplexity(
                     bench.model, bench.tokenizer, policy, items, max_tokens=max_tokens
@@ -99,17 +98,10 @@ def measure(
                 done |= {"nll": result.nll, "tokens": result.tokens, "rows": len(rows)}
                 group.on_first(lambda: write_json(path, record))
             if scores and "score" not in done:
-                bench = _opened(config, open_bench)
-                done["score"] = _score(config, bench, bench.rows(config, task), policy)
+                bench, rows = opened(config, open_bench, lambda bench: bench.rows(config, task))
+                done["score"] = _score(config, bench, rows, policy)
                 group.on_first(lambda: write_json(path, record))
     return found
-
-
-def _opened(config: RunConfig, open_bench: OpenBench) -> Bench:
-    """The model, loaded by the first process before the others: what it leaves, they find."""
-    group = team()
-    with group.together(), group.first_ahead():
-        return open_bench(config)
 
 
 def _score(config: RunConfig, bench: Bench, rows: Sequence[Row], policy: FixedSkipping) -> float:

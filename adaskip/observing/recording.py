@@ -129,21 +129,37 @@ def _recorded(
         if _finished(header, len(made), limit):
             return made
         group.on_first(lambda: write_json(header_path, header))
-        with group.together(), group.first_ahead():
-            bench = open_bench(config)
-            rows = rows_of(bench)
+        bench, rows = opened(config, open_bench, rows_of)
 
         def work(share: Share) -> None:
             missing = [row for row in rows if row.id not in share.done]
             mine = missing[share.rank :: share.world]
-            title = f"{config.name} {task}"
-            for row in tqdm(mine, desc=title, unit="prompt", disable=not group.is_first):
+            done = len(rows) - len(missing)
+            bar = tqdm(
+                mine,
+                desc=f"{config.name} {task}",
+                unit="prompt",
+                initial=done,
+                total=done + len(mine),
+                disable=not group.is_first,
+            )
+            for row in bar:
                 if share.target is not None:
                     append_rows(share.target, [{"id": row.id} | observe(bench, row)])
 
         made = make_rows(path, [row.id for row in rows], work)
         group.on_first(lambda: write_json(header_path, header | {"limit": limit}))
     return made
+
+
+def opened(
+    config: RunConfig, open_bench: OpenBench, rows_of: Callable[[Bench], Sequence[Row]]
+) -> tuple[Bench, Sequence[Row]]:
+    """Model and rows, loaded by the first process before the others: what it leaves, they find."""
+    group = team()
+    with group.together(), group.first_ahead():
+        bench = open_bench(config)
+        return bench, rows_of(bench)
 
 
 def begun(path: Path, config: RunConfig, task: str, settings: dict[str, Any]) -> Record:
