@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from adaskip.errors import UnsupportedCallError
-from adaskip.plan import Scope, SkipPlan
+from adaskip.plan import Phase, Scope, SkipPlan, Step
 
 if TYPE_CHECKING:
     from adaskip.policies.base import SkipPolicy
@@ -60,30 +61,53 @@ def refuse_lost_outputs(call: dict[str, Any], config: PretrainedConfig, plan: Sk
         )
 
 
-def refuse_disorder(policy: SkipPolicy, seen: int, past: int, latest: bool) -> None:
-    """A plan that depends on the decode steps taken needs them one after the other.
+def refuse_bare_model(model: PreTrainedModel, policy: SkipPolicy, scope: Scope) -> None:
+    """A base model does not see the `generate()` of the model around it, which knows the phase."""
+    if model.base_model is model and (scope == "decode" or policy.stepwise):
+        raise UnsupportedCallError(
+            f"{type(model).__name__} is a base model, which cannot tell the prefill of generate() "
+            f"from its decode steps; with {type(policy).__name__} and scope {scope!r}, pass the "
+            "causal language model that holds it."
+        )
 
-    Args:
-        policy: the stepwise policy.
-        seen: tokens the request's cache held after our last forward on it.
-        past: tokens it holds now.
-        latest: whether our last forward was on this cache.
+
+def refuse_checkpointing(decoder: Any) -> None:
+    """Layers that are computed again in the backward pass would obey a later forward's switches."""
+    if (
+        decoder.training
+        and torch.is_grad_enabled()
+        and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers)
+    ):
+        raise UnsupportedCallError(
+            "Gradient checkpointing inside skipping() is not supported, because layers are "
+            "computed a second time in the backward pass; switch it off, or leave the block for "
+            "training."
+        )
+
+
+def refuse_cut(policy: SkipPolicy, seen: int, past: int) -> None:
+    """A plan that depends on the decode steps taken cannot take them back."""
+    raise UnsupportedCallError(
+        f"The cache was cut back from {seen} to {past} tokens, but what {type(policy).__name__} "
+        f"skips depends on the decode steps taken, which cannot be taken back. {_FIXED}"
+    )
+
+
+def refuse_ambiguous(policy: SkipPolicy, scope: Scope, tokens: int) -> None:
+    """Several tokens after decode steps are a new prompt or drafted tokens, and only one is right.
+
+    Raises:
+        UnsupportedCallError: always.
     """
-    name = type(policy).__name__
-    if past < seen:
-        raise UnsupportedCallError(
-            f"The cache was cut back from {seen} to {past} tokens, but what {name} skips depends "
-            f"on the decode steps taken, which cannot be taken back. {_FIXED}"
-        )
-    if not latest:
-        raise UnsupportedCallError(
-            f"Two requests take turns, but {name} follows the decode steps of one request at a "
-            f"time. Finish one first. {_FIXED}"
-        )
+    raise UnsupportedCallError(
+        f"{tokens} tokens at once on a cache that has taken decode steps: with "
+        f"{type(policy).__name__} and scope {scope!r} it matters whether they are a new prompt "
+        "(call the model within session.prefill()) or drafted tokens (session.decode())."
+    )
 
 
-def refuse_assisted(*args: object, **kwargs: object) -> None:
-    """Stands in for the start of assisted decoding.
+def refuse_assisted() -> None:
+    """Refuses assisted decoding under a plan that is another one in prefill and decode steps.
 
     Raises:
         UnsupportedCallError: always. Drafted tokens are verified together, the first of them in
@@ -93,4 +117,32 @@ def refuse_assisted(*args: object, **kwargs: object) -> None:
         "Assisted decoding under a plan that differs between prefill and decode steps is not "
         "supported: drafted tokens are verified several at a time. Use scope 'prefill', or scope "
         "'e2e' with a fixed plan (AdaSkip: online=False)."
+    )
+
+
+def refuse_changed_draft(step: Step, plan: SkipPlan, prefill_plan: SkipPlan) -> None:
+    """`refuse_assisted`, for plans of which only their use shows that they differ."""
+    if step.phase is Phase.DECODE and plan != prefill_plan:
+        refuse_assisted()
+
+
+def refuse_early_exit_draft(generation_config: GenerationConfig) -> None:
+    """Drafting with the first layers of the same model would skip within those, too."""
+    if generation_config.assistant_early_exit is not None:
+        raise UnsupportedCallError(
+            f"assistant_early_exit={generation_config.assistant_early_exit} drafts with the first "
+            "layers of the model that is inside skipping(); draft with an assistant_model or with "
+            "prompt_lookup_num_tokens."
+        )
+
+
+def refuse_continuous_batching(*args: object, **kwargs: object) -> None:
+    """Stands in for `generate_batch`.
+
+    Raises:
+        UnsupportedCallError: always. Its forwards hold prompts and decode steps side by side.
+    """
+    raise UnsupportedCallError(
+        "generate_batch() computes prompts and decode steps in one forward, so a plan that differs "
+        f"between them cannot apply. Use generate(), or scope 'e2e' with a fixed plan. {_FIXED}"
     )

@@ -1,14 +1,13 @@
 """The KV cache of a request in which some attention is skipped.
 
 transformers reads the cached length, and with it positions and masks, from the first cache layer.
-A skipped attention never writes to its layer, so that layer's length would be wrong: a stand-in
+A skipped attention never writes to its layer, so that layer's length would be wrong: a placeholder
 takes its place, holds no tensors of its own, and remembers how many tokens have passed.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,25 +22,37 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     The layer it replaces is kept: empty where the whole request is skipped, with the prompt's keys
     and values where only decoding is. Lengths and mask sizes are the replaced layer's own formulas
-    evaluated on the number of tokens that have passed.
+    evaluated on the number of tokens that have passed. As long as none has passed unseen, it does
+    what the replaced layer does, so a cache that was reset may be used anywhere.
+
+    Attributes:
+        replaced: the layer it stands for.
+        length: tokens that have passed.
+        kept: tokens of them that the replaced layer has seen.
+        following: the next layer that holds keys and values, which is fetched when an offloaded
+            cache would fetch this one.
     """
 
     # Set as properties or in __init__ here, where the base class has plain attributes.
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, owner: Cache, index: int, length: int, device: torch.device) -> None:
+    def __init__(self, replaced: Any, index: int, length: int, device: torch.device) -> None:
         # The base __init__ would assign keys and values, which are the replaced layer's here.
-        self.replaced: Any = owner.layers[index]
+        self.replaced: Any = replaced
         self.length = length
-        self.index = index
-        self._owner = weakref.ref(owner)
-        self.is_compileable = self.replaced.is_compileable
-        self.is_sliding = getattr(self.replaced, "is_sliding", False)
+        self.kept = length
+        self.following: Any = None
+        self._index = index
+        # Whether what the replaced layer holds still belongs to the rows of the batch.
+        self._in_order = True
+        self.is_compileable = replaced.is_compileable
+        self.is_sliding = getattr(replaced, "is_sliding", False)
         self.position: Tensor | None = None
         if self.is_compileable:
             # A Python int would be baked into a compiled graph, which then recompiles every step.
-            self.position = torch.tensor(length, device=device)
+            with torch.inference_mode(mode=False):
+                self.position = torch.tensor(length, device=device)
             torch._dynamo.mark_static_address(self.position)
 
     def __getattr__(self, name: str) -> Any:
@@ -49,6 +60,11 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if name.startswith("__") or name == "replaced":
             raise AttributeError(name)
         return getattr(self.replaced, name)
+
+    @property
+    def has_hole(self) -> bool:
+        """Whether keys and values of earlier tokens are missing."""
+        return self.length > self.kept or not self._in_order
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -78,10 +94,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     @property
     def max_batch_size(self) -> int:
         """Batch size of the layers that run, which transformers before 5.17 compares."""
-        owner = self._owner()
-        layers = () if owner is None else owner.layers
-        sizes = (getattr(x, "max_batch_size", None) for x in layers if type(x) is not type(self))
-        return next((size for size in sizes if size is not None), 0)
+        return getattr(self.following, "max_batch_size", 0)
 
     def get_seq_length(self) -> int:
         """Tokens that have passed; on the device for a static cache, as transformers has it."""
@@ -104,20 +117,31 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Nothing to allocate."""
 
     def update(self, *states: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refuses: the keys and values of earlier tokens do not exist.
+        """Appends to the replaced layer, if it has seen every token so far.
 
         Raises:
-            CacheHoleError: always.
+            CacheHoleError: the keys and values of earlier tokens do not exist.
         """
-        raise hole(self.index)
+        if self.has_hole:
+            raise hole(self._index)
+        updated: tuple[Tensor, Tensor] = self.replaced.update(*states, **kwargs)
+        self.advance(states[0].shape[-2])
+        self.kept = self.length
+        return updated
+
+    def advance(self, tokens: int) -> None:
+        """Notes that `tokens` more tokens per sequence have passed."""
+        self.length += tokens
+        if self.position is not None:
+            self.position.add_(tokens)
 
     def reset(self) -> None:
-        """Gives the cache its own layer back: a reset cache begins a new request."""
-        self.length = 0
+        """Begins a new request."""
         self.replaced.reset()
-        owner = self._owner()
-        if owner is not None and owner.layers[self.index] is self:
-            owner.layers[self.index] = self.replaced
+        self.length = self.kept = 0
+        self._in_order = True
+        if self.position is not None:
+            self.position.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets tokens: a negative number is how many, a positive one (once) what remains."""
@@ -125,20 +149,29 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.length = max(self.length + tokens_to_remove, 0)
         elif tokens_to_remove > 0:
             self.length = min(self.length, tokens_to_remove)
-        kept = 0 if self.keys is None else self.keys.shape[-2]
-        if kept > self.length:
-            self.replaced.crop(self.length - kept)
+        if self.kept > self.length:
+            self.replaced.crop(self.length - self.kept)
+            self.kept = self.length
 
-    # What the replaced layer still holds is never read again in this request, so moving it about
-    # for beam search, batch changes or offloading would be work for a skipped sublayer.
+    # What the replaced layer still holds can be read again only if the cache is cut back to it, so
+    # moving it about would be work for a skipped sublayer: it is given up in place of that.
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Nothing to reorder."""
+        """Gives up what is kept, or reorders it where it is still in use."""
+        self._move("reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Nothing to repeat."""
+        """Gives up what is kept, or repeats it where it is still in use."""
+        self._move("batch_repeat_interleave", repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Nothing to select from."""
+        """Gives up what is kept, or selects from it where it is still in use."""
+        self._move("batch_select_indices", indices)
+
+    def _move(self, name: str, argument: Any) -> None:
+        if not self.has_hole:
+            getattr(self.replaced, name)(argument)
+        elif self.kept:
+            self._in_order = False
 
     def activate_past_recording(self) -> None:
         """Nothing to record."""
@@ -147,25 +180,32 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Nothing to move."""
 
     def prefetch(self) -> None:
-        """Nothing to move."""
+        """Fetches the next layer that holds something: it is the one needed next."""
+        if self.following is not None:
+            self.following.prefetch()
 
 
 def hole(layer: int) -> CacheHoleError:
     """The error for attention that is to run again in a request that skipped it."""
     return CacheHoleError(
         f"Attention of layer {layer} was skipped earlier in this request, so its KV cache lacks "
-        "those tokens and it cannot run again. Skip it for the rest of the request, or start a new "
-        "request with an empty cache."
+        "those tokens and it cannot run again. Skip it for the rest of the request (a second "
+        "prompt on the same cache included), or start a new request with an empty cache."
     )
 
 
 def past_length(cache: Cache) -> int | None:
-    """Tokens the cache has seen, or None where only the device knows (a static cache in use)."""
+    """Tokens the cache has seen, or None where only the device knows (a static cache in use).
+
+    Raises:
+        UnsupportedCallError: the cache does not count tokens.
+    """
     if not cache.layers:
         return 0
+    for layer in cache.layers:
+        if isinstance(layer, SkippedCacheLayer):
+            return layer.length
     first: Any = cache.layers[0]
-    if isinstance(first, SkippedCacheLayer):
-        return first.length
     if not hasattr(first, "is_initialized") or not hasattr(first, "get_seq_length"):
         raise UnsupportedCallError(
             f"A cache of {type(first).__name__} is not supported: it does not count tokens. Use "
@@ -181,44 +221,68 @@ def read_past_length(cache: Cache) -> int:
     return int(cache.get_seq_length())
 
 
-def stand_ins(cache: Cache) -> list[SkippedCacheLayer]:
-    """The stand-ins now in the cache, by depth."""
-    return [layer for layer in cache.layers if isinstance(layer, SkippedCacheLayer)]
+def refuse_short(cache: Cache, n_layers: int) -> None:
+    """Refuses a cache that has fewer layers than the model and does not grow.
+
+    Raises:
+        UnsupportedCallError: it is too short.
+    """
+    if cache.layer_class_to_replicate is None and len(cache.layers) < n_layers:
+        raise UnsupportedCallError(
+            f"past_key_values has {len(cache.layers)} layers, the model has {n_layers}; make the "
+            "cache from this model's configuration, e.g. DynamicCache(config=model.config)."
+        )
 
 
-def open_holes(cache: Cache, layers: Iterable[int], length: int, devices: Any) -> None:
-    """Puts stand-ins in for the given attention layers, and checks that no other one is missing.
+def prepare(cache: Cache, layers: Iterable[int], length: int, devices: Sequence[Any]) -> None:
+    """Puts placeholders in for the given attention layers, and takes all others out.
 
     Args:
         cache: the request's cache.
         layers: the layers whose attention is skipped from now on.
         length: tokens the cache has seen.
-        devices: sequence of the device of each layer.
+        devices: the device of each layer.
 
     Raises:
         CacheHoleError: attention that was skipped earlier in this request is not in `layers`.
     """
     wanted = set(layers)
-    if length == 0:
-        for stand_in in stand_ins(cache):
-            cache.layers[stand_in.index] = stand_in.replaced
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, SkippedCacheLayer) and index not in wanted:
+    placed = {i: x for i, x in enumerate(cache.layers) if isinstance(x, SkippedCacheLayer)}
+    for index, placeholder in placed.items():
+        if placeholder.has_hole and index not in wanted:
             raise hole(index)
+    for index, placeholder in placed.items():
+        if length == 0 or index not in wanted:
+            cache.layers[index] = placeholder.replaced
+    while len(cache.layers) <= max(wanted, default=-1):
+        new_layer: Any = cache.layer_class_to_replicate
+        cache.layers.append(new_layer())
     for index in sorted(wanted):
-        while len(cache.layers) <= index:
-            new_layer: Any = cache.layer_class_to_replicate
-            cache.layers.append(new_layer())
-        if not isinstance(cache.layers[index], SkippedCacheLayer):
-            cache.layers[index] = SkippedCacheLayer(cache, index, length, devices[index])
+        replaced = cache.layers[index]
+        if not isinstance(replaced, SkippedCacheLayer):
+            cache.layers[index] = SkippedCacheLayer(replaced, index, length, devices[index])
+    _link(cache)
 
 
-def advance(layers: list[SkippedCacheLayer], tokens: int) -> None:
-    """Notes in every stand-in that `tokens` more tokens per sequence have passed."""
+def _link(cache: Cache) -> None:
+    """Tells every placeholder which layer is fetched in its place."""
+    stays = getattr(cache, "only_non_sliding", False)
+    following = None
+    # Twice around: behind the last layer comes the first.
+    for layer in reversed([*cache.layers, *cache.layers]):
+        if isinstance(layer, SkippedCacheLayer):
+            layer.following = following
+        elif not (stays and getattr(layer, "is_sliding", False)):
+            following = layer
+
+
+def advance(cache: Cache, tokens: int) -> None:
+    """Notes in every placeholder that `tokens` more tokens per sequence have passed."""
     positions = []
-    for layer in layers:
-        layer.length += tokens
-        if layer.position is not None:
-            positions.append(layer.position)
+    for layer in cache.layers:
+        if isinstance(layer, SkippedCacheLayer):
+            layer.length += tokens
+            if layer.position is not None:
+                positions.append(layer.position)
     if positions:
         torch._foreach_add_(positions, tokens)

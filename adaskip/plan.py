@@ -101,6 +101,10 @@ class SkipPlan:
     def __hash__(self) -> int:
         return hash(tuple(self.gains.items()))
 
+    def __reduce__(self) -> tuple[type[SkipPlan], tuple[dict[Sublayer, float | None]]]:
+        # A read-only view of a mapping can be neither copied nor stored.
+        return SkipPlan, (dict(self.gains),)
+
     def __contains__(self, sublayer: object) -> bool:
         return sublayer in self.gains
 

@@ -165,14 +165,18 @@ def real_tokens(attention_mask: object, past: int, tokens: int) -> Tensor | None
         tokens: new tokens per sequence.
     """
     if isinstance(attention_mask, dict):
-        masks = [mask for mask in attention_mask.values() if mask is not None]
-        attention_mask = masks[0] if masks else None
+        # By name: the order of such a dictionary is not to be relied on.
+        masks = [attention_mask[name] for name in sorted(attention_mask)]
+        attention_mask = next((mask for mask in masks if mask is not None), None)
     if not isinstance(attention_mask, Tensor):
         return None
     if attention_mask.ndim == 2:
         return attention_mask[:, -tokens:].bool()
-    # A token that may not attend to itself is padding.
-    allowed = torch.diagonal(attention_mask[:, 0], offset=past, dim1=-2, dim2=-1)
+    # A token that may not attend to itself is padding. Keys are those of the whole past, or, in the
+    # mask of a sliding window that is full, the last ones only.
+    width = attention_mask.shape[-1]
+    own = past if past + tokens <= width else width - tokens
+    allowed = torch.diagonal(attention_mask[:, 0], offset=own, dim1=-2, dim2=-1)
     return allowed if allowed.dtype == torch.bool else allowed >= 0
 
 

@@ -1,25 +1,29 @@
-"""`skipping()`: the only place that patches a model."""
+"""`skipping()`: what happens at each forward of a model that skips."""
 
 from __future__ import annotations
 
+import copy
 import inspect
-import weakref
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from adaskip import calls, kvcache
 from adaskip.blocks import block_spec, execution_device
 from adaskip.errors import UnsupportedCallError, UnsupportedModelError, unknown_name
-from adaskip.phases import PhaseTracker, Request
+from adaskip.generating import Turn, Turns, listen
+from adaskip.patching import Patch
 from adaskip.plan import EMPTY_PLAN, SCOPES, Phase, Scope, SkipPlan, Step, Sublayer
 from adaskip.recorders import Recorder, Span, StepRecording, real_tokens
+from adaskip.requests import Request, Requests, is_ambiguous
 from adaskip.sublayers import Switches, layer_forward
 
 if TYPE_CHECKING:
@@ -29,9 +33,14 @@ if TYPE_CHECKING:
 class Session:
     """One model under one policy, from entering `skipping()` to leaving it.
 
+    Forwards from several threads are computed one after the other. Each KV cache is a request of
+    its own, so any number of them may take turns.
+
     Attributes:
         step: the latest forward; None before the first.
         plan: what the latest forward skipped.
+        policy: the policy as it is used here: the one that was given, or a copy of it if that is
+            in use in another block.
     """
 
     def __init__(
@@ -43,86 +52,185 @@ class Session:
     ) -> None:
         self.step: Step | None = None
         self.plan: SkipPlan = EMPTY_PLAN
-        self._policy = policy
+        self.policy = policy
         self._scope = scope
         self._recorders = recorders
-        self._tracker = PhaseTracker()
+        self._requests = Requests(policy.branch, policy.forget)
+        self._turns = Turns()
+        self._lock = threading.RLock()
+        self._running = False
+        self._left_behind = False
         self._decoder: Any = model.base_model
         layers: Any = self._decoder.layers
         self._layers: list[nn.Module] = list(layers)
         self._devices = [execution_device(layer) for layer in self._layers]
         self._switches = [Switches() for _ in self._layers]
-        self._gains = {
-            device: torch.ones(2 * len(self._layers), device=device)
-            for device in set(self._devices)
-        }
+        self._gains: dict[torch.device, Tensor] = {}
         self._signature = list(inspect.signature(type(self._decoder).forward).parameters)[1:]
-        # Weak: the session must not keep a finished request's KV memory alive.
-        self._cache: Callable[[], Cache | None] = _no_cache
-        self._prepared: tuple[int, SkipPlan] | None = None
         self._recording: StepRecording | None = None
         self._watching: list[Recorder] = []
+
+    def prefill(self) -> AbstractContextManager[None]:
+        """Says that the forwards within are prefill; for loops that call the model by hand.
+
+        `generate()` says so by itself. Elsewhere one token on a non-empty cache counts as a decode
+        step: wrap a prompt, or a chunk of one, of a single token in this, and every prompt on a
+        cache that holds an earlier answer.
+        """
+        return self._turns.within(Turn(Phase.PREFILL))
+
+    def decode(self) -> AbstractContextManager[None]:
+        """Says that the forwards within are decode steps, drafted tokens to verify included."""
+        return self._turns.within(Turn(Phase.DECODE))
 
     def layers(self) -> Iterator[tuple[nn.Module, Switches]]:
         """Each decoder layer with its switches."""
         return zip(self._layers, self._switches, strict=True)
 
-    def before_forward(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def patched(self, model: PreTrainedModel) -> Iterator[Patch]:
+        """Makes the model skip, patch by patch."""
+        block = block_spec(model.config.model_type)
+        for index, (layer, switches) in enumerate(self.layers()):
+            yield _patch_forward(layer, layer_forward(layer, index, block, switches))
+        yield self._patched_decoder()
+        if model.can_generate():
+            yield from listen(model, self._turns, self._check_assisted)
+            if self._steps_matter and hasattr(model, "generate_batch"):
+                yield Patch(model, "generate_batch", calls.refuse_continuous_batching)
+
+    def _patched_decoder(self) -> Patch:
+        begin, end = _untraced()
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = kwargs | dict(zip(self._signature, args, strict=False))
+            if torch.compiler.is_compiling():
+                # No graph could be broken inside a try block, so here a failure does not clean up.
+                cache = begin(self, call)
+                output = patch.original(**call)
+                end(self, cache)
+                return output
+            self._enter(compiled=False)
+            try:
+                cache = self._before(call)
+                output = patch.original(**call)
+                self._after(cache)
+            finally:
+                self._leave()
+            return output
+
+        patch = _patch_forward(self._decoder, forward)
+        return patch
+
+    def _begin_compiled(self, call: dict[str, Any]) -> Cache | None:
+        self._enter(compiled=True)
+        return self._before(call)
+
+    def _end_compiled(self, cache: Cache | None) -> None:
+        self._after(cache)
+        self._leave()
+
+    def _enter(self, *, compiled: bool) -> None:
+        """Waits until no other thread is in a forward."""
+        self._lock.acquire()
+        if not self._running:
+            self._running = True
+            self._left_behind = compiled
+            return
+        # The same thread: the lock is held twice now.
+        self._lock.release()
+        if not self._left_behind:
+            raise UnsupportedCallError(
+                "The model was called from within its own forward (by a hook?) inside skipping(); "
+                "call it after that forward."
+            )
+
+    def _leave(self) -> None:
+        """Lets other threads in."""
+        self._running = False
+        if self._recording is not None:
+            self._record_to(None)
+        self._lock.release()
+
+    def _before(self, call: dict[str, Any]) -> Cache | None:
         """Works out step and plan of the coming forward and sets the layers' switches."""
-        call = kwargs | dict(zip(self._signature, args, strict=False))
-        cache = calls.cache_of(call, self._decoder.config)
+        config = self._decoder.config
+        calls.refuse_checkpointing(self._decoder)
+        cache = calls.cache_of(call, config)
         inputs = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         tokens = inputs.shape[1]
-        past = 0 if cache is None else self._past_length(cache, tokens)
-        request, step = self._tracker.look(cache, past, tokens)
-        plan = self._plan(request, step)
+        turn = self._turns.current
+        said = None if turn is None else turn.phase
+        past = 0 if cache is None else self._past_length(cache, tokens, said)
+        request, step = self._requests.look(cache, past, tokens, said)
         # Everything that can refuse the call comes before anything that remembers it.
         if cache is None:
-            calls.refuse_missing_cache(self._policy, self._scope)
-        calls.refuse_lost_outputs(call, self._decoder.config, plan)
-        self._open_holes(cache, step, plan, past)
-        self._tracker.advance(cache, request, step, past)
-        if step.phase is Phase.PREFILL:
-            request.prefill_plan |= plan
+            calls.refuse_missing_cache(self.policy, self._scope)
+        else:
+            kvcache.refuse_short(cache, len(self._layers))
+            self._check_order(request, step, past, said)
+        plan = self._plan(request, step)
+        calls.refuse_lost_outputs(call, config, plan)
+        if turn is not None and turn.assisted:
+            calls.refuse_changed_draft(step, plan, request.prefill_plan)
+        if cache is not None and (past == 0 or request.prepared != plan):
+            kvcache.prepare(cache, plan.layers("attn"), past, self._devices)
+            request.prepared = plan
         if plan != self.plan:
             self._set_switches(plan)
-        self._cache = _no_cache if cache is None else weakref.ref(cache)
+        self._requests.advance(cache, request, step, past)
+        if step.phase is Phase.PREFILL:
+            request.prefill_plan |= plan
         self.step, self.plan = step, plan
-        self._start_recording(step, call, past)
-        return (), call
+        self._start_recording(call, turn, past)
+        return cache
 
-    def after_forward(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        """Moves the stand-ins on, and hands out the statistics."""
-        assert self.step is not None  # noqa: S101 - set by before_forward of this same forward
-        cache = self._cache()
+    def _after(self, cache: Cache | None) -> None:
+        """Moves the placeholders on, and hands out the statistics."""
+        assert self.step is not None  # noqa: S101 - set by _before of this same forward
         if cache is not None and self.plan.layers("attn"):
-            kvcache.advance(kvcache.stand_ins(cache), self.step.tokens)
-        if self._recording is None:
-            return
-        stats = self._recording.finish()
-        self._record_to(None)
+            kvcache.advance(cache, self.step.tokens)
+        turn = self._turns.current
+        if turn is not None and turn.assisted:
+            turn.phase = Phase.DECODE
+        stats = None if self._recording is None else self._recording.finish()
         if stats is not None:
             for recorder in self._watching:
                 recorder.observe(self.step, stats)
 
-    def _past_length(self, cache: Cache, tokens: int) -> int:
+    @property
+    def _steps_matter(self) -> bool:
+        """Whether the plan is another one in prefill and decode, or from step to step."""
+        return self._scope == "decode" or self.policy.stepwise
+
+    def _past_length(self, cache: Cache, tokens: int, said: Phase | None) -> int:
         """Tokens in the cache; reads the device only where a static cache may begin anew."""
         past = kvcache.past_length(cache)
-        seen = self._tracker.seen(cache)
-        if past is None:
-            past = seen if seen is not None and tokens == 1 else kvcache.read_past_length(cache)
-        if seen is not None and past > 0 and self._policy.stepwise:
-            calls.refuse_disorder(self._policy, seen, past, self._tracker.is_latest(cache))
-        return past
+        if past is not None:
+            return past
+        request = self._requests.of(cache)
+        unspoken = said is None and (self._steps_matter or self._scope == "prefill")
+        if request is None or tokens > 1 or said is Phase.PREFILL or unspoken:
+            return kvcache.read_past_length(cache)
+        return request.tokens
+
+    def _check_order(self, request: Request, step: Step, past: int, said: Phase | None) -> None:
+        """Refuses forwards whose phase nobody can know, and steps that were taken back."""
+        if said is None and self._steps_matter and is_ambiguous(request, past, step.tokens):
+            calls.refuse_ambiguous(self.policy, self._scope, step.tokens)
+        if step.phase is Phase.DECODE and past < request.tokens and self.policy.stepwise:
+            calls.refuse_cut(self.policy, request.tokens, past)
+
+    def _check_assisted(self, generation_config: Any) -> None:
+        calls.refuse_early_exit_draft(generation_config)
+        if self._steps_matter:
+            calls.refuse_assisted()
 
     def _plan(self, request: Request, step: Step) -> SkipPlan:
         """What the scope leaves of the policy's plan."""
         if self._scope == "prefill" and step.phase is Phase.DECODE:
             # Skipped attention has no KV to go back to, so what prefill skipped stays skipped.
             return request.prefill_plan
-        plan = self._policy.plan(step)
+        plan = self.policy.plan(step)
         outside = self._scope == "decode" and step.phase is Phase.PREFILL
         return EMPTY_PLAN if outside else plan
 
@@ -130,40 +238,45 @@ class Session:
         """Switches every layer to the plan, and copies its gains, if any, to the devices."""
         learned = {s.position: gain for s, gain in plan.gains.items() if gain is not None}
         if learned:
-            host = torch.tensor([learned.get(p, 1.0) for p in range(2 * len(self._layers))])
-            for device, gains in self._gains.items():
-                # From pinned memory, a copy does not wait for the device.
-                source = host.pin_memory() if device.type == "cuda" else host
-                gains.copy_(source, non_blocking=True)
+            self._copy_gains([learned.get(p, 1.0) for p in range(2 * len(self._layers))])
         for index, switch in enumerate(self._switches):
             attn, ffn = Sublayer(index, "attn"), Sublayer(index, "ffn")
-            gains = self._gains[self._devices[index]]
             switch.run_attn, switch.run_ffn = attn not in plan, ffn not in plan
-            switch.attn_gain = None if plan.gains.get(attn) is None else gains[attn.position]
-            switch.ffn_gain = None if plan.gains.get(ffn) is None else gains[ffn.position]
+            switch.attn_gain, switch.ffn_gain = (
+                self._gains[self._devices[index]][s.position] if s.position in learned else None
+                for s in (attn, ffn)
+            )
 
-    def _open_holes(self, cache: Cache | None, step: Step, plan: SkipPlan, past: int) -> None:
-        """Readies the cache for skipped attention, once per request and plan."""
-        if cache is not None and (past == 0 or self._prepared != (step.request, plan)):
-            kvcache.open_holes(cache, plan.layers("attn"), past, self._devices)
-            self._prepared = (step.request, plan)
+    def _copy_gains(self, values: list[float]) -> None:
+        """Writes the gains into the tensors that compiled graphs read."""
+        host = torch.tensor(values)
+        for device in set(self._devices):
+            if device not in self._gains or torch.is_grad_enabled():
+                # A backward pass still to come needs the numbers of its own forward.
+                with torch.inference_mode(mode=False):
+                    self._gains[device] = torch.ones(len(values), device=device)
+            # From pinned memory, a copy does not wait for the device.
+            source = host.pin_memory() if device.type == "cuda" else host
+            self._gains[device].copy_(source, non_blocking=True)
 
-    def _start_recording(self, step: Step, call: dict[str, Any], past: int) -> None:
+    def _start_recording(self, call: dict[str, Any], turn: Turn | None, past: int) -> None:
         """Gives the layers a place for statistics, if anybody wants any of this step."""
+        assert self.step is not None  # noqa: S101 - set by _before
+        step = self.step
         self._watching = []
         spans: frozenset[Span] = frozenset()
         in_scope = self._scope == "e2e" or self._scope == step.phase == Phase.DECODE
-        for recorder in (*self._recorders, *((self._policy,) if in_scope else ())):
+        for recorder in (*self._recorders, *((self.policy,) if in_scope else ())):
             wanted = recorder.watch(step)
             if wanted:
                 self._watching.append(recorder)
                 spans |= wanted
         if spans:
-            real = real_tokens(call.get("attention_mask"), past, step.tokens)
+            if turn is not None and turn.tells_padding:
+                real = turn.real_tokens(step.phase, past, step.tokens)
+            else:
+                real = real_tokens(call.get("attention_mask"), past, step.tokens)
             self._record_to(StepRecording(spans, step.tokens, real))
-        elif self._recording is not None:
-            # Left behind by a forward that failed.
-            self._record_to(None)
 
     def _record_to(self, recording: StepRecording | None) -> None:
         """Tells every layer where its statistics go."""
@@ -172,12 +285,20 @@ class Session:
             switch.recording = recording
 
 
-def _no_cache() -> None:
-    """The reference to no cache."""
+@cache
+def _untraced() -> tuple[Any, Any]:
+    """What `torch.compile` leaves alone around a forward: traced, its numbers would be constants.
+
+    The same two functions for all sessions, because a graph is bound to the ones it calls.
+    """
+    untraced: Any = torch.compiler.disable
+    return untraced(Session._begin_compiled), untraced(Session._end_compiled)
 
 
 # Base models inside a `skipping()` now; a second one would wrap the first one's forwards.
 _ACTIVE: WeakSet[nn.Module] = WeakSet()
+# Policies bound to a session now, by id: most policies are dataclasses that cannot be hashed.
+_BOUND: set[int] = set()
 
 
 @contextmanager
@@ -213,38 +334,40 @@ def skipping(
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers PreTrainedModel; pass the model itself."
         )
-    block = block_spec(model.config.model_type)
+    block_spec(model.config.model_type)
     decoder: Any = model.base_model
     if decoder in _ACTIVE:
         raise UnsupportedCallError(
             "The model is inside skipping() already; leave that block first, or use one policy."
         )
     policy.check_model(model)
-    policy.scope = scope
-    policy.bind(len(decoder.layers))
-    session = Session(model, policy, scope, recorders)
     with ExitStack() as undo:
-        for index, (layer, switches) in enumerate(session.layers()):
-            forward = layer_forward(layer, index, block, switches)
-            # accelerate keeps the layer's own forward under this name and calls it from its hook.
-            wrapped = hasattr(layer, "_hf_hook") and "_old_forward" in vars(layer)
-            _replace(undo, layer, "_old_forward" if wrapped else "forward", forward)
-        if scope == "decode" or policy.stepwise:
-            _replace(undo, model, "_get_candidate_generator", calls.refuse_assisted)
-        # Traced by torch.compile, the hooks' Python numbers would mean a new graph at every step.
-        untraced: Any = torch.compiler.disable
-        for hook in (
-            decoder.register_forward_pre_hook(untraced(session.before_forward), with_kwargs=True),
-            decoder.register_forward_hook(untraced(session.after_forward)),
-        ):
-            undo.callback(hook.remove)
+        policy = undo.enter_context(_bound(policy, scope, len(decoder.layers)))
+        calls.refuse_bare_model(model, policy, scope)
+        session = Session(model, policy, scope, recorders)
         _ACTIVE.add(decoder)
         undo.callback(_ACTIVE.discard, decoder)
+        for patch in session.patched(model):
+            undo.callback(patch.take_back)
         yield session
 
 
-def _replace(undo: ExitStack, module: nn.Module, name: str, value: object) -> None:
-    """Sets an attribute on this one instance, and notes how to take it back."""
-    own = vars(module)
-    undo.callback(*((setattr, module, name, own[name]) if name in own else (delattr, module, name)))
-    setattr(module, name, value)
+@contextmanager
+def _bound(policy: SkipPolicy, scope: Scope, n_layers: int) -> Iterator[SkipPolicy]:
+    """The policy bound for one session: a copy, if it is in use in another one."""
+    if id(policy) in _BOUND:
+        policy = copy.copy(policy)
+    policy.scope = scope
+    policy.bind(n_layers)
+    _BOUND.add(id(policy))
+    try:
+        yield policy
+    finally:
+        _BOUND.discard(id(policy))
+
+
+def _patch_forward(module: nn.Module, forward: Callable[..., Any]) -> Patch:
+    """Replaces a module's forward beneath the hook of accelerate, if it has one."""
+    # accelerate keeps the module's own forward under this name and calls it from its hook.
+    hooked = hasattr(module, "_hf_hook") and "_old_forward" in vars(module)
+    return Patch(module, "_old_forward" if hooked else "forward", forward)

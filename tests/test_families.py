@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import N_LAYERS, prompt, reset_empties, tiny_model
+from oracle import zeroed
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from adaskip import (
@@ -46,20 +47,6 @@ GENERATE = {
 @pytest.fixture(scope="module", params=CELLS, ids=["-".join(cell) for cell in CELLS])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(*request.param)
-
-
-def zeroed(model: PreTrainedModel, sublayers: list[Sublayer]) -> PreTrainedModel:
-    """A copy whose given sublayers add nothing: the oracle of skipping with gain None."""
-    copy = type(model)(model.config).eval()
-    copy.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        for sublayer in sublayers:
-            layer = copy.model.layers[sublayer.layer]
-            if sublayer.kind == "attn":
-                layer.self_attn.o_proj.weight.zero_()
-            else:
-                layer.mlp.down_proj.weight.zero_()
-    return copy
 
 
 def generated(

@@ -11,7 +11,6 @@ from conftest import prompt, reset_empties, tiny_model
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from adaskip import (
-    AdaSkip,
     FixedSkipping,
     Phase,
     SkipDecode,
@@ -19,7 +18,6 @@ from adaskip import (
     Step,
     Sublayer,
     UnsupportedCallError,
-    learn_importance,
     skipping,
 )
 
@@ -120,14 +118,17 @@ def test_cutting_back_under_a_stepwise_policy_is_refused(model: PreTrainedModel)
             model(prompt(1), past_key_values=cache)
 
 
-def test_turns_under_a_stepwise_policy_are_refused(model: PreTrainedModel) -> None:
-    importance = learn_importance(model, [prompt(9)])
+def test_turns_under_a_stepwise_policy_are_requests_of_their_own(model: PreTrainedModel) -> None:
     first, second = DynamicCache(), DynamicCache()
-    with skipping(model, AdaSkip(importance, 2)):
-        model(prompt(4), past_key_values=first)
-        model(prompt(5), past_key_values=second)
-        with pytest.raises(UnsupportedCallError, match="one request at a time"):
-            model(prompt(1), past_key_values=first)
+    plans: dict[int, list[tuple[int, ...]]] = {0: [], 1: []}
+    with skipping(model, SkipDecode(3, horizon=4)) as session:
+        for cache in (first, second):
+            model(prompt(5), past_key_values=cache)
+        for number, cache in [(0, first), (0, first), (1, second), (0, first), (1, second)]:
+            model(prompt(1), past_key_values=cache)
+            plans[number].append(session.plan.layers("ffn"))
+    # n(t) = min(3, ceil(t / 4 * 2) + 1)
+    assert plans == {0: [(1,), (1, 2), (1, 2)], 1: [(1,), (1, 2)]}
 
 
 def test_a_finished_request_is_not_kept_alive(model: PreTrainedModel) -> None:

@@ -19,8 +19,8 @@ from adaskip.errors import AdaskipError
 from adaskip.experiments.parts import part_path, settle_rows
 from adaskip.experiments.records import append_rows, read_rows
 from adaskip.importance import Importance
-from adaskip.phases import PhaseTracker
 from adaskip.plan import Phase, all_sublayers, whole_layers
+from adaskip.requests import Requests
 from adaskip.tasks.prompts import build_prompt
 from adaskip.tasks.spec import Row, task_spec
 
@@ -89,19 +89,19 @@ def test_adaskip_takes_the_most_similar_sublayers(values: list[float], data: st.
 @quick
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5)), max_size=30))
 def test_phases_of_requests_that_take_turns(forwards: list[tuple[int, int]]) -> None:
-    tracker = PhaseTracker()
+    requests = Requests(lambda *_: None, lambda _: None)
     caches = [DynamicCache() for _ in range(3)]
     past, decoding, index = [0] * 3, [False] * 3, [0] * 3
     for number, tokens in forwards:
-        request, step = tracker.look(caches[number], past[number], tokens)
-        tracker.advance(caches[number], request, step, past[number])
+        request, step = requests.look(caches[number], past[number], tokens)
+        requests.advance(caches[number], request, step, past[number])
         decoding[number] |= past[number] > 0 and tokens == 1
         assert (step.phase is Phase.DECODE) == decoding[number]
         assert (step.index, step.tokens) == (index[number], tokens)
         past[number] += tokens
         index[number] += 1
-        assert tracker.seen(caches[number]) == past[number]
-        assert tracker.is_latest(caches[number])
+        assert requests.of(caches[number]) is request
+        assert request.tokens == past[number]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -22,6 +22,21 @@ from adaskip.speed.sublayer_times import SublayerTimes
 
 # The context at which times are measured if none are given.
 _CONTEXT = 1024
+
+
+@dataclass
+class _Window:
+    """What one request has shown while decoding, and what came of it.
+
+    Attributes:
+        plan: what its decode steps skip.
+        seen: per decode step similarity, gain and weight of the FFNs that ran: [rows, batch].
+        extension: the FFNs skipped in addition, once the window is full.
+    """
+
+    plan: SkipPlan
+    seen: list[tuple[Tensor, ...]] = field(default_factory=list)
+    extension: SkipPlan = EMPTY_PLAN
 
 
 @register("ADA")
@@ -63,10 +78,8 @@ class AdaSkip(SkipPolicy):
     times: SublayerTimes | None = field(repr=False, default=None)
     select: Select = "rank"
     _fixed: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
-    _extension: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
-    _current: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
-    _request: int = field(init=False, repr=False, default=-1)
-    _seen: list[tuple[Tensor, ...]] = field(init=False, repr=False, default_factory=list)
+    _windows: dict[int, _Window] = field(init=False, repr=False, default_factory=dict)
+    _latest: _Window | None = field(init=False, repr=False, default=None)
     _model: weakref.ref[PreTrainedModel] | None = field(init=False, repr=False, default=None)
     _own_times: SublayerTimes | None = field(init=False, repr=False, default=None)
 
@@ -97,7 +110,7 @@ class AdaSkip(SkipPolicy):
             # Anew for each model and scope; a policy may be used with several.
             self._own_times = self._measured()
         self._fixed = SkipPlan({s: self.importance.gain(s, self.gain) for s in self.chosen()})
-        self._start(-1)
+        self._windows, self._latest = {}, None
 
     @override
     def check_model(self, model: PreTrainedModel) -> None:
@@ -146,41 +159,49 @@ class AdaSkip(SkipPolicy):
 
     @property
     def extension(self) -> SkipPlan:
-        """The FFNs skipped in addition in the current request."""
-        return self._extension
+        """The FFNs skipped in addition in the request of the latest step."""
+        return EMPTY_PLAN if self._latest is None else self._latest.extension
 
     @override
     def plan(self, step: Step) -> SkipPlan:
-        if step.request != self._request:
-            self._start(step.request)
-        return self._current if step.phase is Phase.DECODE else self._fixed
+        window = self._latest = self._windows.get(step.request)
+        return self._fixed if window is None or step.phase is Phase.PREFILL else window.plan
 
     @override
     def watch(self, step: Step) -> frozenset[Span]:
-        waiting = self.stepwise and len(self._seen) < self.window
-        return frozenset({"ffn"}) if waiting and step.phase is Phase.DECODE else frozenset()
+        if not self.stepwise or step.phase is Phase.PREFILL:
+            return frozenset()
+        window = self._windows.get(step.request)
+        waiting = window is None or len(window.seen) < self.window
+        return frozenset({"ffn"}) if waiting else frozenset()
 
     @override
     def observe(self, step: Step, stats: StepStats) -> None:
+        window = self._latest = self._windows.setdefault(step.request, _Window(self._fixed))
         stats = stats.select("ffn")
-        if len(self._seen) == self.window or not stats.rows:
+        if len(window.seen) == self.window or not stats.rows:
             return
         # Sequences that have ended are padding; the others decide.
         kept = (stats.similarity(), stats.gain(), stats.weights()[None])
-        self._seen.append(tuple(values.flatten(1) for values in kept))
-        if len(self._seen) == self.window:
-            self._extend([Sublayer(layer, "ffn") for layer, _ in stats.rows])
+        window.seen.append(tuple(values.flatten(1) for values in kept))
+        if len(window.seen) == self.window:
+            ffns = [Sublayer(layer, "ffn") for layer, _ in stats.rows]
+            window.extension = self._extended(window.seen, ffns)
+            window.plan = self._fixed | window.extension
 
-    def _start(self, request: int) -> None:
-        """Begins a request: the extension is empty again."""
-        self._request = request
-        self._extension = EMPTY_PLAN
-        self._current = self._fixed
-        self._seen.clear()
+    @override
+    def branch(self, request: int, source: int) -> None:
+        if source in self._windows:
+            window = self._windows[source]
+            self._windows[request] = replace(window, seen=list(window.seen))
 
-    def _extend(self, ffns: list[Sublayer]) -> None:
-        """Decides the extension from the window's statistics, with one read from the device."""
-        similarities, gains, weights = (torch.cat(v, dim=1) for v in zip(*self._seen, strict=True))
+    @override
+    def forget(self, request: int) -> None:
+        self._windows.pop(request, None)
+
+    def _extended(self, seen: list[tuple[Tensor, ...]], ffns: list[Sublayer]) -> SkipPlan:
+        """What the window's statistics add to the plan, with one read from the device."""
+        similarities, gains, weights = (torch.cat(v, dim=1) for v in zip(*seen, strict=True))
         similarity = (similarities * weights).sum(dim=1) / weights.sum()
         if self.gain == "token":
             gain = median(gains, weights[0])
@@ -188,11 +209,10 @@ class AdaSkip(SkipPolicy):
             gain = (gains * weights).sum(dim=1) / weights.sum()
         learned = torch.stack([similarity, gain]).tolist()
         threshold = self.threshold
-        self._extension = SkipPlan(
+        return SkipPlan(
             {
                 ffn: None if self.gain is None else g
                 for ffn, s, g in zip(ffns, *learned, strict=True)
                 if s >= threshold
             }
         )
-        self._current = self._fixed | self._extension

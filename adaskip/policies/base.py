@@ -49,8 +49,9 @@ def policy_class(name: str) -> type[SkipPolicy]:
 class SkipPolicy(ABC):
     """Decides, forward by forward, what is skipped. Subclass it, and `register` it for scripts.
 
-    A policy is bound to one model at a time and sees the steps of that model in order. Its
-    dataclass fields are its hyper-parameters, its repr the record of an experiment.
+    A policy is bound to one model at a time; used in a second block at once, a copy of it is bound
+    there. `Step.request` tells requests apart, any number of which may take turns. Its dataclass
+    fields are its hyper-parameters, its repr the record of an experiment.
 
     Attributes:
         budget: what `n_skip` counts: full layers, or sublayers.
@@ -64,6 +65,8 @@ class SkipPolicy(ABC):
 
     def bind(self, n_layers: int) -> None:
         """Prepares for a model of `n_layers` layers, forgetting all earlier requests.
+
+        What is remembered of requests is made anew here, not emptied: a copy may share it.
 
         Raises:
             AdaskipError: the budget does not fit the model.
@@ -81,6 +84,12 @@ class SkipPolicy(ABC):
     @abstractmethod
     def plan(self, step: Step) -> SkipPlan:
         """What this forward skips. A plan equal to the last one costs nothing."""
+
+    def branch(self, request: int, source: int) -> None:  # noqa: B027 - most remember nothing
+        """A copied cache was met: the new `request` goes on from where `source` is."""
+
+    def forget(self, request: int) -> None:  # noqa: B027 - most remember nothing
+        """The cache of `request` is gone, so no further step of it comes."""
 
     def watch(self, step: Step) -> frozenset[Span]:
         """The parts `observe` wants statistics of in this step: all, if there is an `observe`."""

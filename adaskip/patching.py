@@ -1,0 +1,57 @@
+"""Replaces a method of one module instance, so that nothing of it can stay behind."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+class Patch:
+    """Puts `replacement` in the place of the method `name` of one module.
+
+    What is put there is a method of the module, which does what the module's class says as soon as
+    it finds itself on a copy of the module, and, for whoever kept it, after it is taken back. A
+    pickle of the module holds the method of its class.
+
+    Attributes:
+        original: the method as it was.
+    """
+
+    def __init__(self, module: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
+        original: Callable[..., Any] = getattr(module, name)
+        self.original = original
+        self._module = module
+        self._name = name
+        self._own = vars(module).get(name)
+        self._in_place = True
+
+        @functools.wraps(original)
+        def method(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if owner is not module:
+                return getattr(type(owner), original.__name__)(owner, *args, **kwargs)
+            return (replacement if self._in_place else original)(*args, **kwargs)
+
+        self._method = MethodType(method, module)
+        setattr(module, name, self._method)
+
+    def take_back(self) -> None:
+        """Puts the method back wherever this patch is found on the module."""
+        self._in_place = False
+        found = [name for name, value in vars(self._module).items() if value is self._method]
+        for name in found:
+            if self._own is None:
+                delattr(self._module, name)
+            else:
+                setattr(self._module, name, self._own)
+        if not found:
+            warnings.warn(
+                f"{type(self._module).__name__}.{self._name} was replaced inside skipping() and is "
+                "left as it is. Nothing is skipped any more, but undo that replacement before "
+                "the model is used in skipping() again.",
+                stacklevel=5,
+            )

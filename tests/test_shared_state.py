@@ -1,0 +1,388 @@
+"""Who else touches the model: threads, a second block, copies, other tools, backward passes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from conftest import N_LAYERS, prompt, tiny_model
+from oracle import zeroed
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, TextIteratorStreamer
+from transformers.cache_utils import DynamicLayer
+
+from adaskip import (
+    AdaSkip,
+    EarlyExit,
+    FixedSkipping,
+    SkipDecode,
+    SkipPlan,
+    SkipPolicy,
+    Sublayer,
+    UnsupportedCallError,
+    UnsupportedModelError,
+    learn_importance,
+    skipping,
+)
+from adaskip.kvcache import SkippedCacheLayer, prepare
+
+PLAN = SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): None})
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+def answer(model: PreTrainedModel, ids: Tensor, tokens: int = 8, **kwargs: Any) -> Tensor:
+    made: Tensor = model.generate(
+        ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **kwargs
+    )
+    return made
+
+
+# Threads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["decode", "e2e"])
+@pytest.mark.parametrize("name", ["fixed", "SkipDecode", "AdaSkip"])
+def test_threads_in_one_block_answer_as_alone(
+    model: PreTrainedModel, name: str, scope: Any
+) -> None:
+    importance = learn_importance(model, [prompt(30)])
+    policy: SkipPolicy = {
+        "fixed": FixedSkipping(PLAN),
+        "SkipDecode": SkipDecode(3, horizon=4),
+        "AdaSkip": AdaSkip(importance, 4, window=2),
+    }[name]
+    prompts = [prompt(9 + i, seed=i) for i in range(3)]
+    expected = []
+    for ids in prompts:
+        with skipping(model, policy, scope=scope):
+            expected.append(answer(model, ids))
+    found: list[tuple[int, Tensor]] = []
+    failed: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for _ in range(4):
+                found.append((number, answer(model, prompts[number])))
+        except BaseException as error:
+            failed.append(error)
+
+    with skipping(model, policy, scope=scope):
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+    assert len(found) == 12
+    assert all(torch.equal(tokens, expected[number]) for number, tokens in found)
+
+
+def test_streaming_from_a_second_thread(model: PreTrainedModel) -> None:
+    class Tokenizer:
+        def decode(self, ids: Any, **_: Any) -> str:
+            return "".join(f"<{int(i)}>" for i in ids)
+
+    ids = prompt(9)
+    with skipping(model, FixedSkipping(PLAN), scope="decode"):
+        expected = answer(model, ids)[0, 9:].tolist()
+        streamer = TextIteratorStreamer(Tokenizer(), skip_prompt=True)  # type: ignore[arg-type]
+        thread = threading.Thread(target=answer, args=(model, ids), kwargs={"streamer": streamer})
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+    assert text == "".join(f"<{i}>" for i in expected)
+
+
+def test_a_failed_forward_lets_others_in(model: PreTrainedModel) -> None:
+    done = []
+    with skipping(model, FixedSkipping(PLAN)):
+        with pytest.raises(IndexError):
+            model(torch.full((1, 3), 10**6))
+        thread = threading.Thread(target=lambda: done.append(answer(model, prompt(5))))
+        thread.start()
+        thread.join(timeout=30)
+    assert len(done) == 1
+
+
+def test_a_forward_within_a_forward_is_refused(model: PreTrainedModel) -> None:
+    def again(*_: Any) -> None:
+        model(prompt(2))
+
+    with skipping(model, FixedSkipping(PLAN)):
+        hook = model.model.layers[1].register_forward_pre_hook(again)
+        with pytest.raises(UnsupportedCallError, match="within its own forward"):
+            model(prompt(4))
+        hook.remove()
+        model(prompt(4))
+
+
+# One policy in two blocks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [SkipDecode(3, horizon=4), EarlyExit(2)])
+def test_one_policy_in_two_blocks(model: PreTrainedModel, policy: SkipPolicy) -> None:
+    deep = type(model)(copy.deepcopy(model.config)).eval()
+    deep.config.num_hidden_layers = 2 * N_LAYERS
+    deep = type(model)(deep.config).eval()
+    expected = []
+    for each, scope in ((model, "e2e"), (deep, "prefill")):
+        with skipping(each, policy, scope=scope) as session:
+            answer(each, prompt(9))
+            expected.append(session.plan)
+    with skipping(model, policy) as one, skipping(deep, policy, scope="prefill") as other:
+        for _ in range(2):
+            answer(model, prompt(9))
+            answer(deep, prompt(9))
+            assert [one.plan, other.plan] == expected
+
+
+def test_two_blocks_extend_apart(model: PreTrainedModel) -> None:
+    other = tiny_model("llama")
+    policy = AdaSkip(learn_importance(model, [prompt(30)]), 4, window=2)
+    ids = [prompt(9), prompt(9, seed=8)]
+    expected = []
+    for tokens in ids:
+        with skipping(model, policy):
+            expected.append(answer(model, tokens))
+    caches = [DynamicCache(), DynamicCache()]
+    models = [model, other]
+    made = [[ids[0]], [ids[1]]]
+    with skipping(model, policy), skipping(other, policy), torch.no_grad():
+        for _ in range(8):
+            for i in range(2):
+                logits = models[i](made[i][-1], past_key_values=caches[i]).logits[:, -1]
+                made[i].append(logits.argmax(-1, keepdim=True))
+    for parts, tokens in zip(made, expected, strict=True):
+        assert torch.equal(torch.cat(parts, dim=1), tokens)
+
+
+# Copies of the model --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "one layer"])
+def test_copies_made_inside_are_dense(model: PreTrainedModel, how: str) -> None:
+    ids = prompt(9)
+    dense = answer(model, ids)
+    with skipping(model, FixedSkipping(PLAN)):
+        skipped = answer(model, ids)
+        if how == "deepcopy":
+            twin = copy.deepcopy(model)
+        elif how == "pickle":
+            twin = pickle.loads(pickle.dumps(model))  # noqa: S301
+        elif how == "torch.save":
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            twin = torch.load(file, weights_only=False)
+        else:
+            twin = tiny_model("llama")
+            twin.model.layers = torch.nn.ModuleList(
+                copy.deepcopy(layer) for layer in model.model.layers
+            )
+        with torch.no_grad():
+            for parameter in model.model.layers.parameters():
+                parameter.mul_(0.5)
+        assert torch.equal(answer(twin, ids), dense)
+    assert torch.equal(answer(twin, ids), dense)
+    with skipping(twin, FixedSkipping(PLAN)):
+        assert torch.equal(answer(twin, ids), skipped)
+
+
+# Assistants -----------------------------------------------------------------------------------
+
+
+def test_drafting_with_the_same_models_first_layers_is_refused(model: PreTrainedModel) -> None:
+    with (
+        skipping(model, FixedSkipping(SkipPlan({Sublayer(3, "attn"): None}))),
+        pytest.raises(UnsupportedCallError, match="assistant_early_exit=2"),
+    ):
+        answer(model, prompt(9), assistant_early_exit=2)
+    assert model.config.num_hidden_layers == N_LAYERS
+
+
+def test_prompt_lookup_says_its_phases(model: PreTrainedModel) -> None:
+    ids = prompt(6).repeat(1, 3)
+    expected = answer(zeroed(model, PLAN.gains), ids)
+    phases = []
+    with skipping(model, FixedSkipping(PLAN)) as session:
+        hook = model.register_forward_hook(lambda *_: phases.append(str(session.step.phase)))
+        for _ in range(2):
+            assert torch.equal(answer(model, ids, prompt_lookup_num_tokens=3), expected)
+        hook.remove()
+    half = len(phases) // 2
+    assert phases == 2 * (["prefill"] + ["decode"] * (half - 1))
+
+
+def test_a_plan_that_turns_out_to_differ_is_refused_for_drafts(model: PreTrainedModel) -> None:
+    class ByPhase(SkipPolicy):
+        def plan(self, step: Any) -> SkipPlan:
+            return PLAN if step.phase == "decode" else SkipPlan()
+
+    with (
+        skipping(model, ByPhase()),
+        pytest.raises(UnsupportedCallError, match="Assisted decoding"),
+    ):
+        answer(model, prompt(6).repeat(1, 3), prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["_prefill", "_get_stopping_criteria", "_get_candidate_generator"])
+def test_what_guards_need_of_transformers_is_checked_at_entry(
+    model: PreTrainedModel, name: str
+) -> None:
+    setattr(model, name, None)
+    with (
+        pytest.raises(UnsupportedModelError, match=f"has no {name}"),
+        skipping(model, FixedSkipping(PLAN)),
+    ):
+        pass
+    delattr(model, name)
+    assert "generate" not in vars(model)
+    with skipping(model, FixedSkipping(PLAN)):
+        answer(model, prompt(5))
+
+
+def test_continuous_batching_is_refused_where_steps_matter(model: PreTrainedModel) -> None:
+    with (
+        skipping(model, SkipDecode(3)),
+        pytest.raises(UnsupportedCallError, match=r"generate_batch\(\)"),
+    ):
+        model.generate_batch([[3, 4, 5]])
+
+
+# Caches ---------------------------------------------------------------------------------------
+
+
+def test_a_cache_of_fewer_layers_is_refused(model: PreTrainedModel) -> None:
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 2
+    with (
+        skipping(model, FixedSkipping(PLAN)) as session,
+        pytest.raises(UnsupportedCallError, match="has 2 layers, the model has 4"),
+    ):
+        model(prompt(4), past_key_values=DynamicCache(config=config))
+    assert session.step is None
+
+
+@pytest.mark.parametrize(("skipped", "fetched"), [((0, 1), 2), ((3,), 0), ((1, 2, 3), 0)])
+def test_an_offloaded_cache_fetches_the_next_attention_that_runs(
+    skipped: tuple[int, ...], fetched: int
+) -> None:
+    class Layer(DynamicLayer):
+        asked = 0
+
+        def prefetch(self) -> None:
+            self.asked += 1
+
+    cache = DynamicCache()
+    layers: list[Any] = [Layer() for _ in range(4)]
+    cache.layers = list(layers)
+    cache.prefetch_stream = nullcontext()
+    prepare(cache, skipped, 0, [torch.device("cpu")] * 4)
+    assert isinstance(cache.layers[skipped[0]], SkippedCacheLayer)
+    cache.prefetch(skipped[0])
+    assert [layer.asked for layer in layers] == [int(i == fetched) for i in range(4)]
+
+
+# Backward passes ------------------------------------------------------------------------------
+
+
+def test_gains_may_change_before_the_backward_pass(model: PreTrainedModel) -> None:
+    class Rising(SkipPolicy):
+        def plan(self, step: Any) -> SkipPlan:
+            return SkipPlan({Sublayer(1, "ffn"): 1.0 + step.request})
+
+    weight = model.model.layers[0].mlp.down_proj.weight
+    ids = prompt(5)
+    expected = torch.zeros_like(weight)
+    for gain in (1.0, 2.0):
+        with skipping(model, FixedSkipping(SkipPlan({Sublayer(1, "ffn"): gain}))):
+            expected += torch.autograd.grad(model(ids).logits.square().mean(), weight)[0]
+    with skipping(model, Rising()):
+        loss = model(ids, use_cache=False).logits.square().mean()
+        loss = loss + model(ids, use_cache=False).logits.square().mean()
+        loss.backward()
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_entered_in_inference_mode_and_called_outside(model: PreTrainedModel) -> None:
+    plans = SkipPlan({Sublayer(0, "attn"): 1.5, Sublayer(1, "ffn"): 0.5})
+    with skipping(model, FixedSkipping(plans)):
+        expected = model(prompt(5)).logits
+    with torch.inference_mode():
+        block = skipping(model, FixedSkipping(plans))
+        block.__enter__()
+        model(prompt(5))
+    logits = model(prompt(5)).logits
+    logits.sum().backward()
+    block.__exit__(None, None, None)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+
+
+def test_gradient_checkpointing_is_refused(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+    model.train()
+    with skipping(model, FixedSkipping(PLAN)):
+        with pytest.raises(UnsupportedCallError, match="Gradient checkpointing inside"):
+            model(prompt(5))
+        with torch.no_grad():
+            model(prompt(5))
+        model.eval()
+        model(prompt(5)).logits.sum().backward()
+
+
+# Other tools ----------------------------------------------------------------------------------
+
+
+def test_a_forward_put_back_after_leaving_skips_nothing(model: PreTrainedModel) -> None:
+    ids = prompt(9)
+    dense = model(ids).logits
+    layer = model.model.layers[0]
+    with skipping(model, FixedSkipping(PLAN)):
+        assert not torch.equal(model(ids).logits, dense)
+        kept, kept_base = layer.forward, model.model.forward
+    layer.forward, model.model.forward = kept, kept_base
+    assert torch.equal(model(ids).logits, dense)
+
+
+def test_a_wrapper_put_around_inside_is_told_of(model: PreTrainedModel) -> None:
+    ids = prompt(9)
+    dense = model(ids).logits
+    layer = model.model.layers[0]
+    block = skipping(model, FixedSkipping(PLAN))
+    block.__enter__()
+    ours = layer.forward
+    layer.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    model(ids)
+    with pytest.warns(UserWarning, match=r"LlamaDecoderLayer\.forward was replaced inside"):
+        block.__exit__(None, None, None)
+    assert torch.equal(model(ids).logits, dense)
+    assert all("forward" not in vars(other) for other in model.model.layers[1:])
+
+
+def test_removing_the_hooks_of_accelerate_inside(model: PreTrainedModel) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    ids = prompt(9)
+    dense = model(ids).logits
+    accelerate.dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with skipping(model, FixedSkipping(PLAN)):
+            skipped = model(ids).logits
+            accelerate.hooks.remove_hook_from_submodules(model)
+            assert torch.equal(model(ids).logits, skipped)
+            assert not torch.equal(skipped, dense)
+    assert torch.equal(model(ids).logits, dense)
+    with skipping(model, FixedSkipping(PLAN)):
+        assert torch.equal(model(ids).logits, skipped)
