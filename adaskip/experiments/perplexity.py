@@ -200,7 +200,9 @@ def _nll(
         if not len(piece):
             continue
         before = session.plan
-        logits.append(_forward(model, piece, cache, len(piece)))
+        # Several tokens of an answer at once are still decoding.
+        with session.decode():
+            logits.append(_forward(model, piece, cache, len(piece)))
         if len(piece) > 1 and session.plan != before:
             raise AdaskipError(
                 "The policy's plan changed between decode steps although it says it is not "
