@@ -78,6 +78,8 @@ class Session:
         past = 0 if cache is None else self._past_length(cache, tokens)
         request, step = self._tracker.look(cache, past, tokens)
         plan = self._plan(request, step)
+        if plan != self.plan:
+            plan.check(len(self._layers))
         # Everything that can refuse the call comes before anything that remembers it.
         if cache is None:
             calls.refuse_missing_cache(self._policy, self._scope)
