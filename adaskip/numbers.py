@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from numbers import Integral, Real
 from typing import TypeGuard
 
@@ -13,4 +14,4 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value is a real number other than an infinity or NaN; a tensor is not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
