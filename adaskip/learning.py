@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from adaskip.blocks import execution_device
 from adaskip.errors import ProfileError
-from adaskip.importance import Importance, model_fingerprint
+from adaskip.fingerprint import model_fingerprint
+from adaskip.importance import Importance
 from adaskip.plan import EMPTY_PLAN, Phase, Step, all_sublayers
 from adaskip.policies.fixed import FixedSkipping
 from adaskip.recorders import Span, StepStats, median

@@ -19,7 +19,8 @@ from adaskip.experiments.generation import StopRule, generate_greedy
 from adaskip.experiments.ledger import answer_length
 from adaskip.experiments.records import writing
 from adaskip.experiments.runconfig import DENSE, RunConfig
-from adaskip.importance import Importance, model_fingerprint
+from adaskip.fingerprint import model_fingerprint
+from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.models.loading import ModelSpec, load_model, load_tokenizer, model_spec
 from adaskip.policies import SkipPolicy, policy_class
