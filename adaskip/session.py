@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from adaskip import calls, kvcache
-from adaskip.blocks import block_spec, execution_device
-from adaskip.errors import UnsupportedCallError, UnsupportedModelError, unknown_name
+from adaskip import calls, entering, kvcache
+from adaskip.blocks import execution_device
+from adaskip.errors import UnsupportedCallError, unknown_name
 from adaskip.phases import PhaseTracker, Request
 from adaskip.plan import EMPTY_PLAN, SCOPES, Phase, Scope, SkipPlan, Step, Sublayer
 from adaskip.recorders import Recorder, Span, StepRecording, real_tokens
@@ -185,52 +185,56 @@ _ACTIVE: WeakSet[nn.Module] = WeakSet()
 @contextmanager
 def skipping(
     model: PreTrainedModel,
-    policy: SkipPolicy,
+    policy: SkipPolicy | SkipPlan,
     *,
     scope: Scope = "e2e",
     recorders: Sequence[Recorder] = (),
+    verify: bool = False,
 ) -> Iterator[Session]:
     """Lets `model` skip what `policy` says, until the block is left.
 
     Args:
         model: a causal language model of a supported family (`adaskip.blocks.BLOCKS`).
-        policy: decides what is skipped.
+        policy: decides what is skipped; a plan skips the same at every step.
         scope: where its plan applies. "prefill": in prefill, and what prefill skipped stays
             skipped while that request decodes. "decode": in decode steps only. "e2e": in both.
         recorders: also given the statistics they watch.
+        verify: compare a forward of a few tokens, nothing skipped, with the unpatched model's.
 
     Yields:
         The session, whose `step` and `plan` tell of the latest forward.
 
     Raises:
-        UnsupportedModelError: the architecture is not supported.
+        UnsupportedModelError: the architecture is not supported, the model is wrapped, another
+            tool has patched its layers, or with nothing skipped it computes something else.
         UnsupportedCallError: the model is inside a `skipping()` already; or, from a forward, it is
             called in a way in which skipping would be silently wrong.
         CacheHoleError: from a forward, if attention is to run that the request skipped before.
-        AdaskipError: unknown scope, or a budget that does not fit the model.
+        AdaskipError: unknown scope, no policy, or a budget that does not fit the model.
     """
     if scope not in SCOPES:
         raise unknown_name("scope", str(scope), SCOPES)
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers PreTrainedModel; pass the model itself."
-        )
-    block = block_spec(model.config.model_type)
+    block = entering.check_model(model)
+    policy = entering.as_policy(policy)
     decoder: Any = model.base_model
     if decoder in _ACTIVE:
         raise UnsupportedCallError(
             "The model is inside skipping() already; leave that block first, or use one policy."
         )
+    entering.check_layers(decoder.layers, model.config.model_type, block)
     policy.check_model(model)
     policy.scope = scope
     policy.bind(len(decoder.layers))
     session = Session(model, policy, scope, recorders)
+    expected = entering.probe(model) if verify else None
     with ExitStack() as undo:
         for index, (layer, switches) in enumerate(session.layers()):
             forward = layer_forward(layer, index, block, switches)
             # accelerate keeps the layer's own forward under this name and calls it from its hook.
             wrapped = hasattr(layer, "_hf_hook") and "_old_forward" in vars(layer)
             _replace(undo, layer, "_old_forward" if wrapped else "forward", forward)
+        if expected is not None:
+            entering.refuse_difference(expected, entering.probe(model))
         if scope == "decode" or policy.stepwise:
             _replace(undo, model, "_get_candidate_generator", calls.refuse_assisted)
         # Traced by torch.compile, the hooks' Python numbers would mean a new graph at every step.
