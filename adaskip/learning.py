@@ -15,7 +15,6 @@ from adaskip.evaluating import evaluating
 from adaskip.fingerprint import model_fingerprint
 from adaskip.importance import Importance
 from adaskip.plan import EMPTY_PLAN, Phase, Step, all_sublayers
-from adaskip.policies.fixed import FixedSkipping
 from adaskip.recorders import Span, StepStats, median
 from adaskip.session import skipping
 from adaskip.warmup import checked_prompts
@@ -114,8 +113,8 @@ def record_prompts(
     recorder = ImportanceRecorder()
     with (
         torch.inference_mode(),
+        skipping(model, EMPTY_PLAN, recorders=[recorder]),
         evaluating(model),
-        skipping(model, FixedSkipping(EMPTY_PLAN), recorders=[recorder]),
     ):
         device = execution_device(model.get_input_embeddings())
         checked = checked_prompts(prompts, model.config.get_text_config(decoder=True).vocab_size)

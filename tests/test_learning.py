@@ -10,7 +10,7 @@ import torch
 from conftest import VOCAB, prompt, tiny_model
 from transformers import PreTrainedModel
 
-from adaskip import ProfileError, learn_importance
+from adaskip import ProfileError, UnsupportedModelError, learn_importance
 
 
 @pytest.fixture
@@ -62,6 +62,14 @@ def test_prompts_that_cannot_be_right(unused: PreTrainedModel, prompts: Any, mes
 def test_prompts_that_are_right(kind: Callable[[list[torch.Tensor]], Iterator[Any]]) -> None:
     importance = learn_importance(tiny_model("llama"), kind([prompt(5), prompt(5).int()]))
     assert importance.n_requests == 2
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda model: None])
+def test_a_model_that_is_wrapped_or_missing(
+    unused: PreTrainedModel, wrap: Callable[[Any], Any]
+) -> None:
+    with pytest.raises(UnsupportedModelError, match="not a transformers PreTrainedModel"):
+        learn_importance(wrap(unused), [prompt(5)])
 
 
 def test_dropout_does_not_reach_what_is_learned() -> None:
