@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -80,31 +81,31 @@ def _leaves(model: PreTrainedModel) -> Iterator[nn.Module]:
         yield from (module for module in layer.modules() if not any(module.children()))
 
 
-def _samples(module: nn.Module) -> Tensor:
+def _samples(module: Any) -> Tensor:
     """Eight numbers of a module's weight, from all over it: bfloat16 [8], on the CPU."""
-    weight = _weight(module)
-    # Other types and narrower dtypes are quantized.
-    if type(weight) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2:
-        return torch.full((_SAMPLES,), float("nan"), dtype=torch.bfloat16)
-    # No divisor of a row's length, so that the samples lie in different columns.
-    stride = max(1, weight.numel() * 10 // 83)
-    found = weight.flatten()[::stride][:_SAMPLES].to("cpu", torch.bfloat16)
+    with _fetched(module):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            weight = weight.detach()
+            # Shared out over ranks, which all come by here.
+            weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        # Other types and narrower dtypes are quantized.
+        if type(weight) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2:
+            return torch.full((_SAMPLES,), float("nan"), dtype=torch.bfloat16)
+        # No divisor of a row's length, so that the samples lie in different columns.
+        stride = max(1, weight.numel() * 10 // 83)
+        found = weight.flatten()[::stride][:_SAMPLES].to("cpu", torch.bfloat16)
     return nn.functional.pad(found, (0, _SAMPLES - len(found)))
 
 
-def _weight(module: Any) -> Tensor | None:
-    """The weight of a module, fetched where accelerate has offloaded it or ranks share it."""
-    if not isinstance(getattr(module, "weight", None), Tensor):
-        return None
-    if module.weight.device.type != "meta":
-        weight: Any = module.weight.detach()
-        whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        return whole
+def _fetched(module: Any) -> AbstractContextManager[None]:
+    """The time in which a module has its weight, also where accelerate has offloaded it."""
+    if getattr(getattr(module, "weight", None), "device", None) != torch.device("meta"):
+        return nullcontext()
     from accelerate.utils import align_module_device
 
-    with align_module_device(module, torch.device("cpu")):
-        fetched: Tensor = module.weight.detach().clone()
-        return fetched
+    fetched: AbstractContextManager[None] = align_module_device(module, torch.device("cpu"))
+    return fetched
 
 
 def _decoded(weights: str) -> Tensor:
