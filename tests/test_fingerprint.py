@@ -104,7 +104,7 @@ class Quantized(nn.Module):
 
 def test_what_is_quantized_is_not_compared() -> None:
     plain = model_fingerprint(tiny_model("llama"))
-    for replace in (Quantized, int8_weight):
+    for replace in (Quantized, int8_weight, packed_weight):
         model, other = tiny_model("llama"), tiny_model("llama", seed=5)
         for quantized in (model, other):
             for layer in quantized.model.layers:
@@ -115,6 +115,16 @@ def test_what_is_quantized_is_not_compared() -> None:
 
 def int8_weight(linear: nn.Linear) -> nn.Linear:
     linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    return linear
+
+
+class Packed(torch.Tensor):
+    """Claims to be of fp32, as the weights of torchao and quanto do."""
+
+
+def packed_weight(linear: nn.Linear) -> nn.Linear:
+    linear.weight = nn.Parameter((linear.weight.detach() * 0).as_subclass(Packed))
+    assert linear.weight.dtype == torch.float32
     return linear
 
 
