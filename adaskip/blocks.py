@@ -33,11 +33,18 @@ class SublayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
-    """One family's decoder layer: its two sublayers, and the scale of what they add, if any."""
+    """One family's decoder layer.
+
+    Attributes:
+        attn, ffn: its two sublayers.
+        multiplier: the attribute that scales what they add, None if nothing does.
+        package: where the layer's class is defined; None for transformers' folder of the family.
+    """
 
     attn: SublayerSpec = SublayerSpec("self_attn", "input_layernorm")
     ffn: SublayerSpec = SublayerSpec("mlp", "post_attention_layernorm")
     multiplier: str | None = None
+    package: str | None = None
 
 
 LLAMA = BlockSpec()

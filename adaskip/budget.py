@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.importance import Importance
+from adaskip.numbers import is_finite
 from adaskip.plan import Sublayer
 from adaskip.speed.sublayer_times import SublayerTimes
 
@@ -32,13 +33,14 @@ def sublayers_for(
         `times.speedup(...)` of at least `acceleration`.
 
     Raises:
-        AdaskipError: the ratio is below 1 or cannot be reached, times and importance are of
-            different models, or `select` is unknown.
+        AdaskipError: the ratio is no number from 1 up or cannot be reached, times and importance
+            are of different models, or `select` is unknown.
 
     Source: AdaSkip (arXiv 2501.02336), acceleration ratio; METHOD, "Budget".
     """
     if select not in SELECTS:
         raise unknown_name("select", str(select), SELECTS)
+    check_acceleration(acceleration)
     if times.n_layers != importance.n_layers:
         raise AdaskipError(
             f"The times are of a model of {times.n_layers} layers, the importance profile of one "
@@ -49,6 +51,15 @@ def sublayers_for(
         return ()
     choose = _cheapest if select == "knapsack" else _leading
     return choose(importance, times, target)
+
+
+def check_acceleration(acceleration: object) -> None:
+    """Raises an `AdaskipError` unless an acceleration ratio is a finite number, 1 or more."""
+    if not is_finite(acceleration) or acceleration < 1:
+        raise AdaskipError(
+            f"An acceleration of {acceleration!r} is none; give a ratio of times, a number from 1 "
+            "up, e.g. 1.2."
+        )
 
 
 def _leading(importance: Importance, times: SublayerTimes, target: int) -> tuple[Sublayer, ...]:
@@ -65,8 +76,6 @@ def _leading(importance: Importance, times: SublayerTimes, target: int) -> tuple
 def _target(times: SublayerTimes, acceleration: float) -> int:
     """The time to save, `T * (1 - 1 / alpha)`, in units."""
     highest = times.speedup(times.seconds) if times.saved(times.seconds) < times.total else None
-    if not acceleration >= 1:
-        raise AdaskipError(f"An acceleration of {acceleration} is none; give 1 or more.")
     target = _units(times.total * (1 - 1 / acceleration))
     if target > sum(map(_units, times.seconds.values())):
         limit = "" if highest is None else f"; skipping every sublayer gives {highest:.2f}"

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from adaskip.errors import UnsupportedCallError
+from adaskip.errors import AdaskipError, UnsupportedCallError
 from adaskip.plan import Phase, Scope, SkipPlan, Step
 
 if TYPE_CHECKING:
@@ -50,6 +50,15 @@ def refuse_missing_cache(policy: SkipPolicy, scope: Scope) -> None:
             f"use_cache=False with {type(policy).__name__} and scope {scope!r}: without a KV cache "
             "there are no decode steps to skip in. Use a cache, or scope 'prefill'."
         )
+
+
+def check_plan(policy: SkipPolicy, plan: object, n_layers: int) -> None:
+    """Refuses what a policy may not return: something else, or sublayers the model lacks."""
+    if not isinstance(plan, SkipPlan):
+        raise AdaskipError(
+            f"{type(policy).__name__}.plan() returned a {type(plan).__name__}; return a SkipPlan."
+        )
+    plan.check(n_layers)
 
 
 def refuse_lost_outputs(call: dict[str, Any], config: PretrainedConfig, plan: SkipPlan) -> None:

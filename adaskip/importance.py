@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaskip.errors import ProfileError
+from adaskip.fingerprint import fingerprint_name, model_fingerprint, same_model
 from adaskip.plan import Sublayer, all_sublayers
 
 Gain = Literal["norm", "token"]
 GAINS: tuple[Gain, ...] = get_args(Gain)
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
+_COLUMNS = ("similarity", "gain_norm", "gain_token")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Importance:
         n_requests: warm-up requests.
         n_tokens: their real tokens altogether.
         source: what the warm-up prompts were, for the record.
+
+    Raises:
+        ProfileError: a value is not a finite number.
     """
 
     similarity: Mapping[Sublayer, float]
@@ -46,6 +49,18 @@ class Importance:
     n_tokens: int
     source: str = ""
 
+    def __post_init__(self) -> None:
+        # In depth order: what is wrong in one sublayer is wrong in all that follow.
+        for sublayer in self.similarity:
+            for name in _COLUMNS:
+                value = getattr(self, name)[sublayer]
+                if not abs(value) < 1e6:
+                    raise ProfileError(
+                        f"The {name} of {sublayer} is {value}: the residual stream holds values "
+                        "that are not finite, or zeros only. Look for NaN in the model's weights, "
+                        "or learn in bfloat16 or float32."
+                    )
+
     @property
     def n_layers(self) -> int:
         """Decoder layers of the model."""
@@ -54,9 +69,9 @@ class Importance:
     @property
     def name(self) -> str:
         """Tells profiles apart, of one model too: its fingerprint and a hash of the values."""
-        columns = (self.similarity, self.gain_norm, self.gain_token)
-        values = json.dumps([list(column.values()) for column in columns])
-        return f"{self.fingerprint}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
+        values = json.dumps([list(getattr(self, name).values()) for name in _COLUMNS])
+        digest = hashlib.sha256(values.encode()).hexdigest()[:8]
+        return f"{fingerprint_name(self.fingerprint)}-{digest}"
 
     def ranking(self) -> tuple[Sublayer, ...]:
         """All sublayers, least important first; ties by lower layer, attention before FFN."""
@@ -72,22 +87,17 @@ class Importance:
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises a `ProfileError` unless this profile was learned on `model`."""
         found = model_fingerprint(model)
-        if found != self.fingerprint:
+        if not same_model(found, self.fingerprint):
             raise ProfileError(
-                f"The importance profile belongs to model {self.fingerprint}, this model is "
-                f"{found}; learn a profile of this model."
+                "The importance profile belongs to model "
+                f"{fingerprint_name(self.fingerprint)}, this model is {fingerprint_name(found)}; "
+                "learn a profile of this model."
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the profile as JSON, whole or not at all."""
         rows = [
-            {
-                "layer": s.layer,
-                "kind": s.kind,
-                "similarity": self.similarity[s],
-                "gain_norm": self.gain_norm[s],
-                "gain_token": self.gain_token[s],
-            }
+            {"layer": s.layer, "kind": s.kind, **{n: getattr(self, n)[s] for n in _COLUMNS}}
             for s in self.similarity
         ]
         content = {
@@ -132,13 +142,8 @@ def _from_content(content: Any, path: object) -> Importance:
     try:
         rows = {Sublayer(int(r["layer"]), r["kind"]): r for r in content["sublayers"]}
         if tuple(rows) != all_sublayers(len(rows) // 2) or not rows:
-            raise ProfileError(damaged % "its sublayers are not those of whole layers in order")
-        values = [
-            {s: float(r[name]) for s, r in rows.items()}
-            for name in ("similarity", "gain_norm", "gain_token")
-        ]
-        if not all(abs(v) < 1e6 for column in values for v in column.values()):
-            raise ProfileError(damaged % "a value is not a finite number")
+            raise ValueError("its sublayers are not those of whole layers in order")
+        values = [{s: float(r[name]) for s, r in rows.items()} for name in _COLUMNS]
         return Importance(
             values[0],
             values[1],
@@ -151,46 +156,4 @@ def _from_content(content: Any, path: object) -> Importance:
     except (KeyError, TypeError, AttributeError) as error:
         raise ProfileError(damaged % f"{type(error).__name__} {error}") from error
     except ValueError as error:
-        if isinstance(error, ProfileError):
-            raise
-        raise ProfileError(damaged % str(error)) from error
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """A name of the model that changes with its shape or training, not with dtype or device.
-
-    Made of the configuration's dimensions and a hash, in bfloat16, of the first embedding rows and
-    the beginning of the final norm.
-    """
-    config = model.config.get_text_config(decoder=True)
-    facts = [
-        getattr(config, name, None)
-        for name in (
-            "model_type",
-            "num_hidden_layers",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "vocab_size",
-        )
-    ]
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    decoder: Any = model.base_model
-    for module in (decoder.embed_tokens, decoder.norm):
-        values = _weight(module)[:64].to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-        digest.update(values.numpy().tobytes())
-    return f"{facts[0]}-{facts[1]}x{facts[2]}-{digest.hexdigest()[:12]}"
-
-
-def _weight(module: Any) -> Tensor:
-    """The weight of a module, fetched where accelerate has offloaded it or ranks share it."""
-    if module.weight.device.type != "meta":
-        weight: Any = module.weight.detach()
-        whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        return whole
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module, torch.device("cpu")):
-        fetched: Tensor = module.weight.detach().clone()
-        return fetched
+        raise ProfileError(damaged % str(error).rstrip(".")) from error

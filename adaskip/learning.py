@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from adaskip.blocks import execution_device
 from adaskip.errors import ProfileError
-from adaskip.importance import Importance, model_fingerprint
+from adaskip.evaluating import evaluating
+from adaskip.fingerprint import model_fingerprint
+from adaskip.importance import Importance
 from adaskip.plan import EMPTY_PLAN, Phase, Step, all_sublayers
-from adaskip.policies.fixed import FixedSkipping
 from adaskip.recorders import Span, StepStats, median
 from adaskip.session import skipping
+from adaskip.warmup import checked_prompts
 
 
 class ImportanceRecorder:
@@ -103,13 +105,21 @@ def record_prompts(
         model: a causal language model of a supported family.
         prompts: input ids [batch, tokens], or mappings with `input_ids` and `attention_mask`.
         progress: whether to show a progress bar.
+
+    Raises:
+        ProfileError: a prompt is not of ids the model knows. All are looked at before the first
+            one runs.
     """
     recorder = ImportanceRecorder()
-    device = execution_device(model.get_input_embeddings())
-    with torch.inference_mode(), skipping(model, FixedSkipping(EMPTY_PLAN), recorders=[recorder]):
-        for prompt in tqdm(prompts, desc="learning importance", disable=not progress):
-            inputs = {"input_ids": prompt} if isinstance(prompt, Tensor) else dict(prompt)
-            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    with (
+        torch.inference_mode(),
+        skipping(model, EMPTY_PLAN, recorders=[recorder]),
+        evaluating(model),
+    ):
+        device = execution_device(model.get_input_embeddings())
+        checked = checked_prompts(prompts, model.config.get_text_config(decoder=True).vocab_size)
+        for prompt in tqdm(checked, desc="learning importance", disable=not progress):
+            inputs = {name: tensor.to(device) for name, tensor in prompt.items()}
             # The base model: no logits are needed, and without a cache no KV memory either.
             model.base_model(**inputs, use_cache=False)
     return recorder
@@ -135,7 +145,8 @@ def learn_importance(
         The profile: mean over requests of each request's similarity and gains.
 
     Raises:
-        ProfileError: there is no prompt.
+        ProfileError: there is no prompt, or one is not of ids the model knows; or what the model
+            computes is not finite.
         UnsupportedModelError: the architecture is not supported.
 
     Source: AdaSkip (arXiv 2501.02336), offline importance learning; METHOD, "Policies".

@@ -8,6 +8,9 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from adaskip.errors import AdaskipError
+from adaskip.numbers import is_finite, is_whole
+
 Kind = Literal["attn", "ffn"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -55,10 +58,23 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Sublayer:
-    """One half of a decoder layer: `"attn"` or `"ffn"`, each with its norm and residual add."""
+    """One half of a decoder layer: `"attn"` or `"ffn"`, each with its norm and residual add.
+
+    Raises:
+        AdaskipError: the layer is no whole number from 0 up, or the kind is neither of the two.
+    """
 
     layer: int
     kind: Kind
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise AdaskipError(f"A sublayer's kind is 'attn' or 'ffn', not {self.kind!r}.")
+        if not is_whole(self.layer) or self.layer < 0:
+            raise AdaskipError(
+                f"A sublayer's layer is a whole number from 0 up, not {self.layer!r}."
+            )
+        object.__setattr__(self, "layer", int(self.layer))
 
     def __lt__(self, other: Sublayer) -> bool:
         """Depth order: by layer, attention before FFN (the order of ties in METHOD)."""
@@ -90,13 +106,41 @@ class SkipPlan:
     Attributes:
         gains: a sublayer that is a key is skipped; its value scales the residual stream in its
             place (`h * gain`), None leaves it as it is.
+
+    Raises:
+        AdaskipError: a key is no `Sublayer`, or a gain is neither None nor a finite number.
     """
 
     gains: Mapping[Sublayer, float | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ordered = {sublayer: self.gains[sublayer] for sublayer in sorted(self.gains)}
+        if not isinstance(self.gains, Mapping):
+            raise AdaskipError(
+                f"A SkipPlan is made of a mapping of sublayers to gains, not of a "
+                f"{type(self.gains).__name__}; without gains: SkipPlan(dict.fromkeys(sublayers))."
+            )
+        for sublayer, gain in self.gains.items():
+            if not isinstance(sublayer, Sublayer):
+                raise AdaskipError(
+                    f"A SkipPlan skips sublayers, not {sublayer!r}; write Sublayer(layer, kind)."
+                )
+            if gain is not None and not is_finite(gain):
+                raise AdaskipError(
+                    f"The gain of {sublayer} is a finite number or None, not {gain!r}."
+                )
+        ordered = {
+            s: None if (g := self.gains[s]) is None else float(g) for s in sorted(self.gains)
+        }
         object.__setattr__(self, "gains", MappingProxyType(ordered))
+
+    def check(self, n_layers: int) -> None:
+        """Raises an `AdaskipError` if a sublayer lies beyond a model of `n_layers` layers."""
+        outside = [str(sublayer) for sublayer in self.gains if sublayer.layer >= n_layers]
+        if outside:
+            raise AdaskipError(
+                f"The plan skips {', '.join(outside)}, but the model's layers are 0 to "
+                f"{n_layers - 1}."
+            )
 
     def __hash__(self) -> int:
         return hash(tuple(self.gains.items()))

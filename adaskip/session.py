@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from adaskip import calls, kvcache
-from adaskip.blocks import block_spec, execution_device
-from adaskip.errors import UnsupportedCallError, UnsupportedModelError, unknown_name
+from adaskip import calls, entering, kvcache
+from adaskip.blocks import BlockSpec, execution_device
+from adaskip.errors import UnsupportedCallError, unknown_name
 from adaskip.generating import Turn, Turns, listen
 from adaskip.patching import Patch
 from adaskip.plan import EMPTY_PLAN, SCOPES, Phase, Scope, SkipPlan, Step, Sublayer
@@ -87,11 +87,13 @@ class Session:
         """Each decoder layer with its switches."""
         return zip(self._layers, self._switches, strict=True)
 
-    def patched(self, model: PreTrainedModel) -> Iterator[Patch]:
-        """Makes the model skip, patch by patch."""
-        block = block_spec(model.config.model_type)
+    def patched_layers(self, block: BlockSpec) -> Iterator[Patch]:
+        """Lets each decoder layer look at its switches, patch by patch."""
         for index, (layer, switches) in enumerate(self.layers()):
             yield _patch_forward(layer, layer_forward(layer, index, block, switches))
+
+    def patched_model(self, model: PreTrainedModel) -> Iterator[Patch]:
+        """Lets each forward set the switches, and `generate()` say what it does, patch by patch."""
         yield self._patched_decoder()
         if model.can_generate():
             yield from listen(model, self._turns, self._check_assisted)
@@ -169,13 +171,16 @@ class Session:
             kvcache.refuse_short(cache, len(self._layers))
             self._check_order(request, step, past, said)
         plan = self._plan(request, step)
+        changed = plan != self.plan
+        if changed:
+            calls.check_plan(self.policy, plan, len(self._layers))
         calls.refuse_lost_outputs(call, config, plan)
         if turn is not None and turn.assisted:
             calls.refuse_changed_draft(step, plan, request.prefill_plan)
         if cache is not None and (past == 0 or request.prepared != plan):
             kvcache.prepare(cache, plan.layers("attn"), past, self._devices)
             request.prepared = plan
-        if plan != self.plan:
+        if changed:
             self._set_switches(plan)
         self._requests.advance(cache, request, step, past)
         if step.phase is Phase.PREFILL:
@@ -304,51 +309,57 @@ _BOUND: set[int] = set()
 @contextmanager
 def skipping(
     model: PreTrainedModel,
-    policy: SkipPolicy,
+    policy: SkipPolicy | SkipPlan,
     *,
     scope: Scope = "e2e",
     recorders: Sequence[Recorder] = (),
+    verify: bool = False,
 ) -> Iterator[Session]:
     """Lets `model` skip what `policy` says, until the block is left.
 
     Args:
         model: a causal language model of a supported family (`adaskip.blocks.BLOCKS`).
-        policy: decides what is skipped.
+        policy: decides what is skipped; a plan skips the same at every step.
         scope: where its plan applies. "prefill": in prefill, and what prefill skipped stays
             skipped while that request decodes. "decode": in decode steps only. "e2e": in both.
         recorders: also given the statistics they watch.
+        verify: compare a forward of a few tokens, nothing skipped, with the unpatched model's.
 
     Yields:
         The session, whose `step` and `plan` tell of the latest forward.
 
     Raises:
-        UnsupportedModelError: the architecture is not supported.
+        UnsupportedModelError: the architecture is not supported, the model is wrapped, another
+            tool has patched its layers, or with nothing skipped it computes something else.
         UnsupportedCallError: the model is inside a `skipping()` already; or, from a forward, it is
             called in a way in which skipping would be silently wrong.
         CacheHoleError: from a forward, if attention is to run that the request skipped before.
-        AdaskipError: unknown scope, or a budget that does not fit the model.
+        AdaskipError: unknown scope, no policy, or a budget that does not fit the model.
     """
     if scope not in SCOPES:
         raise unknown_name("scope", str(scope), SCOPES)
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers PreTrainedModel; pass the model itself."
-        )
-    block_spec(model.config.model_type)
+    block = entering.check_model(model)
+    policy = entering.as_policy(policy)
     decoder: Any = model.base_model
     if decoder in _ACTIVE:
         raise UnsupportedCallError(
             "The model is inside skipping() already; leave that block first, or use one policy."
         )
+    entering.check_layers(decoder.layers, model.config.model_type, block)
     policy.check_model(model)
     with ExitStack() as undo:
         policy = undo.enter_context(_bound(policy, scope, len(decoder.layers)))
         calls.refuse_bare_model(model, policy, scope)
         session = Session(model, policy, scope, recorders)
+        expected = entering.probe(model) if verify else None
+        for patch in session.patched_layers(block):
+            undo.callback(patch.take_back)
+        if expected is not None:
+            entering.refuse_difference(expected, entering.probe(model))
+        for patch in session.patched_model(model):
+            undo.callback(patch.take_back)
         _ACTIVE.add(decoder)
         undo.callback(_ACTIVE.discard, decoder)
-        for patch in session.patched(model):
-            undo.callback(patch.take_back)
         yield session
 
 

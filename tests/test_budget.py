@@ -85,8 +85,8 @@ def test_knapsack_is_exact(seed: int) -> None:
 def test_refuses_what_cannot_be() -> None:
     with pytest.raises(AdaskipError, match=r"3\.1 cannot be reached .* gives 3\.00"):
         sublayers_for(SIMILARITY, TIMES, 3.1)
-    for acceleration in (0.9, float("nan")):
-        with pytest.raises(AdaskipError, match="is none; give 1 or more"):
+    for acceleration in (0.9, float("nan"), float("inf"), "1.2", True):
+        with pytest.raises(AdaskipError, match="is none; give a ratio"):
             sublayers_for(SIMILARITY, TIMES, acceleration)
     with pytest.raises(AdaskipError, match="Did you mean 'knapsack'"):
         sublayers_for(SIMILARITY, TIMES, 1.1, "knapsac")  # type: ignore[arg-type]

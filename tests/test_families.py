@@ -301,6 +301,28 @@ def test_attention_weights_of_skipped_attention_are_refused() -> None:
         assert len(model(prompt(5), output_attentions=True).attentions) == N_LAYERS
 
 
+def test_a_module_replaced_inside_the_block_is_used(model: PreTrainedModel) -> None:
+    other = tiny_model(model.config.model_type, model.config._attn_implementation, seed=3)
+    parts = {
+        name
+        for spec in (BLOCKS[model.config.model_type].attn, BLOCKS[model.config.model_type].ffn)
+        for name in (spec.pre, spec.body, spec.post)
+        if name is not None
+    }
+    own = {name: getattr(model.model.layers[1], name) for name in parts}
+    with skipping(model, FixedSkipping(SkipPlan({Sublayer(2, "ffn"): None}))):
+        before = model(prompt(9)).logits
+        for name in parts:
+            setattr(model.model.layers[1], name, getattr(other.model.layers[1], name))
+        replaced = model(prompt(9)).logits
+        expected = zeroed(model, [Sublayer(2, "ffn")])(prompt(9)).logits
+        for name, module in own.items():
+            setattr(model.model.layers[1], name, module)
+        assert torch.equal(model(prompt(9)).logits, before)
+    assert not torch.allclose(replaced, before, atol=1e-3)
+    torch.testing.assert_close(replaced, expected, rtol=0, atol=1e-5)
+
+
 def test_nested_skipping_is_refused() -> None:
     model = tiny_model("llama")
     with (

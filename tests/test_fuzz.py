@@ -172,7 +172,7 @@ def test_an_old_record_and_an_old_profile_are_refused_by_name(folder: Path, tmp_
     with pytest.raises(AdaskipError, match="has record schema 0; this version reads 1"):
         read_record(tmp_path)
     (tmp_path / "p.json").write_text('{"version": 0}')
-    with pytest.raises(AdaskipError, match="has version 0; this adaskip reads version 1"):
+    with pytest.raises(AdaskipError, match="has version 0; this adaskip reads version 2"):
         Importance.load(tmp_path / "p.json")
 
 

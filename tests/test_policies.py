@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 import torch
 from conftest import N_LAYERS, prompt, tiny_model
@@ -184,7 +187,12 @@ def test_ada_skip_offline_never_watches() -> None:
         (EarlyExit(-1), "cannot skip -1 full layers"),
         (UnifiedSkipping(4), "0 to 3"),
         (SkipDecode(4), "0 to 3"),
-        (SkipDecode(2, horizon=0), "horizon"),
+        (SkipDecode(2, horizon=0), "horizon is 0; it takes a whole number"),
+        (SkipDecode(2, horizon=2.5), "horizon is 2.5"),  # type: ignore[arg-type]
+        (SkipDecode(2, horizon="512"), "horizon is '512'"),  # type: ignore[arg-type]
+        (EarlyExit(True), "cannot skip True full layers"),
+        (EarlyExit(2.0), "cannot skip 2.0 full layers"),  # type: ignore[arg-type]
+        (UnifiedSkipping("2"), "cannot skip '2' full layers"),  # type: ignore[arg-type]
         (AdaSkip(profile(4, [0.5] * 8), 9), "0 to 8"),
         (AdaSkip(profile(3, [0.5] * 6), 2), "3 layers, the model has 4"),
         (FixedSkipping(SkipPlan({Sublayer(4, "ffn"): None})), "ffn4"),
@@ -201,6 +209,30 @@ def test_wrong_hyper_parameters() -> None:
     with pytest.raises(AdaskipError, match="window of 0"):
         AdaSkip(profile(1, [1, 1]), 1, window=0)
 
+    for window in (2.5, "20", True):
+        with pytest.raises(AdaskipError, match=f"window of {window!r}"):
+            AdaSkip(profile(1, [1, 1]), 1, window=window)  # type: ignore[arg-type]
+    with pytest.raises(AdaskipError, match=r"importance is a str; give what .* Importance\.load"):
+        AdaSkip("profile.json", 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ratio", ["1.2", float("nan"), float("inf"), 0.5, True, torch.tensor(1.2)])
+def test_an_acceleration_that_is_none_is_refused_before_anything_is_measured(ratio: object) -> None:
+    with pytest.raises(AdaskipError, match="is none; give a ratio of times, a number from 1 up"):
+        AdaSkip(profile(1, [1, 1]), acceleration=ratio)  # type: ignore[arg-type]
+
+
+def test_budgets_may_be_numpys() -> None:
+    four, two = np.int64(4), np.int32(2)
+    assert layers(EarlyExit(two), 8, PREFILL) == [6, 7]
+    assert layers(UnifiedSkipping(four), 8, PREFILL) == [1, 3, 5, 7]
+    decode_policy = SkipDecode(four, horizon=np.int64(512))
+    assert layers(decode_policy, 8, decode(512)) == [1, 2, 3, 4]
+    policy = AdaSkip(profile(4, [0.5] * 8), two, window=np.int64(3))
+    policy.bind(4)
+    assert len(policy.plan(PREFILL)) == 2
+    assert AdaSkip(profile(1, [1, 1]), acceleration=np.float32(1.5)).acceleration == 1.5
+
 
 def test_registry() -> None:
     assert set(POLICIES) == {"EE", "SD", "US", "ADA"}
@@ -210,6 +242,13 @@ def test_registry() -> None:
         register("EE")(SkipDecode)
     with pytest.raises(TypeError, match="not a SkipPolicy"):
         register("X")(int)  # type: ignore[type-var]
+    with pytest.raises(
+        TypeError, match=r"Scripted is not a dataclass with a field n_skip.*write @"
+    ):
+        register("X")(Scripted)
+    with pytest.raises(TypeError, match="Fieldless is not a dataclass with a field n_skip"):
+        register("X")(Fieldless)
+    assert "X" not in POLICIES
 
 
 class Scripted(SkipPolicy):
@@ -223,6 +262,14 @@ class Scripted(SkipPolicy):
         if step.phase is Phase.PREFILL:
             return SkipPlan({Sublayer(1, "ffn"): None})
         return SkipPlan({Sublayer(2, "attn"): None})
+
+
+@dataclass
+class Fieldless(SkipPolicy):
+    """Has no budget that a script could give."""
+
+    def plan(self, step: Step) -> SkipPlan:
+        return SkipPlan()
 
 
 class Observing(Scripted):

@@ -247,6 +247,13 @@ def test_profile_round_trip(model: PreTrainedModel, tmp_path) -> None:  # type: 
         pass
 
 
+_ROW = '"similarity": 1, "gain_norm": NaN, "gain_token": 1'
+NAN = (
+    '{"version": 2, "fingerprint": "f", "n_requests": 1, "n_tokens": 1, "source": "", "sublayers": '
+    f'[{{"layer": 0, "kind": "attn", {_ROW}}}, {{"layer": 0, "kind": "ffn", {_ROW}}}]}}'
+)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -254,10 +261,12 @@ def test_profile_round_trip(model: PreTrainedModel, tmp_path) -> None:  # type: 
         ("{", "cannot be read"),
         ("[]", "version 'none'"),
         ('{"version": 99}', "version 99"),
-        ('{"version": 1}', "damaged.*sublayers"),
-        ('{"version": 1, "sublayers": []}', "damaged"),
-        ('{"version": 1, "sublayers": [{"layer": 0, "kind": "attn"}]}', "whole layers"),
-        ('{"version": 1, "sublayers": 7}', "damaged"),
+        ('{"version": 1}', "version 1; this adaskip reads version 2. Learn it anew"),
+        ('{"version": 2}', "damaged.*sublayers"),
+        ('{"version": 2, "sublayers": []}', "damaged"),
+        ('{"version": 2, "sublayers": [{"layer": 0, "kind": "attn"}]}', "whole layers"),
+        ('{"version": 2, "sublayers": 7}', "damaged"),
+        (NAN, r"p\.json is damaged: The gain_norm of attn0 is nan.*Learn it anew"),
     ],
 )
 def test_damaged_profiles(tmp_path, content: str, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -270,6 +279,22 @@ def test_damaged_profiles(tmp_path, content: str, message: str) -> None:  # type
 def test_missing_profile(tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ProfileError, match="no importance profile"):
         Importance.load(tmp_path / "none.json")
+
+
+def test_a_model_of_nan_has_no_importance() -> None:
+    broken = tiny_model("llama")
+    broken.model.layers[2].mlp.down_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(
+        ProfileError, match=r"similarity of ffn2 is nan.*NaN in the model's weights"
+    ):
+        learn_importance(broken, [prompt(20)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e7])
+def test_a_profile_of_nan_is_not_made(value: float) -> None:
+    ones = dict.fromkeys(all_sublayers(2), 1.0)
+    with pytest.raises(ProfileError, match="gain_norm of attn1 is"):
+        Importance(ones, {**ones, Sublayer(1, "attn"): value}, ones, "f", 1, 1)
 
 
 def test_no_prompts(model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from adaskip.experiments.batches import plan_batches, share_out
 from adaskip.experiments.bench import Bench
 from adaskip.experiments.generation import generate_greedy
 from adaskip.experiments.runner import resolve, run, run_folder
-from adaskip.plan import SkipPlan
-from adaskip.policies import POLICIES
+from adaskip.importance import Importance
+from adaskip.plan import SkipPlan, Step
+from adaskip.policies import POLICIES, SkipPolicy
 from adaskip.tasks.spec import Row
 
 
@@ -50,6 +52,28 @@ def budget(policy: str) -> dict[str, Any]:
 def test_every_registered_policy_is_run() -> None:
     assert set(BUDGETS) == set(POLICIES)
     assert all(POLICIES[name].budget == unit for name, (unit, _) in BUDGETS.items())
+
+
+@dataclass
+class Half(SkipPolicy):
+    """Learned, with a budget, and nothing else that the command line has an option for."""
+
+    importance: Importance
+    n_skip: int
+    order: int = 1
+
+    def plan(self, step: Step) -> SkipPlan:
+        return SkipPlan(dict.fromkeys(self.importance.ranking()[: self.n_skip]))
+
+
+def test_a_policy_is_given_the_options_it_has_fields_for(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POLICIES, "HALF", Half)
+    config = resolve(place.config(policy="HALF", skip_full_layer_num=2))
+    policy = Bench.open(config).policy(config, "trec")
+    assert isinstance(policy, Half)
+    assert (policy.n_skip, policy.order, policy.importance.n_layers) == (2, 1, N_LAYERS)
 
 
 @pytest.mark.parametrize("experiment", ["prefill", "decode", "e2e"])

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from adaskip.experiments.generation import StopRule, generate_greedy
 from adaskip.experiments.ledger import answer_length
 from adaskip.experiments.records import writing
 from adaskip.experiments.runconfig import DENSE, RunConfig
-from adaskip.importance import Importance, model_fingerprint
+from adaskip.fingerprint import model_fingerprint
+from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.models.loading import ModelSpec, load_model, load_tokenizer, model_spec
 from adaskip.policies import SkipPolicy, policy_class
@@ -117,14 +118,15 @@ class Bench:
             return None
         kind = policy_class(config.policy)
         names = {item.name for item in dataclasses.fields(kind) if item.init}  # type: ignore[arg-type]
-        arguments: dict[str, Any] = {"n_skip": config.budget}
-        if "horizon" in names:
-            arguments["horizon"] = answer_length(config, task)
-        if "importance" in names:
-            arguments["importance"] = self.importance(config)
-            arguments["gain"] = None if config.gain == "none" else config.gain
-            arguments["online"] = config.online
-        policy = kind(**arguments)
+        # A policy takes of this what it has a field for.
+        offered: dict[str, Callable[[], Any]] = {
+            "n_skip": lambda: config.budget,
+            "horizon": lambda: answer_length(config, task),
+            "importance": lambda: self.importance(config),
+            "gain": lambda: None if config.gain == "none" else config.gain,
+            "online": lambda: config.online,
+        }
+        policy = kind(**{name: value() for name, value in offered.items() if name in names})
         policy.bind(self.n_layers)
         return policy
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from adaskip.budget import SELECTS, Select, sublayers_for
+from adaskip.budget import SELECTS, Select, check_acceleration, sublayers_for
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.importance import GAINS, Gain, Importance
+from adaskip.numbers import is_whole
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Step, Sublayer
 from adaskip.policies.base import SkipPolicy, check_budget, register
 from adaskip.recorders import Span, StepStats, median
@@ -84,15 +85,24 @@ class AdaSkip(SkipPolicy):
     _own_times: SublayerTimes | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.importance, Importance):
+            raise AdaskipError(
+                f"AdaSkip's importance is a {type(self.importance).__name__}; give what "
+                "learn_importance(model, prompts) or Importance.load(path) returns."
+            )
         if self.gain is not None and self.gain not in GAINS:
             raise AdaskipError(f"Gain {self.gain!r} is unknown; choose 'norm', 'token' or None.")
-        if self.window < 1:
-            raise AdaskipError(f"A window of {self.window} decode steps is too short; take 1 up.")
+        if not is_whole(self.window) or self.window < 1:
+            raise AdaskipError(
+                f"A window of {self.window!r} decode steps is none; take a whole number from 1 up."
+            )
         if (self.n_skip is None) == (self.acceleration is None):
             raise AdaskipError(
                 "AdaSkip takes one budget: n_skip (sublayers) or acceleration (a ratio), got "
                 f"n_skip={self.n_skip!r} and acceleration={self.acceleration!r}."
             )
+        if self.acceleration is not None:
+            check_acceleration(self.acceleration)
         if self.select not in SELECTS:
             raise unknown_name("select", str(self.select), SELECTS)
 

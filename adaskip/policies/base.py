@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal, TypeVar
 
 from transformers import PreTrainedModel
 
 from adaskip.errors import AdaskipError, unknown_name
+from adaskip.numbers import is_whole
 from adaskip.plan import Scope, SkipPlan, Step, whole_layers
 from adaskip.recorders import Span, StepStats
 
@@ -22,12 +24,18 @@ def register(name: str) -> Callable[[P], P]:
     """Class decorator: makes a policy known to scripts under `name`.
 
     Raises:
-        TypeError: not a `SkipPolicy`, or the name is taken.
+        TypeError: not a `SkipPolicy`, not a dataclass with a field `n_skip` (which scripts give
+            every policy its budget by), or the name is taken.
     """
 
     def add(policy: P) -> P:
         if not issubclass(policy, SkipPolicy):
             raise TypeError(f"{policy!r} is not a SkipPolicy.")
+        if not is_dataclass(policy) or "n_skip" not in {f.name for f in fields(policy) if f.init}:
+            raise TypeError(
+                f"{policy.__name__} is not a dataclass with a field n_skip, by which scripts give "
+                f"it its budget; write @dataclass below @register({name!r})."
+            )
         if POLICIES.setdefault(name, policy) is not policy:
             raise TypeError(f"Policy name {name!r} already belongs to {POLICIES[name].__name__}.")
         return policy
@@ -100,9 +108,9 @@ class SkipPolicy(ABC):
         """Takes the statistics asked for by `watch`, after the forward."""
 
 
-def check_budget(name: str, n_skip: int, allowed: int, unit: str) -> None:
-    """Raises an `AdaskipError` unless `0 <= n_skip <= allowed`."""
-    if isinstance(n_skip, bool) or not isinstance(n_skip, int) or not 0 <= n_skip <= allowed:
+def check_budget(name: str, n_skip: object, allowed: int, unit: str) -> None:
+    """Raises an `AdaskipError` unless `n_skip` is a whole number, `0 <= n_skip <= allowed`."""
+    if not is_whole(n_skip) or not 0 <= n_skip <= allowed:
         raise AdaskipError(
             f"{name} cannot skip {n_skip!r} {unit}; with this model it takes a whole number from "
             f"0 to {allowed}."

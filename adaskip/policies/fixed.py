@@ -17,6 +17,11 @@ class FixedSkipping(SkipPolicy):
     """
 
     def __init__(self, plan: SkipPlan) -> None:
+        if not isinstance(plan, SkipPlan):
+            raise AdaskipError(
+                f"FixedSkipping applies a SkipPlan, not a {type(plan).__name__}; write "
+                "FixedSkipping(SkipPlan({Sublayer(3, 'ffn'): None}))."
+            )
         self._plan = plan
 
     def __repr__(self) -> str:
@@ -24,12 +29,7 @@ class FixedSkipping(SkipPolicy):
 
     @override
     def bind(self, n_layers: int) -> None:
-        outside = [str(s) for s in self._plan.gains if not 0 <= s.layer < n_layers]
-        if outside:
-            raise AdaskipError(
-                f"The plan skips {', '.join(outside)}, but the model's layers are 0 to "
-                f"{n_layers - 1}."
-            )
+        self._plan.check(n_layers)
         super().bind(n_layers)
 
     @override

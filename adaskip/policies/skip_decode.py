@@ -8,6 +8,7 @@ from math import ceil
 from typing_extensions import override
 
 from adaskip.errors import AdaskipError
+from adaskip.numbers import is_whole
 from adaskip.plan import SkipPlan, Step
 from adaskip.policies.base import SkipPolicy, check_budget, layer_plan, register
 
@@ -35,8 +36,11 @@ class SkipDecode(SkipPolicy):
     @override
     def bind(self, n_layers: int) -> None:
         check_budget("SkipDecode", self.n_skip, n_layers - 1, "full layers")
-        if self.horizon < 1:
-            raise AdaskipError(f"SkipDecode's horizon is {self.horizon}; it takes 1 token or more.")
+        if not is_whole(self.horizon) or self.horizon < 1:
+            raise AdaskipError(
+                f"SkipDecode's horizon is {self.horizon!r}; it takes a whole number of tokens, 1 "
+                "or more."
+            )
         super().bind(n_layers)
 
     @property

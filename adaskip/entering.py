@@ -1,0 +1,177 @@
+"""What is looked at on entering `skipping()`: the model, its decoder layers, and the policy.
+
+A layer's forward is replaced by its family's formula. That is right only if the layer computes
+that formula: its class is the family's own, and nobody else has replaced its forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+from adaskip import patching
+from adaskip.blocks import BlockSpec, block_spec, execution_device
+from adaskip.errors import AdaskipError, UnsupportedModelError
+from adaskip.evaluating import evaluating
+from adaskip.plan import SkipPlan
+from adaskip.policies.base import SkipPolicy
+from adaskip.policies.fixed import FixedSkipping
+
+# Where torch.compile, DistributedDataParallel, PEFT and a pipeline keep the model, in the order in
+# which to look: they pass on what they do not have to what they wrap.
+_WRAPPED = ("_orig_mod", "module", "base_model.model", "model")
+
+
+def check_model(model: object) -> BlockSpec:
+    """The row of a model's family.
+
+    Raises:
+        UnsupportedModelError: it is no transformers model, wrapped by something, or of a family
+            without a row.
+    """
+    for name, part in (("", model), (".base_model", getattr(model, "base_model", None))):
+        if not isinstance(part, PreTrainedModel):
+            raise UnsupportedModelError(
+                f"model{name} is of type {type(part).__name__}, not a transformers "
+                f"PreTrainedModel; {_advice(part, name)}."
+            )
+    config: Any = getattr(model, "config", None)
+    return block_spec(config.model_type)
+
+
+def _advice(part: object, name: str) -> str:
+    """How to come by the model that `part` wraps."""
+    for path in _WRAPPED:
+        try:
+            inner = attrgetter(path)(part)
+        except AttributeError:
+            continue
+        if isinstance(inner, PreTrainedModel):
+            return f"pass the model it wraps, model{name}.{path}"
+    return "load one with adaskip.load_model or AutoModelForCausalLM.from_pretrained"
+
+
+def as_policy(policy: object) -> SkipPolicy:
+    """The policy; a plan stands for `FixedSkipping` of it.
+
+    Raises:
+        AdaskipError: it is neither.
+    """
+    if isinstance(policy, SkipPlan):
+        return FixedSkipping(policy)
+    if isinstance(policy, SkipPolicy):
+        return policy
+    if isinstance(policy, type):
+        raise AdaskipError(
+            f"The policy is the class {policy.__name__}; make one of it, e.g. EarlyExit(n_skip=4)."
+        )
+    raise AdaskipError(
+        f"The policy is {policy!r:.60} of type {type(policy).__name__}; give a policy, e.g. "
+        "EarlyExit(n_skip=4), or a plan, e.g. SkipPlan({Sublayer(3, 'ffn'): None})."
+    )
+
+
+def check_layers(layers: Iterable[nn.Module], model_type: str, block: BlockSpec) -> None:
+    """Refuses layers that do not compute the formula of their family's row.
+
+    Raises:
+        UnsupportedModelError: a layer's class is not the family's, or its forward was replaced in
+            the class or in the instance.
+    """
+    package = block.package or f"transformers.models.{model_type_to_module_name(model_type)}"
+    for index, layer in enumerate(layers):
+        # fully_shard() makes a subclass of each layer's class.
+        kind = next(
+            c for c in type(layer).__mro__ if not _within(c.__module__, "torch.distributed")
+        )
+        label = f"Decoder layer {index} ({kind.__module__}.{kind.__qualname__})"
+        if not _within(kind.__module__, package):
+            raise UnsupportedModelError(
+                f"{label} is not a class of {package}, which the row {model_type!r} of "
+                "adaskip.blocks.BLOCKS describes; its forward would be replaced by another "
+                "formula. If it computes the same, give the row package="
+                f"{kind.__module__.split('.')[0]!r} and skipping() verify=True."
+            )
+        replaced = _replaced_forward(layer, package)
+        if replaced is not None:
+            raise UnsupportedModelError(
+                f"{label} has a forward that another tool has put there ({_origin(replaced)}); "
+                "skipping() would replace it by the stock formula. Take that patch off first."
+            )
+
+
+def _replaced_forward(layer: nn.Module, package: str) -> object | None:
+    """The forward that is not the class's own, as its package defines it; None if it is."""
+    kind, own = type(layer), vars(layer)
+    if not _is_own(kind, package):
+        return kind.forward
+    forward = own.get("forward")
+    if "_hf_hook" in own and "_old_forward" in own:
+        # accelerate's hook, around what was the layer's forward.
+        if not _within(_module_of(forward), "accelerate"):
+            return forward
+        forward = own["_old_forward"]
+    function = getattr(forward, "__func__", None)
+    # Ours, kept by a copy or put back after leaving, does what the class says.
+    stock = function is kind.forward or _module_of(function) == patching.__name__
+    bound = getattr(forward, "__self__", None) is layer
+    return None if forward is None or (stock and bound) else forward
+
+
+def _is_own(kind: type[nn.Module], package: str) -> bool:
+    """Whether a class's forward is its own, wrapped by its package or transformers at most.
+
+    functools.wraps copies the wrapped function's names, but not the globals of its code.
+    """
+    function: Any = kind.forward
+    while hasattr(function, "__wrapped__"):
+        if _module_of(function).split(".")[0] not in ("transformers", package.split(".")[0]):
+            return False
+        function = function.__wrapped__
+    return _module_of(function) in {base.__module__ for base in kind.__mro__}
+
+
+def _module_of(function: object) -> str:
+    """The module that the code of a function, or of a partial one, comes from."""
+    function = getattr(function, "func", function)
+    return str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
+
+
+def _origin(function: object) -> str:
+    inner = getattr(function, "func", function)
+    code = getattr(inner, "__code__", None)
+    return f"{_module_of(function)}.{getattr(code, 'co_qualname', type(inner).__qualname__)}"
+
+
+def _within(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
+
+
+def probe(model: PreTrainedModel) -> Tensor:
+    """What the model makes of a few tokens, without a cache: last hidden states [1, 8, hidden]."""
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    device = execution_device(model.get_input_embeddings())
+    ids = torch.arange(8, device=device)[None] * vocab_size // 8
+    with torch.no_grad(), evaluating(model):
+        output: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return output
+
+
+def refuse_difference(expected: Tensor, found: Tensor) -> None:
+    """Refuses a patch that changes what the model computes although nothing is skipped.
+
+    Raises:
+        UnsupportedModelError: the two `probe`s are not bit-identical.
+    """
+    if not torch.equal(expected.nan_to_num(), found.nan_to_num()):
+        raise UnsupportedModelError(
+            "With nothing skipped, the model's hidden states differ by up to "
+            f"{(expected - found).abs().max().item():.3g} from those outside of skipping(): a "
+            "layer does not compute the formula of its row in adaskip.blocks.BLOCKS."
+        )

@@ -1,0 +1,17 @@
+"""What counts as a number where a user gives one: Python's and numpy's, but never a bool."""
+
+from __future__ import annotations
+
+from math import isfinite
+from numbers import Integral, Real
+from typing import TypeGuard
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number; a bool, a float and a tensor are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number other than an infinity or NaN; a tensor is not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)

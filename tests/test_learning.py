@@ -1,0 +1,88 @@
+"""What importance is learned from: prompts that cannot be right, and models left in train mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCAB, prompt, tiny_model
+from transformers import PreTrainedModel
+
+from adaskip import ProfileError, UnsupportedModelError, learn_importance
+
+
+@pytest.fixture
+def unused() -> PreTrainedModel:
+    """A model that must not run."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    return model
+
+
+def masked(mask: Any, ids: torch.Tensor | None = None) -> list[dict[str, Any]]:
+    return [{"input_ids": prompt(4, batch=2) if ids is None else ids, "attention_mask": mask}]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("some text", "are one str; give a list of input ids"),
+        (["some text"], "input_ids of prompt 1 is a str"),
+        (prompt(5), "are one Tensor; give a list"),
+        (None, "are one NoneType"),
+        ({"input_ids": prompt(5)}, "are one dict"),
+        ([prompt(5), [1, 2, 3]], "prompt 2 is a list"),
+        ([{"input_ids": [[1, 2]]}], "prompt 1 is a list"),
+        ([{"attention_mask": torch.ones(1, 4)}], "input_ids of prompt 1 is a NoneType"),
+        (
+            [{"input_ids": prompt(5), "attention_mask": None}],
+            "attention_mask of prompt 1 is a None",
+        ),
+        ([prompt(5)[0]], r"shape \[5\].*adds a batch dimension"),
+        ([prompt(5), prompt(5).float()], r"Prompt 2 is torch.float32.*must be int64 ids"),
+        ([prompt(5)[:, :0]], r"shape \[1, 0\].*one token or more"),
+        ([prompt(5)[:0]], r"shape \[0, 5\]"),
+        ([prompt(5) * 0 + VOCAB], f"from {VOCAB} to {VOCAB}, but the model knows 0 to {VOCAB - 1}"),
+        ([prompt(5) - 50], "ids from -"),
+        (masked(torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])), "prompt 1 is padding only"),
+        (masked(torch.ones(2, 3)), r"shape \[2, 3\], its input_ids of \[2, 4\]"),
+        ([], "at least one"),
+        (iter([prompt(5), prompt(5)[0]]), "Prompt 2"),
+    ],
+)
+def test_prompts_that_cannot_be_right(unused: PreTrainedModel, prompts: Any, message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        learn_importance(unused, prompts)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_prompts_that_are_right(kind: Callable[[list[torch.Tensor]], Iterator[Any]]) -> None:
+    importance = learn_importance(tiny_model("llama"), kind([prompt(5), prompt(5).int()]))
+    assert importance.n_requests == 2
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda model: None])
+def test_a_model_that_is_wrapped_or_missing(
+    unused: PreTrainedModel, wrap: Callable[[Any], Any]
+) -> None:
+    with pytest.raises(UnsupportedModelError, match="not a transformers PreTrainedModel"):
+        learn_importance(wrap(unused), [prompt(5)])
+
+
+def test_dropout_does_not_reach_what_is_learned() -> None:
+    model = tiny_model("phi3")
+    for layer in model.model.layers:
+        layer.resid_attn_dropout.p = layer.resid_mlp_dropout.p = 0.5
+    expected = learn_importance(model, [prompt(20)])
+    model.train()
+    # Modules that the user froze keep their mode, too.
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    assert learn_importance(model, [prompt(20)]) == expected
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ProfileError):
+        learn_importance(model, [prompt(20)[0]])
+    assert [module.training for module in model.modules()] == modes
