@@ -20,6 +20,7 @@ from adaskip.experiments.records import (
     read_rows,
     write_json,
 )
+from adaskip.experiments.rows import check_row
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.tasks.prompts import prompt_template
 from adaskip.tasks.spec import task_spec
@@ -41,6 +42,15 @@ def run_folder(config: RunConfig) -> Path:
 def rows_path(config: RunConfig, task: str) -> Path:
     """The JSONL file of one task of a run."""
     return run_folder(config) / f"{task}.jsonl"
+
+
+def rows_of(config: RunConfig, task: str) -> list[Record]:
+    """The rows of one task that a run has so far.
+
+    Raises:
+        RunError: a line before the last is damaged, or no row of a run.
+    """
+    return read_rows(rows_path(config, task), check_row)
 
 
 def answer_length(config: RunConfig, task: str) -> int:
@@ -112,7 +122,7 @@ def is_finished(config: RunConfig) -> bool:
         task in tasks
         and tasks[task]["max_new_tokens"] == answer_length(config, task)
         and _covers(tasks[task]["limit"], config.limit)
-        and len(read_rows(rows_path(config, task))) >= tasks[task]["rows"]
+        and len(rows_of(config, task)) >= tasks[task]["rows"]
         for task in config.tasks
     )
 

@@ -17,6 +17,7 @@ from adaskip.experiments.distributed import team
 from adaskip.experiments.ledger import begin, is_finished, rows_path, run_folder, session_id, update
 from adaskip.experiments.parts import Share, locked, make_rows
 from adaskip.experiments.records import Record, lock
+from adaskip.experiments.rows import check_row
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.experiments.scoring import phase_shares
 from adaskip.models.devices import resolve_device, resolve_dtype
@@ -127,4 +128,5 @@ def _run_task(
 
     order = [row.id for batch in batches for row in batch]
     # Processes that hold parts of one model go through all rows together.
-    return make_rows(rows_path(config, task), order, generate, same=bool(config.tp_plan))
+    same = bool(config.tp_plan)
+    return make_rows(rows_path(config, task), order, generate, same=same, check=check_row)
