@@ -120,7 +120,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "architecture": (other_architecture, "Architecture 'bloom' is not supported"),
     "dtype": (["--dtype", "float31"], "Unknown dtype 'float31'. Did you mean"),
     "device": (["--device", "warp"], "Unknown device 'warp'"),
-    "gain": (["--gain", "nrom"], "Unknown gain 'nrom'. Did you mean 'norm'?"),
+    "gain": (
+        ["--policy", "ADA", "--skip_sub_layer_num", "2", "--gain", "nrom"],
+        "Unknown gain 'nrom'. Did you mean 'norm'?",
+    ),
+    "gain of EE": (["--gain", "token"], "'gain' does not apply to EE; policies that take it: ADA"),
+    "extension of EE": (["--no-online"], "'online' does not apply to EE; policies that"),
+    "profile of EE": (["--importance", "no.json"], "'importance' does not apply to EE;"),
+    "gain of dense": (["--policy", "dense", "--gain", "norm"], "'gain' does not apply to dense"),
     "limit": (["--limit", "0"], "--limit is 0; it must be at least 1"),
     "name": (["--model", "../up"], "'../up' cannot name a file"),
     "option": (["--skip_layers", "1"], "unrecognized arguments: --skip_layers 1"),
@@ -146,7 +153,7 @@ def test_bad_input_is_one_sentence_and_writes_no_row(
     monkeypatch.setattr("adaskip.tasks.longbench._load_hub", no_hub)
     given, expected = BAD[case]
     options = given(place) if callable(given) else given
-    base = () if "--importance" in options and case == "profile" else EE
+    base = () if case in ("profile", "gain") else EE
     code = run_main("prefill", "llama", [*base, *place.options, "--tasks", "trec", *options])
     captured = capsys.readouterr()
     assert code == 2

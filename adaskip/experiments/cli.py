@@ -14,8 +14,11 @@ from typing import Any, NoReturn
 
 from adaskip.errors import AdaskipError
 from adaskip.experiments.distributed import launched_as_first
-from adaskip.experiments.runconfig import RunConfig
+from adaskip.experiments.runconfig import DENSE, POLICY_OPTIONS, RunConfig, refuse_unused
 from adaskip.plan import Scope
+from adaskip.policies import POLICIES
+from adaskip.policies.factory import takers
+from adaskip.tasks.spec import task_names
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -56,7 +59,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     for item in dataclasses.fields(RunConfig):
         if "help" not in item.metadata:
             continue
-        settings: dict[str, Any] = {"dest": item.name, "default": item.default}
+        default = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        # What was not given cannot be refused.
+        absent = argparse.SUPPRESS if item.name in POLICY_OPTIONS else default
+        settings: dict[str, Any] = {"dest": item.name, "default": absent}
         kind = _plain_type(hints[item.name])
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -64,10 +72,22 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
             settings.update(nargs="+", metavar="NAME")
         else:
             settings.update(type=kind, metavar="N" if kind is int else "TEXT")
-        text = item.metadata["help"].replace("%", "%%")
-        if item.default not in (None, "", ()) and kind is not bool:
-            text += f" (default: {item.default})"
+        text = item.metadata["help"].format(**_names()).replace("%", "%%")
+        if default not in (None, "", ()) and kind is not bool:
+            text += f" (default: {default})"
         parser.add_argument(f"--{item.metadata['flag'] or item.name}", help=text, **settings)
+
+
+def _names() -> dict[str, str]:
+    """What help texts may list."""
+    budgets = {name: policy.budget for name, policy in POLICIES.items()}
+    listed = {
+        "policies": [DENSE, *POLICIES],
+        "tasks": task_names(),
+        "by_layers": [name for name, unit in budgets.items() if unit == "layers"],
+        "by_sublayers": [name for name, unit in budgets.items() if unit == "sublayers"],
+    }
+    return {key: ", ".join(names) for key, names in listed.items()}
 
 
 def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = None) -> int:
@@ -89,13 +109,15 @@ def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = No
             allow_abbrev=False,
         )
         add_run_options(parser)
+        users = takers("acceleration")
         parser.add_argument(
             "--acceleration",
             type=float,
             metavar="RATIO",
-            help="budget of ADA as the ratio of dense to skipped time, in place of a number",
+            help=f"budget as the ratio of dense to skipped time, of {', '.join(users)}",
         )
         given = vars(parser.parse_args(argv))
+        refuse_unused(given, [given["policy"]])
         given["tasks"] = tuple(given["tasks"])
         acceleration, bench = given.pop("acceleration"), None
         config = RunConfig(experiment=experiment, model_name=model_name, **given)

@@ -169,6 +169,12 @@ def append_rows(path: Path, rows: Sequence[Record]) -> None:
         os.fsync(file.fileno())
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two mappings of settings, as a part of a sentence; empty if nothing."""
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed)
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Holds a run's folder for this process; the lock of a killed process is free again.

@@ -22,6 +22,7 @@ from adaskip.experiments.runconfig import RunConfig
 from adaskip.experiments.scoring import phase_shares
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.policies import SkipPolicy
+from adaskip.policies.factory import LEARNED, takes
 from adaskip.tasks.spec import Row, task_spec
 
 __all__ = ["RunConfig", "is_finished", "plan_batches", "resolve", "run", "run_folder"]
@@ -81,7 +82,7 @@ def run(config: RunConfig, bench: Bench | None = None) -> Path:
         bench = _fitting(config, bench)
         rows = {task: bench.rows(config, task) for task in config.tasks}
         policies = {task: bench.policy(config, task) for task in config.tasks}
-    profile = bench.importance(config).name if config.policy == "ADA" else None
+    profile = bench.importance(config).name if takes(config.policy, LEARNED) else None
     n_layers, n_rows = bench.n_layers, {task: len(rows[task]) for task in config.tasks}
     with locked(folder):
         record = group.on_first(

@@ -23,7 +23,7 @@ RESULT_FILE = "result.json"
 MIN_LENGTH = 4000
 _RUN_FOLDER = re.compile(r".+-SKIP-([0-9]+)")
 _POLICY_SETTINGS = ("experiment", "policy", "skip_full_layer_num", "skip_sub_layer_num")
-_ADA_SETTINGS = ("warmup", "warmup_task", "gain", "online")
+_LEARNING = ("warmup", "warmup_task")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class RunScore:
         """Writes `result.json` into the run's folder."""
         content = {
             "schema": SCHEMA,
-            "config": self.config.as_dict(),
+            "config": self.config.recorded(),
             "tasks": {name: score.as_dict() for name, score in self.tasks.items()},
         }
         write_json(self.folder / RESULT_FILE, content)
@@ -203,7 +203,7 @@ def dense_scores(
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
     """The settings a run shares with its dense baseline."""
-    left_out = {*_POLICY_SETTINGS, *_ADA_SETTINGS}
+    left_out = {*_POLICY_SETTINGS, *_LEARNING}
     return {key: value for key, value in config.settings().items() if key not in left_out}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -61,6 +62,25 @@ class SkipPolicy(ABC):
     budget: ClassVar[Literal["layers", "sublayers"]] = "layers"
     scope: Scope = "e2e"
     n_layers: int = 0
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, Any]:
+        """The fields a policy is made with, and their defaults; `MISSING` where there is none.
+
+        Raises:
+            AdaskipError: the class is no dataclass, or has no budget.
+        """
+        if not dataclasses.is_dataclass(cls):
+            raise AdaskipError(f"{cls.__name__} has no fields to be set: make it a dataclass.")
+        items = [item for item in dataclasses.fields(cls) if item.init]
+        if all(item.name != "n_skip" for item in items):
+            raise AdaskipError(f"{cls.__name__} has no budget: give it a field n_skip.")
+        return {
+            item.name: item.default
+            if item.default_factory is dataclasses.MISSING
+            else item.default_factory()
+            for item in items
+        }
 
     def bind(self, n_layers: int) -> None:
         """Prepares for a model of `n_layers` layers, forgetting all earlier requests.
