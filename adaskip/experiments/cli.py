@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import logging
+import math
+import shlex
 import sys
 import types
 import typing
@@ -39,6 +42,9 @@ def say(text: str) -> None:
 
 def guarded(action: Callable[[], int]) -> int:
     """Runs a command; returns its exit code, 2 for bad input, 130 for Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character shows a question mark in its place.
+        sys.stdout.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("adaskip").setLevel(logging.INFO if launched_as_first() else logging.ERROR)
     try:
@@ -90,6 +96,23 @@ def _names() -> dict[str, str]:
     return {key: ", ".join(names) for key, names in listed.items()}
 
 
+def ratio(text: str) -> float:
+    """An acceleration given on a command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no finite number from 1 up.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no acceleration; give dense time / skipped time, 1 or more, such as 1.2"
+        )
+    return value
+
+
 def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = None) -> int:
     """What `prefill/run_llama.py` and its like call.
 
@@ -112,7 +135,7 @@ def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = No
         users = takers("acceleration")
         parser.add_argument(
             "--acceleration",
-            type=float,
+            type=ratio,
             metavar="RATIO",
             help=f"budget as the ratio of dense to skipped time, of {', '.join(users)}",
         )
@@ -128,10 +151,18 @@ def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = No
             config, bench = accelerated(config, acceleration)
         config.check()
         folder = run(config, bench)
-        say(f"{folder} is complete; score it: python eval/eval.py --model {config.run_name}")
+        say(f"{folder} is complete; score it: {scoring_command(config)}")
         return 0
 
     return guarded(action)
+
+
+def scoring_command(config: RunConfig) -> str:
+    """What scores a run, to be pasted into a shell."""
+    words = ["python", "eval/eval.py", "--model", config.run_name]
+    if config.results_dir != RunConfig.results_dir:
+        words += ["--results_dir", config.results_dir]
+    return shlex.join(words)
 
 
 def eval_main(argv: Sequence[str] | None = None) -> int:
