@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ from run_fixtures import Workplace, raw_row, rows_of, save_checkpoint, save_data
 
 from adaskip import GrowingCache
 from adaskip.errors import DataError
-from adaskip.experiments.cli import eval_main, run_main
+from adaskip.experiments.cli import eval_main, run_main, scoring_command
+from adaskip.experiments.perplexity_cli import perplexity_main
+from adaskip.experiments.runconfig import RunConfig
 from adaskip.plan import Phase, all_sublayers
+from adaskip.policies import POLICIES
 from adaskip.speed.sublayer_times import SublayerTimes
+from adaskip.tasks.spec import task_names
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(
@@ -120,7 +126,18 @@ BAD: dict[str, tuple[Any, str]] = {
     "architecture": (other_architecture, "Architecture 'bloom' is not supported"),
     "dtype": (["--dtype", "float31"], "Unknown dtype 'float31'. Did you mean"),
     "device": (["--device", "warp"], "Unknown device 'warp'"),
-    "gain": (["--gain", "nrom"], "Unknown gain 'nrom'. Did you mean 'norm'?"),
+    "gain": (
+        ["--policy", "ADA", "--skip_sub_layer_num", "2", "--gain", "nrom"],
+        "Unknown gain 'nrom'. Did you mean 'norm'?",
+    ),
+    "gain of EE": (["--gain", "token"], "'gain' does not apply to EE; policies that take it: ADA"),
+    "extension of EE": (["--no-online"], "'online' does not apply to EE; policies that"),
+    "profile of EE": (["--importance", "no.json"], "'importance' does not apply to EE;"),
+    "gain of dense": (["--policy", "dense", "--gain", "norm"], "'gain' does not apply to dense"),
+    "acceleration": (["--acceleration", "0.5"], "--acceleration: 0.5 is no acceleration; give"),
+    "acceleration nan": (["--acceleration", "nan"], "nan is no acceleration"),
+    "acceleration infinite": (["--acceleration", "inf"], "inf is no acceleration"),
+    "acceleration no number": (["--acceleration", "fast"], "fast is no acceleration"),
     "limit": (["--limit", "0"], "--limit is 0; it must be at least 1"),
     "name": (["--model", "../up"], "'../up' cannot name a file"),
     "option": (["--skip_layers", "1"], "unrecognized arguments: --skip_layers 1"),
@@ -146,7 +163,7 @@ def test_bad_input_is_one_sentence_and_writes_no_row(
     monkeypatch.setattr("adaskip.tasks.longbench._load_hub", no_hub)
     given, expected = BAD[case]
     options = given(place) if callable(given) else given
-    base = () if "--importance" in options and case == "profile" else EE
+    base = () if case in ("profile", "gain") else EE
     code = run_main("prefill", "llama", [*base, *place.options, "--tasks", "trec", *options])
     captured = capsys.readouterr()
     assert code == 2
@@ -157,6 +174,68 @@ def test_bad_input_is_one_sentence_and_writes_no_row(
     assert not list(place.results.rglob("*.jsonl"))
     if case != "prompt too long":
         assert not place.results.exists()
+
+
+def test_help_lists_policies_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    for main in (partial(run_main, "prefill", "llama"), perplexity_main):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ", ".join(POLICIES) in shown
+        assert ", ".join(task_names()) in shown
+        assert "in sublayers, of ADA" in shown
+
+
+def test_the_command_that_scores_a_run_finds_it(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.results = place.results.with_name("my results")
+    options = [*EE, *place.options, "--tasks", "trec", "--limit", "1"]
+    assert run_main("prefill", "llama", options) == 0
+    command = shlex.split(capsys.readouterr().out.partition("score it: ")[2])
+    assert command[:2] == ["python", "eval/eval.py"]
+    assert eval_main(command[2:]) == 0
+    # Where runs lie unless told otherwise, the name is enough.
+    config = RunConfig(experiment="prefill", model_name="llama", policy="EE")
+    assert scoring_command(config) == "python eval/eval.py --model llama-EE-PREFILL"
+
+
+def test_a_row_with_only_an_id_is_damaged_to_the_run_and_to_eval(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*EE, *place.options, "--tasks", "trec"]
+    assert run_main("prefill", "llama", options) == 0
+    path = place.results / "llama-EE-PREFILL-SKIP-1/trec.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text(whole[0] + '{"id": "row1"}\n' + whole[2])
+    capsys.readouterr()
+    expected = "line 2 is damaged ('prediction' is missing); delete that line and run again"
+    assert run_main("prefill", "llama", options) == 2
+    assert expected in capsys.readouterr().err
+    assert eval_main(["--model", "llama-EE-PREFILL", "--results_dir", str(place.results)]) == 2
+    assert expected in capsys.readouterr().err
+    path.write_text(whole[0] + whole[2])
+    assert run_main("prefill", "llama", options) == 0
+    assert [row["id"] for row in rows_of(path.parent, "trec")] == ["row0", "row1", "row2"]
+
+
+def test_chinese_in_a_locale_without_it(place: Workplace) -> None:
+    row = raw_row(0, context="数字是数字。" * 20, input="数字是什么？", answers=["数字"])
+    (place.data / "multifieldqa_zh.jsonl").write_text(
+        json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for command in (
+        ["prefill/run_llama.py", *EE, *place.options, "--tasks", "multifieldqa_zh"],
+        ["eval/eval.py", "--model", "llama-EE-PREFILL", "--results_dir", str(place.results)],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=ascii_only, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert "| ? |" in " ".join(done.stdout.split())  # the dash of a missing number
+    (row,) = rows_of(place.results / "llama-EE-PREFILL-SKIP-1", "multifieldqa_zh")
+    assert row["references"] == ["数字"]
 
 
 def test_ada_needs_its_budget(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -290,6 +290,11 @@ def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--policy", "EE", "--skip_full_layer_num", "-1"], "0 or more"),
         (["--batch_size", "4"], "unrecognized arguments"),
         (["--scope", "never"], "invalid choice"),
+        (["--gain", "norm"], "'gain' does not apply to dense; policies that take it: ADA"),
+        (
+            ["--policy", "EE", "--skip_full_layer_num", "1", "--no-online"],
+            "'online' does not apply to EE",
+        ),
     ],
 )
 def test_bad_options(

@@ -150,7 +150,23 @@ def test_settings_leave_out_what_does_not_change_the_rows() -> None:
     assert settings() == settings(limit=3, tasks=["trec"], results_dir="x", gain="norm")
     assert settings() != settings(seed=1)
     assert settings() != settings(experiment="decode")
-    assert settings(policy="ADA") != settings(policy="ADA", gain="norm")
+    assert settings() == settings(warmup=3, warmup_task="trec", importance="x")
+    assert settings(policy="ADA") != settings(policy="ADA", warmup=3)
+
+
+def test_a_policy_is_told_by_its_fields() -> None:
+    def told(policy: str, **changes: object) -> dict[str, object]:
+        given = {"experiment": "e2e", "model_name": "llama", "policy": policy, **changes}
+        return RunConfig.from_dict(given).policy_settings()
+
+    assert told("dense") == {}
+    # SkipDecode's horizon is the answer length, which is kept per task.
+    assert told("SD", skip_full_layer_num=4, gain="norm") == {"n_skip": 4}
+    ada = {"n_skip": 8, "online": True, "window": 20, "gain": "token", "select": "rank"}
+    ada |= {"acceleration": None, "times": None}
+    assert told("ADA", skip_sub_layer_num=8) == ada
+    changed = told("ADA", skip_sub_layer_num=8, gain="none", online=False)
+    assert changed == ada | {"gain": None, "online": False}
 
 
 def test_a_dense_run_is_the_same_in_every_experiment() -> None:

@@ -170,8 +170,12 @@ def test_the_last_distractor_is_cut_after_a_word(
     assert sorted(lengths) == [11, 40, 40]
     with pytest.raises(DataError, match="fewer than the 400 tokens"):
         sample_rows("sample_qa", tokenizer, n=1, tokens=400)
-    with pytest.raises(DataError, match="4 test rows whose document fits in 100 tokens, not 5"):
+    few = "4 test rows whose document fits in 100 tokens, not 5; choose at most 4 rows or more tok"
+    with pytest.raises(DataError, match=few):
         sample_rows("sample_qa", tokenizer, n=5, tokens=100)
+    # Fewer rows than one do not help.
+    with pytest.raises(DataError, match=r"fits in 20 tokens, not 1; choose more tokens\.$"):
+        sample_rows("sample_qa", tokenizer, n=1, tokens=20)
 
 
 def test_bad_arguments_are_named(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adaskip.errors import RunError
+from adaskip import metrics, rouge
+from adaskip.errors import AdaskipError, RunError
+from adaskip.experiments.cli import eval_main
 from adaskip.experiments.evaluation import evaluate
 from adaskip.experiments.records import SCHEMA, append_rows, write_json
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.experiments.scoring import dense_scores, runs_of, score_rows, score_run
+from adaskip.tasks import words
+from adaskip.tasks.packaged import optional_module
+
+CACHED = (rouge._official_scorer, rouge._rouge_score_scorer, words._segmenter, metrics._fuzz)
 
 
 def made_row(number: int, prediction: str, **changes: Any) -> dict[str, Any]:
@@ -145,3 +153,62 @@ def test_an_unknown_run_lists_the_known_ones(tmp_path: Path) -> None:
         runs_of(tmp_path, "llama-EE-PREFILL")
     with pytest.raises(RunError, match="cannot name a file"):
         runs_of(tmp_path, "../llama")
+
+
+def test_a_run_is_found_by_its_name_and_by_its_folders(tmp_path: Path) -> None:
+    rows = [made_row(0, "dog")]
+    two, ten = (
+        save_run(tmp_path, rows, policy="EE", skip_full_layer_num=budget) for budget in (2, 10)
+    )
+    name = "llama-EE-PREFILL"
+    # What stands beside a run and is none is passed over.
+    for other in (f"{name}-SKIP-2.bak", f"{name}-SKIP-old", f"{name}-SKIP-"):
+        shutil.copytree(two, tmp_path / other)
+    assert runs_of(tmp_path, name) == [two, ten]
+    assert runs_of(tmp_path, two.name) == [two]
+    assert "PREFILL-SKIP-2 " in evaluate(tmp_path, two.name)
+    with pytest.raises(RunError, match=f"its runs are: {ten.name}, {two.name}\\."):
+        runs_of(tmp_path, "llama")
+    # A run whose own name looks like a folder's is another run.
+    save_run(tmp_path, rows, policy="EE", skip_full_layer_num=1, name=two.name)
+    assert runs_of(tmp_path, name) == [two, ten]
+
+
+PACKAGES = [
+    ("gov_report", "rouge", "rouge"),
+    ("gov_report", "rouge_score", "rouge-score"),
+    ("multifieldqa_zh", "jieba", "jieba"),
+    ("lcc", "fuzzywuzzy", "fuzzywuzzy"),
+]
+
+
+@pytest.mark.parametrize(("task", "module", "package"), PACKAGES)
+def test_a_missing_package_is_a_missing_package(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    task: str,
+    module: str,
+    package: str,
+) -> None:
+    folder = save_run(tmp_path, [made_row(0, "dog", task=task)], 1, policy="dense")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == module:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    for cached in CACHED:
+        cached.cache_clear()
+    assert eval_main(["--model", "llama-dense-PREFILL", "--results_dir", str(tmp_path)]) == 2
+    expected = f"The package {package} is not installed; install it with: pip install {package}\n"
+    assert capsys.readouterr().err == f"error: {expected}"
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_package_that_lacks_what_it_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "rouge":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "six", None)
+    with pytest.raises(AdaskipError, match="rouge needs the module six, which is not installed"):
+        optional_module("rouge", "rouge")

@@ -179,8 +179,8 @@ def test_cases_name_budgets_as_the_policies_count() -> None:
     assert [case.label for case in cases] == labels
     run = run_case(model, cases[4], prompt(8), 3, look=True)
     assert [len(plan) for plan in run.plans] == [4] * 4
-    compiled = make_cases(learned, ["EE", "SD"], [2], n_steps=3, compiled=True)
-    assert [c.label for c in compiled if c.compiled and c.measured][2:] == ["EE 1 compiled"]
+    compiled = make_cases(learned, ["EE", "SD"], [4], n_steps=3, compiled=True)
+    assert [c.label for c in compiled if c.compiled and c.measured][2:] == ["EE 2 compiled"]
     with pytest.raises(AdaskipError, match="3 sublayers is not whole layers"):
         make_cases(learned, ["EE"], [3], n_steps=3)
     with pytest.raises(AdaskipError, match="Unknown policy 'AD'"):
@@ -225,6 +225,13 @@ def test_bad_options_are_one_sentence(
 ) -> None:
     assert speed_main("smollm2", ["--rounds", "0", "--results_dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: --rounds is 0; it must be at least 1.\n"
+    for minutes in ("-1", "nan", "inf"):
+        assert speed_main("smollm2", ["--minutes", minutes, "--results_dir", str(tmp_path)]) == 2
+        expected = f"--minutes is {float(minutes)}; it must be a number, 0 or more."
+        assert capsys.readouterr().err == f"error: {expected}\n"
+    assert speed_main("smollm2", ["--policies", "AD", "--results_dir", str(tmp_path)]) == 2
+    assert "Unknown policy 'AD'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10**9)
     with pytest.raises(AdaskipError, match=r"llama take 32\.1 GB, 1\.0 GB are free on cpu"):
         run_speed(tiny_config(tmp_path, model_name="llama", layers=None))

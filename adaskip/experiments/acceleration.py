@@ -12,6 +12,7 @@ from adaskip.experiments.distributed import team
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.experiments.runner import resolve
 from adaskip.plan import Phase
+from adaskip.policies.factory import takers, takes
 from adaskip.speed.calibration import measured_times
 from adaskip.speed.timing import growing_cache
 from adaskip.tasks.spec import task_spec
@@ -32,10 +33,10 @@ def accelerated(config: RunConfig, acceleration: float) -> tuple[RunConfig, Benc
 
     Source: METHOD, "Budget by acceleration ratio".
     """
-    if config.policy != "ADA" or config.skip_sub_layer_num is not None:
+    if not takes(config.policy, "acceleration") or config.skip_sub_layer_num is not None:
         raise AdaskipError(
-            f"--acceleration {acceleration} is a budget of policy ADA, in place of "
-            "--skip_sub_layer_num; give one of them."
+            f"--acceleration {acceleration} is a budget of {', '.join(takers('acceleration'))}, in "
+            "place of --skip_sub_layer_num; give one of them."
         )
     if team().world > 1:
         raise AdaskipError(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,12 +16,13 @@ from adaskip.errors import AdaskipError, DataError
 from adaskip.experiments.generation import StopRule, generate_greedy
 from adaskip.experiments.ledger import answer_length
 from adaskip.experiments.records import writing
-from adaskip.experiments.runconfig import DENSE, RunConfig
+from adaskip.experiments.runconfig import DENSE, HORIZON, RunConfig
 from adaskip.fingerprint import model_fingerprint
 from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.models.loading import ModelSpec, load_model, load_tokenizer, model_spec
 from adaskip.policies import SkipPolicy, policy_class
+from adaskip.policies.factory import build_policy
 from adaskip.tasks.longbench import load_rows
 from adaskip.tasks.prompts import Prompt, build_prompt, stop_token_ids
 from adaskip.tasks.sample import sample_rows
@@ -116,17 +115,10 @@ class Bench:
         """
         if config.policy == DENSE:
             return None
-        kind = policy_class(config.policy)
-        names = {item.name for item in dataclasses.fields(kind) if item.init}  # type: ignore[arg-type]
-        # A policy takes of this what it has a field for.
-        offered: dict[str, Callable[[], Any]] = {
-            "n_skip": lambda: config.budget,
-            "horizon": lambda: answer_length(config, task),
-            "importance": lambda: self.importance(config),
-            "gain": lambda: None if config.gain == "none" else config.gain,
-            "online": lambda: config.online,
-        }
-        policy = kind(**{name: value() for name, value in offered.items() if name in names})
+        offered = config.offered() | {HORIZON: answer_length(config, task)}
+        policy = build_policy(
+            config.policy, config.budget, offered, lambda: self.importance(config)
+        )
         policy.bind(self.n_layers)
         return policy
 

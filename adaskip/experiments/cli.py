@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import logging
+import math
+import shlex
 import sys
 import types
 import typing
@@ -14,8 +17,11 @@ from typing import Any, NoReturn
 
 from adaskip.errors import AdaskipError
 from adaskip.experiments.distributed import launched_as_first
-from adaskip.experiments.runconfig import RunConfig
+from adaskip.experiments.runconfig import DENSE, POLICY_OPTIONS, RunConfig, refuse_unused
 from adaskip.plan import Scope
+from adaskip.policies import POLICIES
+from adaskip.policies.factory import takers
+from adaskip.tasks.spec import task_names
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -36,6 +42,9 @@ def say(text: str) -> None:
 
 def guarded(action: Callable[[], int]) -> int:
     """Runs a command; returns its exit code, 2 for bad input, 130 for Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character shows a question mark in its place.
+        sys.stdout.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("adaskip").setLevel(logging.INFO if launched_as_first() else logging.ERROR)
     try:
@@ -56,7 +65,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     for item in dataclasses.fields(RunConfig):
         if "help" not in item.metadata:
             continue
-        settings: dict[str, Any] = {"dest": item.name, "default": item.default}
+        default = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        # What was not given cannot be refused.
+        absent = argparse.SUPPRESS if item.name in POLICY_OPTIONS else default
+        settings: dict[str, Any] = {"dest": item.name, "default": absent}
         kind = _plain_type(hints[item.name])
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -64,10 +78,39 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
             settings.update(nargs="+", metavar="NAME")
         else:
             settings.update(type=kind, metavar="N" if kind is int else "TEXT")
-        text = item.metadata["help"].replace("%", "%%")
-        if item.default not in (None, "", ()) and kind is not bool:
-            text += f" (default: {item.default})"
+        text = item.metadata["help"].format(**_names()).replace("%", "%%")
+        if default not in (None, "", ()) and kind is not bool:
+            text += f" (default: {default})"
         parser.add_argument(f"--{item.metadata['flag'] or item.name}", help=text, **settings)
+
+
+def _names() -> dict[str, str]:
+    """What help texts may list."""
+    budgets = {name: policy.budget for name, policy in POLICIES.items()}
+    listed = {
+        "policies": [DENSE, *POLICIES],
+        "tasks": task_names(),
+        "by_layers": [name for name, unit in budgets.items() if unit == "layers"],
+        "by_sublayers": [name for name, unit in budgets.items() if unit == "sublayers"],
+    }
+    return {key: ", ".join(names) for key, names in listed.items()}
+
+
+def ratio(text: str) -> float:
+    """An acceleration given on a command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no finite number from 1 up.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no acceleration; give dense time / skipped time, 1 or more, such as 1.2"
+        )
+    return value
 
 
 def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = None) -> int:
@@ -89,13 +132,15 @@ def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = No
             allow_abbrev=False,
         )
         add_run_options(parser)
+        users = takers("acceleration")
         parser.add_argument(
             "--acceleration",
-            type=float,
+            type=ratio,
             metavar="RATIO",
-            help="budget of ADA as the ratio of dense to skipped time, in place of a number",
+            help=f"budget as the ratio of dense to skipped time, of {', '.join(users)}",
         )
         given = vars(parser.parse_args(argv))
+        refuse_unused(given, [given["policy"]])
         given["tasks"] = tuple(given["tasks"])
         acceleration, bench = given.pop("acceleration"), None
         config = RunConfig(experiment=experiment, model_name=model_name, **given)
@@ -106,10 +151,18 @@ def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = No
             config, bench = accelerated(config, acceleration)
         config.check()
         folder = run(config, bench)
-        say(f"{folder} is complete; score it: python eval/eval.py --model {config.run_name}")
+        say(f"{folder} is complete; score it: {scoring_command(config)}")
         return 0
 
     return guarded(action)
+
+
+def scoring_command(config: RunConfig) -> str:
+    """What scores a run, to be pasted into a shell."""
+    words = ["python", "eval/eval.py", "--model", config.run_name]
+    if config.results_dir != RunConfig.results_dir:
+        words += ["--results_dir", config.results_dir]
+    return shlex.join(words)
 
 
 def eval_main(argv: Sequence[str] | None = None) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaskip.experiments.ledger import answer_length, is_finished, rows_path
+from adaskip.experiments.ledger import answer_length, is_finished, rows_of
 from adaskip.experiments.plans import Cell, SweepPlan
-from adaskip.experiments.records import Record, read_rows
+from adaskip.experiments.records import Record
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.experiments.runner import resolve
 from adaskip.models.loading import model_spec
@@ -72,7 +72,7 @@ def describe(plan: SweepPlan, cells: Sequence[Cell]) -> str:
     paces: dict[str, Pace] = {}
     made: dict[tuple[str, str], list[Record]] = {}
     for cell in plan.cells:
-        rows = read_rows(rows_path(cell.config, cell.task))
+        rows = rows_of(cell.config, cell.task)
         if rows:
             paces.setdefault(cell.config.model_name, Pace()).add(rows)
             made.setdefault((cell.config.model_name, cell.task), rows)
@@ -84,7 +84,7 @@ def describe(plan: SweepPlan, cells: Sequence[Cell]) -> str:
         pace = paces.get(config.model_name, Pace())
         cost = estimate(config, made.get(key, ()), pace, plan.estimate, finished=finished)
         costs.append(cost)
-        done = len(read_rows(rows_path(config, cell.task)))
+        done = len(rows_of(config, cell.task))
         state = "finished" if finished else f"{done} of {config.limit or 'all'} rows done"
         lines.append((cell.label, state, *_cells(cost)))
     total = Cost(
@@ -120,7 +120,7 @@ def estimate(
     if finished:
         return Cost(0, 0, 0, 0.0, "")
     task = config.tasks[0]
-    done = len(read_rows(rows_path(config, task)))
+    done = len(rows_of(config, task))
     rows = config.limit or assumed.get("rows", {}).get(task)
     if rows is None and task_spec(task).offline:
         rows = SAMPLE_ROWS

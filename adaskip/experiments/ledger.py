@@ -15,12 +15,16 @@ from adaskip.experiments.distributed import team
 from adaskip.experiments.records import (
     SCHEMA,
     Record,
+    differences,
     environment,
     read_json,
     read_rows,
     write_json,
 )
+from adaskip.experiments.rows import check_row
 from adaskip.experiments.runconfig import RunConfig
+from adaskip.importance import Importance
+from adaskip.policies.factory import LEARNED, takes
 from adaskip.tasks.prompts import prompt_template
 from adaskip.tasks.spec import task_spec
 
@@ -43,6 +47,15 @@ def rows_path(config: RunConfig, task: str) -> Path:
     return run_folder(config) / f"{task}.jsonl"
 
 
+def rows_of(config: RunConfig, task: str) -> list[Record]:
+    """The rows of one task that a run has so far.
+
+    Raises:
+        RunError: a line before the last is damaged, or no row of a run.
+    """
+    return read_rows(rows_path(config, task), check_row)
+
+
 def answer_length(config: RunConfig, task: str) -> int:
     """Longest answer of a task in this run, in tokens."""
     return config.max_new_tokens or task_spec(task).max_new_tokens
@@ -62,10 +75,13 @@ def existing_record(config: RunConfig) -> Record:
     record = read_record(folder)
     if not config.resume:
         raise RunError(f"{folder} exists already: leave out --no-resume, or give another --model.")
-    old, new = RunConfig.from_dict(record["config"]).settings(), config.settings()
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if changed:
-        what = ", ".join(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed)
+    old = RunConfig.from_dict(record["config"])
+    what = differences(old.settings(), config.settings())
+    if not what:  # another policy has other fields: its name says enough
+        # Without the policy's own account, its options tell.
+        made = record.get("policy") or old.policy_settings()
+        what = differences(made, config.policy_settings())
+    if what:
         raise RunError(
             f"{folder} was made with other settings ({what}). Nothing was changed; give this run "
             "another name (--model NAME) or move the folder away."
@@ -83,7 +99,8 @@ def read_record(folder: Path) -> Record:
     record = read_json(path)
     try:
         RunConfig.from_dict(record["config"])
-        good = isinstance(record["n_layers"], int) and record["n_layers"] > 0
+        good = isinstance(record.get("policy", {}), dict)
+        good &= isinstance(record["n_layers"], int) and record["n_layers"] > 0
         good &= isinstance(record["importance"], str | None)
         good &= all(isinstance(item["id"], str) for item in record["sessions"])
         for task, facts in record["tasks"].items():
@@ -108,12 +125,16 @@ def is_finished(config: RunConfig) -> bool:
     """
     record = existing_record(config)
     tasks = record.get("tasks", {})
-    return bool(record) and all(
-        task in tasks
-        and tasks[task]["max_new_tokens"] == answer_length(config, task)
-        and _covers(tasks[task]["limit"], config.limit)
-        and len(read_rows(rows_path(config, task))) >= tasks[task]["rows"]
-        for task in config.tasks
+    return (
+        bool(record)
+        and _same_profile(config, record)
+        and all(
+            task in tasks
+            and tasks[task]["max_new_tokens"] == answer_length(config, task)
+            and _covers(tasks[task]["limit"], config.limit)
+            and len(rows_of(config, task)) >= tasks[task]["rows"]
+            for task in config.tasks
+        )
     )
 
 
@@ -154,7 +175,8 @@ def begin(
         tasks[task] = {**known, "max_new_tokens": length, "prompt_sha256": digest}
     record = {
         "schema": SCHEMA,
-        "config": config.as_dict() | {"tasks": list(tasks)},
+        "config": config.recorded() | {"tasks": list(tasks)},
+        "policy": config.policy_settings(),
         "n_layers": n_layers,
         "importance": profile,
         "tasks": tasks,
@@ -168,6 +190,15 @@ def update(config: RunConfig, record: Record, task: str, facts: Mapping[str, Any
     """Adds what is known once a task is done."""
     record["tasks"][task].update(facts)
     write_json(run_folder(config) / RUN_FILE, record)
+
+
+def _same_profile(config: RunConfig, record: Record) -> bool:
+    """Whether a run is sure to use its recorded profile, which otherwise only its model tells."""
+    if not takes(config.policy, LEARNED):
+        return True
+    if config.importance:
+        return bool(Importance.load(Path(config.importance)).name == record["importance"])
+    return record["config"].get("importance") is None
 
 
 def _covers(recorded: int | None, asked: int | None) -> bool:

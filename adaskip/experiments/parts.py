@@ -7,10 +7,19 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adaskip.errors import RunError
 from adaskip.experiments.distributed import team
-from adaskip.experiments.records import Record, lock, read_rows, repair_rows, write_bytes, writing
+from adaskip.experiments.records import (
+    Record,
+    has_id,
+    lock,
+    read_rows,
+    repair_rows,
+    write_bytes,
+    writing,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,12 @@ class Share:
 
 
 def make_rows(
-    path: Path, order: Sequence[str], work: Callable[[Share], None], *, same: bool = False
+    path: Path,
+    order: Sequence[str],
+    work: Callable[[Share], None],
+    *,
+    same: bool = False,
+    check: Callable[[Any], None] = has_id,
 ) -> list[Record]:
     """Has the missing rows of a file made by the processes of this command, each its share.
 
@@ -40,6 +54,7 @@ def make_rows(
         order: ids of the rows it shall hold, in their order.
         work: makes the rows of a share and appends them to its target.
         same: all processes make all rows together, and the first writes them.
+        check: raises a `ValueError` for a line that does not belong there.
 
     Returns:
         The rows of the file.
@@ -49,7 +64,11 @@ def make_rows(
         Exception: what `work` raised, on all processes; what was made until then is kept.
     """
     group = team()
-    done = group.on_first(lambda: frozenset(str(row["id"]) for row in settle_rows(path, order)))
+
+    def settled() -> list[Record]:
+        return settle_rows(path, order, check)
+
+    done = group.on_first(lambda: frozenset(str(row["id"]) for row in settled()))
     if done - set(order) and set(order) - done:
         raise RunError(
             f"{path} holds rows that are not among those asked for now: give the --limit and the "
@@ -65,9 +84,9 @@ def make_rows(
             work(share)
     except Exception:
         # What the other processes made until then counts.
-        group.on_first(lambda: settle_rows(path, order))
+        group.on_first(settled)
         raise
-    made = group.on_first(lambda: settle_rows(path, order))
+    made = group.on_first(settled)
     missing = set(order) - {str(row["id"]) for row in made}
     if missing:
         raise RunError(
@@ -94,7 +113,9 @@ def part_path(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.name}.part{rank}")
 
 
-def settle_rows(path: Path, order: Sequence[str]) -> list[Record]:
+def settle_rows(
+    path: Path, order: Sequence[str], check: Callable[[Any], None] = has_id
+) -> list[Record]:
     """Brings a JSONL file into the state an uninterrupted single process would have left.
 
     Cuts off a torn last line, takes in the rows of all part files, and sorts. The file is replaced
@@ -104,6 +125,7 @@ def settle_rows(path: Path, order: Sequence[str]) -> list[Record]:
     Args:
         path: the file; it and its parts may be missing.
         order: ids of the rows as they should follow each other; others stay behind them.
+        check: raises a `ValueError` for a line that does not belong there.
 
     Returns:
         The rows now in the file.
@@ -111,11 +133,11 @@ def settle_rows(path: Path, order: Sequence[str]) -> list[Record]:
     Raises:
         RunError: a line is damaged, or a file cannot be changed.
     """
-    rows = repair_rows(path)
+    rows = repair_rows(path, check)
     parts = sorted(path.parent.glob(f"{path.name}.part*"))
     found = {str(row["id"]): row for row in rows}
     for part in parts:
-        for row in read_rows(part):
+        for row in read_rows(part, check):
             found.setdefault(str(row["id"]), row)
     place = {row: index for index, row in enumerate(order)}
     wanted = sorted(found.values(), key=lambda row: place.get(str(row["id"]), len(place)))

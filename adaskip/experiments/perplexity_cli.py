@@ -15,15 +15,23 @@ from adaskip.experiments.distributed import team
 from adaskip.experiments.parts import locked
 from adaskip.experiments.perplexity import Perplexity, shared_perplexity
 from adaskip.experiments.records import environment, write_json
-from adaskip.experiments.runconfig import DENSE, RunConfig, budget_flag
+from adaskip.experiments.runconfig import (
+    DENSE,
+    POLICY_OPTIONS,
+    WARMING_UP,
+    RunConfig,
+    budget_flag,
+    refuse_unused,
+)
 from adaskip.experiments.scoring import phase_shares
 from adaskip.observing.cli import DATA_OPTIONS, FACTS, add_options, configured
 from adaskip.observing.recording import begun
 from adaskip.plan import SCOPES
+from adaskip.policies import POLICIES
+from adaskip.policies.factory import LEARNED, takes
 from adaskip.report.tables import markdown_table, number, percent
 
 ROWS = 10
-_ADA_OPTIONS = ("importance", "warmup", "warmup_task", "gain", "online")
 
 
 def perplexity_main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +49,7 @@ def perplexity_main(argv: Sequence[str] | None = None) -> int:
         model, scope = given.pop("model"), given.pop("scope")
         max_tokens = given.pop("reference_tokens")
         policies = given.pop("policy")
+        refuse_unused(given, policies or [DENSE])
         budgets = {flag: given.pop(flag) or [] for flag in _BUDGETS}
         given["limit"] = given["limit"] or ROWS
         base = dataclasses.replace(configured("perplexity", model, given), experiment=scope)
@@ -62,14 +71,16 @@ def _parser() -> Parser:
     )
     parser.add_argument("--model", required=True, metavar="NAME", help="as in configs/models.yaml")
     parser.add_argument(
-        "--policy", nargs="*", default=[], metavar="NAME", help="policies, besides dense"
+        "--policy",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help=f"besides dense: {', '.join(POLICIES)}",
     )
-    for flag, users in zip(
-        _BUDGETS, ("EE, SD and US, in layers", "ADA, in sublayers"), strict=True
-    ):
-        parser.add_argument(
-            f"--{flag}", nargs="+", type=int, metavar="N", help=f"budgets of {users}"
-        )
+    for flag in _BUDGETS:
+        users = ", ".join(name for name in POLICIES if budget_flag(name) == flag)
+        text = f"budgets in {POLICIES[users.split(', ')[0]].budget}, of {users}"
+        parser.add_argument(f"--{flag}", nargs="+", type=int, metavar="N", help=text)
     parser.add_argument(
         "--scope", default="e2e", choices=SCOPES, help="where plans apply (default: e2e)"
     )
@@ -81,7 +92,7 @@ def _parser() -> Parser:
         metavar="N",
         help=f"tokens of each reference that count (default: {tokens})",
     )
-    add_options(parser, (*DATA_OPTIONS, *_ADA_OPTIONS))
+    add_options(parser, (*DATA_OPTIONS, *POLICY_OPTIONS, *WARMING_UP))
     return parser
 
 
@@ -126,7 +137,7 @@ def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str
     group = team()
     with locked(path.parent):
         record = group.on_first(lambda: begun(path, base, " ".join(base.tasks), settings))
-        missing = [cell for cell in cells if key_of(cell) not in record["sums"]]
+        missing = [cell for cell in cells if not _is_measured(cell, record)]
         if not missing:
             return path, record
         with group.together(), group.first_ahead():
@@ -144,15 +155,28 @@ def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str
 
 
 def key_of(cell: RunConfig) -> str:
-    """What the result file calls a cell; ADA's settings are part of it."""
+    """What the result file calls a cell: its policy, and what the command line can set of it."""
     if cell.policy == DENSE:
         return DENSE
+    made = cell.policy_settings()
+    parts = [_setting(key, made[key]) for key in POLICY_OPTIONS if key in made]
+    if takes(cell.policy, LEARNED):
+        parts.append(cell.importance or f"{cell.warmup} rows of {cell.warmup_task}")
     name = f"{cell.policy} {cell.budget}"
-    if cell.policy != "ADA":
-        return name
-    parts = [f"gain {cell.gain}", "online" if cell.online else "offline"]
-    parts.append(cell.importance or f"{cell.warmup} rows of {cell.warmup_task}")
-    return f"{name} ({', '.join(parts)})"
+    return f"{name} ({', '.join(parts)})" if parts else name
+
+
+def _setting(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return key if value else f"not {key}"
+    return f"{key} {'none' if value is None else value}"
+
+
+def _is_measured(cell: RunConfig, record: Mapping[str, Any]) -> bool:
+    """Whether the result file has a cell, made with the same policy."""
+    found = record["sums"].get(key_of(cell))
+    made = cell.policy_settings()
+    return found is not None and found.get("policy", made) == made
 
 
 def _measured(cell: RunConfig, bench: Bench, max_tokens: int) -> dict[str, Any]:
@@ -175,6 +199,7 @@ def _measured(cell: RunConfig, bench: Bench, max_tokens: int) -> dict[str, Any]:
         tasks[task] = _numbers(found) | {"rows": {r.id: [f.nll, f.tokens] for r, f in pairs}}
     skipped = [{"skipped": row.skipped} for row in whole.rows]
     return _numbers(whole) | {
+        "policy": cell.policy_settings(),
         "skipped_share": phase_shares(skipped, bench.n_layers),
         "tasks": tasks,
     }

@@ -11,7 +11,13 @@ from typing import Any, cast
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.experiments.bench import warmup_task
 from adaskip.experiments.reference_quality import PerplexityPlan
-from adaskip.experiments.runconfig import DENSE, RunConfig, budget_flag, check_file_name
+from adaskip.experiments.runconfig import (
+    DENSE,
+    RunConfig,
+    budget_flag,
+    check_file_name,
+    refuse_unused,
+)
 from adaskip.experiments.sweepfile import KEYS, check_shape, is_list
 from adaskip.models.loading import model_names
 from adaskip.plan import SCOPES, Scope
@@ -101,6 +107,8 @@ def read_plan(path: Path) -> SweepPlan:
     for model in models:
         if model not in model_names():
             raise AdaskipError(f"{path}: {unknown_name('model', model, model_names())}")
+    given = [content.get("settings") or {}, *(content.get("tasks") or {}).values()]
+    refuse_unused((key for settings in given for key in settings), [*content["policies"]])
     cells = [
         cell
         for model in models
@@ -129,7 +137,7 @@ def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     for item in only:
         key, separator, value = item.partition("=")
         if not separator or not value:
-            raise AdaskipError(f"--only {item!r} must be key=value, e.g. policy=ADA.")
+            raise AdaskipError(f"--only {item!r} must be key=value, e.g. policy=EE.")
         if key not in SELECTORS:
             raise unknown_name("--only key", key, SELECTORS)
         chosen[key] = value

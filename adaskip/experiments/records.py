@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -104,29 +104,39 @@ def read_json(path: Path) -> Record:
     return dict(content)
 
 
-def read_rows(path: Path) -> list[Record]:
+def has_id(row: Any) -> None:
+    """Raises a `ValueError` unless a line is a row with an id: what every such file has."""
+    if not isinstance(row, dict) or "id" not in row:
+        raise ValueError("not a row with an id")
+
+
+def read_rows(path: Path, check: Callable[[Any], None] = has_id) -> list[Record]:
     """The complete rows of a JSONL file, without the torn last line of a killed run.
+
+    Args:
+        path: the file; it may be missing.
+        check: raises a `ValueError` for a line that does not belong there.
 
     Raises:
         RunError: a line before the last is damaged; the message has its number.
     """
-    return _parse(path)[0]
+    return _parse(path, check)[0]
 
 
-def repair_rows(path: Path) -> list[Record]:
+def repair_rows(path: Path, check: Callable[[Any], None] = has_id) -> list[Record]:
     """As `read_rows`, and cuts the torn last line off the file.
 
     Raises:
         RunError: a line before the last is damaged, or the file cannot be changed.
     """
-    rows, good_bytes = _parse(path)
+    rows, good_bytes = _parse(path, check)
     if path.exists() and path.stat().st_size != good_bytes:
         with writing(path):
             os.truncate(path, good_bytes)
     return rows
 
 
-def _parse(path: Path) -> tuple[list[Record], int]:
+def _parse(path: Path, check: Callable[[Any], None]) -> tuple[list[Record], int]:
     """The complete rows, and how many bytes they take."""
     if not path.exists():
         return [], 0
@@ -136,8 +146,7 @@ def _parse(path: Path) -> tuple[list[Record], int]:
     for number, line in enumerate(lines[:-1], start=1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or "id" not in row:
-                raise ValueError("not a row with an id")
+            check(row)
         except ValueError as error:
             raise RunError(
                 f"{path}, line {number} is damaged ({error}); delete that line and run again."
@@ -158,6 +167,12 @@ def append_rows(path: Path, rows: Sequence[Record]) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two mappings of settings, as a part of a sentence; empty if nothing."""
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed)
 
 
 @contextlib.contextmanager

@@ -6,25 +6,43 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, RunError, refuse_below_one, unknown_name
 from adaskip.plan import SCOPES, Scope
+from adaskip.policies import POLICIES
+from adaskip.policies.factory import LEARNED, arguments, describe, takers, takes
 
 DENSE = "dense"
+HORIZON = "horizon"  # the field of a policy that takes the answer length
 GAINS = ("token", "norm", "none")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
-_ADA_ONLY = ("importance", "warmup", "warmup_task", "gain", "online")
+# How importance is learned, which matters to policies that use it.
+WARMING_UP = ("warmup", "warmup_task")
+# Options that set a field of the policy, or say what it has learned.
+POLICY_OPTIONS = ("importance", "gain", "online")
 _NOT_SETTINGS = (
     *("name", "tasks", "limit", "max_new_tokens", "data_dir", "results_dir", "resume"),
-    *("importance", "allow_pickle"),
+    *("allow_pickle", *POLICY_OPTIONS),
 )
 
 
 def option(default: Any, text: str, *, flag: str | None = None) -> Any:
-    """A field of `RunConfig` that is also a command-line option, with its help text."""
-    return field(default=default, metadata={"help": text, "flag": flag})
+    """A field of `RunConfig` that is also a command-line option, with its help text.
+
+    The text may name `{policies}`, `{tasks}` and the policies by what they count; a default may be
+    a function.
+    """
+    made = {"default_factory" if callable(default) else "default": default}
+    return field(**made, metadata={"help": text, "flag": flag})
+
+
+def default_policy() -> str:
+    """What a run skips by unless it is told."""
+    return str(read_config("budgets.yaml")["default_policy"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +58,17 @@ class RunConfig:
 
     experiment: Scope
     model_name: str
-    policy: str = option("ADA", "what is skipped: dense (nothing) or a registered policy")
-    skip_full_layer_num: int | None = option(None, "budget of EE, SD and US, in whole layers")
-    skip_sub_layer_num: int | None = option(None, "budget of ADA, in sublayers")
+    policy: str = option(default_policy, "what is skipped, one of: {policies}; dense skips nothing")
+    skip_full_layer_num: int | None = option(None, "budget in whole layers, of {by_layers}")
+    skip_sub_layer_num: int | None = option(None, "budget in sublayers, of {by_sublayers}")
     name: str = option(
         "",
         "name of the run (default: MODEL-POLICY-EXPERIMENT, e.g. llama-EE-PREFILL)",
         flag="model",
     )
-    tasks: tuple[str, ...] = option((), "tasks to run (default: those of the experiment)")
+    tasks: tuple[str, ...] = option(
+        (), "tasks to run (default: those of the experiment), of: {tasks}"
+    )
     limit: int | None = option(
         None, "rows per task, from the first (default: all; sample tasks: 20)"
     )
@@ -80,8 +100,13 @@ class RunConfig:
     warmup_task: str | None = option(
         None, "source of the warm-up prompts (default: fits the tasks)"
     )
-    gain: str = option("token", f"compensation of a skipped sublayer: {', '.join(GAINS)}")
-    online: bool = option(True, "extend ADA's plan while decoding (decode and e2e experiments)")
+    gain: str | None = option(
+        None, f"compensation of a skipped sublayer: {', '.join(GAINS)} (default: the policy's)"
+    )
+    online: bool | None = option(
+        None,
+        "extend the plan while decoding (decode and e2e experiments; default: as the policy does)",
+    )
     seed: int = option(2025, "seed of sampling and of the offline sample")
     results_dir: str = option("results", "folder that holds the runs")
     resume: bool = option(True, "continue a run that exists; --no-resume refuses to")
@@ -104,15 +129,37 @@ class RunConfig:
     def settings(self) -> dict[str, Any]:
         """The fields two runs must share to be the same run.
 
-        Tasks and limit only say how much of it; the answer length is compared per task, the profile
-        by its name; a dense run is the same in every experiment.
+        Tasks and limit only say how much of it; the answer length is compared per task, the policy
+        by its own fields, the profile by its name; a dense run is the same in every experiment.
         """
         left_out = set(_NOT_SETTINGS)
-        if self.policy != "ADA":
-            left_out.update(_ADA_ONLY)
         if self.policy == DENSE:
             left_out.add("experiment")
-        return {key: value for key, value in self.as_dict().items() if key not in left_out}
+        return {key: value for key, value in self.recorded().items() if key not in left_out}
+
+    def offered(self) -> dict[str, Any]:
+        """What is set of a policy's fields, if it has them; the others keep its own defaults."""
+        given = {"gain": self.gain, "online": self.online}
+        return {k: None if v == "none" else v for k, v in given.items() if v is not None}
+
+    def policy_settings(self) -> dict[str, Any]:
+        """What the policy is made with, by its fields; empty for dense.
+
+        Without what it learns, which is compared by the name of the profile, and without its
+        `horizon`: the answer length, which is compared per task.
+
+        Raises:
+            AdaskipError: the policy cannot be made from settings.
+        """
+        if self.policy == DENSE:
+            return {}
+        made = arguments(self.policy, self.budget, self.offered() | {HORIZON: None})
+        return describe({key: value for key, value in made.items() if key != HORIZON})
+
+    def recorded(self) -> dict[str, Any]:
+        """Every field that has a meaning for this policy, ready for JSON."""
+        unused = [key for key in (*POLICY_OPTIONS, *WARMING_UP) if not _applies(key, self.policy)]
+        return {key: value for key, value in self.as_dict().items() if key not in unused}
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, ready for JSON."""
@@ -150,7 +197,8 @@ class RunConfig:
             raise unknown_name("experiment", self.experiment, SCOPES)
         check_budget(self.policy, self.skip_full_layer_num, self.skip_sub_layer_num)
         check_file_name("run name (--model)", self.run_name)
-        if self.gain not in GAINS:
+        self.policy_settings()
+        if self.gain is not None and self.gain not in GAINS:
             raise unknown_name("gain", self.gain, GAINS)
         for key in ("device_map", "tp_plan"):
             if getattr(self, key) not in (None, "auto"):
@@ -196,8 +244,6 @@ def budget_flag(policy: str) -> str | None:
     Raises:
         AdaskipError: the policy is not registered.
     """
-    from adaskip.policies import POLICIES
-
     if policy == DENSE:
         return None
     if policy not in POLICIES:
@@ -224,3 +270,27 @@ def check_budget(policy: str, full: int | None, sub: int | None) -> None:
         raise AdaskipError(f"Policy {policy} needs its budget: --{own} N (or --policy {DENSE}).")
     if value < 0:
         raise AdaskipError(f"--{own} is {value}; it must be 0 or more.")
+
+
+def refuse_unused(given: Iterable[str], policies: Sequence[str]) -> None:
+    """Refuses an option that none of the policies has a use for.
+
+    Args:
+        given: names of options or settings that were given; others than a policy's are passed over.
+        policies: those that are run.
+
+    Raises:
+        AdaskipError: there is one; the message says which policies take it.
+    """
+    for key in given:
+        if key in POLICY_OPTIONS and not any(_applies(key, policy) for policy in policies):
+            users = ", ".join(takers(key)) or "none"
+            raise AdaskipError(
+                f"The option {key!r} does not apply to {', '.join(policies)}; policies that take "
+                f"it: {users}."
+            )
+
+
+def _applies(key: str, policy: str) -> bool:
+    """Whether a policy has a use for one of its options, or for how importance is learned."""
+    return takes(policy, LEARNED if key in WARMING_UP else key)

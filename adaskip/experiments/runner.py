@@ -17,10 +17,12 @@ from adaskip.experiments.distributed import team
 from adaskip.experiments.ledger import begin, is_finished, rows_path, run_folder, session_id, update
 from adaskip.experiments.parts import Share, locked, make_rows
 from adaskip.experiments.records import Record, lock
+from adaskip.experiments.rows import check_row
 from adaskip.experiments.runconfig import RunConfig
 from adaskip.experiments.scoring import phase_shares
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.policies import SkipPolicy
+from adaskip.policies.factory import LEARNED, takes
 from adaskip.tasks.spec import Row, task_spec
 
 __all__ = ["RunConfig", "is_finished", "plan_batches", "resolve", "run", "run_folder"]
@@ -80,7 +82,7 @@ def run(config: RunConfig, bench: Bench | None = None) -> Path:
         bench = _fitting(config, bench)
         rows = {task: bench.rows(config, task) for task in config.tasks}
         policies = {task: bench.policy(config, task) for task in config.tasks}
-    profile = bench.importance(config).name if config.policy == "ADA" else None
+    profile = bench.importance(config).name if takes(config.policy, LEARNED) else None
     n_layers, n_rows = bench.n_layers, {task: len(rows[task]) for task in config.tasks}
     with locked(folder):
         record = group.on_first(
@@ -127,4 +129,5 @@ def _run_task(
 
     order = [row.id for batch in batches for row in batch]
     # Processes that hold parts of one model go through all rows together.
-    return make_rows(rows_path(config, task), order, generate, same=bool(config.tp_plan))
+    same = bool(config.tp_plan)
+    return make_rows(rows_path(config, task), order, generate, same=same, check=check_row)

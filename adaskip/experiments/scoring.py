@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from adaskip.errors import RunError
 from adaskip.experiments.ledger import RUN_FILE, read_record
 from adaskip.experiments.records import SCHEMA, Record, read_rows, write_json
+from adaskip.experiments.rows import check_row
 from adaskip.experiments.runconfig import DENSE, RunConfig, check_file_name
 from adaskip.metrics import ScoreLog, corpus_score, rouge_l, score_each, similarity_backend
 from adaskip.plan import Phase
@@ -19,8 +21,9 @@ from adaskip.tasks.spec import task_spec
 
 RESULT_FILE = "result.json"
 MIN_LENGTH = 4000
+_RUN_FOLDER = re.compile(r".+-SKIP-([0-9]+)")
 _POLICY_SETTINGS = ("experiment", "policy", "skip_full_layer_num", "skip_sub_layer_num")
-_ADA_SETTINGS = ("warmup", "warmup_task", "gain", "online")
+_LEARNING = ("warmup", "warmup_task")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class RunScore:
         """Writes `result.json` into the run's folder."""
         content = {
             "schema": SCHEMA,
-            "config": self.config.as_dict(),
+            "config": self.config.recorded(),
             "tasks": {name: score.as_dict() for name, score in self.tasks.items()},
         }
         write_json(self.folder / RESULT_FILE, content)
@@ -106,17 +109,10 @@ def score_run(folder: Path, *, min_length: int = MIN_LENGTH) -> RunScore:
     n_layers = int(record["n_layers"])
     scores = {}
     for task, facts in record["tasks"].items():
-        path = folder / f"{task}.jsonl"
-        rows, planned = read_rows(path), int(facts["rows"])
-        try:
-            scores[task] = score_rows(
-                task, rows, n_layers=n_layers, n_planned=planned, min_length=min_length
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise RunError(
-                f"{path} holds a row that no run wrote ({reason}); delete it and run again."
-            ) from error
+        rows, planned = read_rows(folder / f"{task}.jsonl", check_row), int(facts["rows"])
+        scores[task] = score_rows(
+            task, rows, n_layers=n_layers, n_planned=planned, min_length=min_length
+        )
     return RunScore(folder, config, n_layers, scores)
 
 
@@ -162,16 +158,25 @@ def score_rows(
 def runs_of(results_dir: Path, name: str) -> list[Path]:
     """The folders of every budget of a run, by budget.
 
+    Args:
+        results_dir: the folder that holds the runs.
+        name: a run's name, or that of one folder: a run's name with its budget.
+
     Raises:
         RunError: there is none; the message lists the runs there are.
     """
     check_file_name("run name (--model)", name)
-    found = [path.parent for path in results_dir.glob(f"{name}-SKIP-*/{RUN_FILE}")]
+    budgets = {
+        path.parent: int(match[1])
+        for path in results_dir.glob(f"*-SKIP-*/{RUN_FILE}")
+        if (match := _RUN_FOLDER.fullmatch(path.parent.name))
+    }
+    found = [path for path in budgets if name in (path.name, path.name.rpartition("-SKIP-")[0])]
     if not found:
-        names = sorted({path.parent.name for path in results_dir.glob(f"*-SKIP-*/{RUN_FILE}")})
+        names = sorted(path.name for path in budgets)
         known = f"its runs are: {', '.join(names)}" if names else "it holds no run"
         raise RunError(f"No run {name!r} in {results_dir}; {known}.")
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=budgets.__getitem__)
 
 
 def dense_scores(
@@ -198,7 +203,7 @@ def dense_scores(
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
     """The settings a run shares with its dense baseline."""
-    left_out = {*_POLICY_SETTINGS, *_ADA_SETTINGS}
+    left_out = {*_POLICY_SETTINGS, *_LEARNING}
     return {key: value for key, value in config.settings().items() if key not in left_out}
 
 

@@ -19,6 +19,7 @@ from adaskip.experiments.records import (
     SCHEMA,
     Record,
     append_rows,
+    differences,
     read_json,
     read_rows,
     write_json,
@@ -179,10 +180,8 @@ def begun(path: Path, config: RunConfig, task: str, settings: dict[str, Any]) ->
             "sums": {},
         }
     record = read_json(path)
-    old = record["settings"]
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if changed:
-        what = ", ".join(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed)
+    what = differences(record["settings"], new)
+    if what:
         raise RunError(
             f"{path} was made with other settings ({what}); choose another --results_dir, or move "
             "the file away."

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -31,11 +31,10 @@ def register(name: str) -> Callable[[P], P]:
     def add(policy: P) -> P:
         if not issubclass(policy, SkipPolicy):
             raise TypeError(f"{policy!r} is not a SkipPolicy.")
-        if not is_dataclass(policy) or "n_skip" not in {f.name for f in fields(policy) if f.init}:
-            raise TypeError(
-                f"{policy.__name__} is not a dataclass with a field n_skip, by which scripts give "
-                f"it its budget; write @dataclass below @register({name!r})."
-            )
+        try:
+            policy.hyperparameters()
+        except AdaskipError as error:
+            raise TypeError(f"{error} Write @dataclass below @register({name!r}).") from None
         if POLICIES.setdefault(name, policy) is not policy:
             raise TypeError(f"Policy name {name!r} already belongs to {POLICIES[name].__name__}.")
         return policy
@@ -70,6 +69,25 @@ class SkipPolicy(ABC):
     budget: ClassVar[Literal["layers", "sublayers"]] = "layers"
     scope: Scope = "e2e"
     n_layers: int = 0
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, Any]:
+        """The fields a policy is made with, and their defaults; `MISSING` where there is none.
+
+        Raises:
+            AdaskipError: the class is no dataclass, or has no budget.
+        """
+        if not dataclasses.is_dataclass(cls):
+            raise AdaskipError(f"{cls.__name__} has no fields to be set: make it a dataclass.")
+        items = [item for item in dataclasses.fields(cls) if item.init]
+        if all(item.name != "n_skip" for item in items):
+            raise AdaskipError(f"{cls.__name__} has no budget: give it a field n_skip.")
+        return {
+            item.name: item.default
+            if item.default_factory is dataclasses.MISSING
+            else item.default_factory()
+            for item in items
+        }
 
     def bind(self, n_layers: int) -> None:
         """Prepares for a model of `n_layers` layers, forgetting all earlier requests.

@@ -13,7 +13,7 @@ from adaskip.report.tables import MISSING
 
 # Of one run, not of the sweep.
 _OWN = {"experiment", "policy", "skip_full_layer_num", "skip_sub_layer_num", "name", "tasks"}
-_OWN |= {"limit", "max_new_tokens", "results_dir", "resume", "model_name"}
+_OWN |= {"limit", "max_new_tokens", "results_dir", "resume", "model_name", "n_skip"}
 _MACHINE = ("device", "platform", "threads", "python", "torch", "transformers", "adaskip", "commit")
 
 
@@ -51,7 +51,7 @@ def settings_grid(recipe: Mapping[str, Record]) -> Grid:
     """The settings and the values they had; several where runs differ."""
     found: dict[str, dict[str, None]] = {}
     for record in recipe.values():
-        for key, value in record["config"].items():
+        for key, value in (record["config"] | record.get("policy", {})).items():
             if key not in _OWN:
                 found.setdefault(key, {})[_shown(value)] = None
     rows = [(key, ", ".join(values)) for key, values in found.items() if [*values] != [MISSING]]

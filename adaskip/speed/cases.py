@@ -10,23 +10,16 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from adaskip.errors import AdaskipError, unknown_name
+from adaskip.errors import AdaskipError
 from adaskip.importance import Importance
 from adaskip.plan import EMPTY_PLAN, Kind, SkipPlan, Sublayer
-from adaskip.policies import (
-    AdaSkip,
-    EarlyExit,
-    FixedSkipping,
-    SkipDecode,
-    SkipPolicy,
-    UnifiedSkipping,
-)
+from adaskip.policies import FixedSkipping, SkipPolicy, policy_class
+from adaskip.policies.factory import build_policy
 from adaskip.session import Session, skipping
 from adaskip.speed.compiling import compiled_call
 from adaskip.speed.timing import RequestTimes, dynamic_cache, growing_cache, time_request
 
 CacheName = Literal["dynamic", "growing", "static"]
-SPEED_POLICIES = ("EE", "SD", "US", "ADA")
 DENSE, DENSE_COMPILED = BASELINES = ("dense", "dense compiled")
 
 
@@ -65,23 +58,19 @@ def make_cases(
     """Stock, dense, empty plan, and every policy at every budget.
 
     Args:
-        importance: of the model, for ADA.
-        policies: of `SPEED_POLICIES`.
-        budgets: in sublayers; the others skip half as many whole layers.
-        n_steps: decode steps, over which SkipDecode grows.
+        importance: of the model, for policies that learn.
+        policies: registered names.
+        budgets: in sublayers; policies that count layers skip half as many.
+        n_steps: decode steps, the horizon of a policy that has one.
         compiled: whether to add the compiled ones.
 
     Raises:
         AdaskipError: a policy is unknown, or a budget is not even.
     """
-    for name in policies:
-        if name not in SPEED_POLICIES:
-            raise unknown_name("policy", name, SPEED_POLICIES)
     odd = [n for n in budgets if n < 2 or n % 2]
     if odd:
         raise AdaskipError(f"A budget of {odd[0]} sublayers is not whole layers; give even ones.")
-    plans = [(p, n, _policy(p, n, importance, n_steps)) for p in policies for n in budgets]
-    named = [(f"{p} {n if p == 'ADA' else n // 2}", policy) for p, n, policy in plans]
+    named = [_named(p, n, importance, n_steps) for p in policies for n in budgets]
     cases = [
         Case("stock", None, "dynamic"),
         Case(DENSE, None),
@@ -92,8 +81,8 @@ def make_cases(
 
 
 def _compiled(named: Sequence[tuple[str, SkipPolicy]], n_layers: int) -> list[Case]:
-    """The compiled cases; SkipDecode, which would compile a graph per number of layers, is out."""
-    fixed = [(label, policy) for label, policy in named if not isinstance(policy, SkipDecode)]
+    """The compiled cases, without changing plans: each would compile a graph of its own."""
+    fixed = [(label, policy) for label, policy in named if not policy.stepwise]
     return [
         Case(DENSE_COMPILED, None, "static", True),
         Case("empty plan compiled", FixedSkipping(EMPTY_PLAN), "static", True),
@@ -103,14 +92,15 @@ def _compiled(named: Sequence[tuple[str, SkipPolicy]], n_layers: int) -> list[Ca
     ]
 
 
-def _policy(name: str, n_sublayers: int, importance: Importance, n_steps: int) -> SkipPolicy:
-    layers = n_sublayers // 2
-    if name == "ADA":
-        # Without the extension, whose set would differ from request to request.
-        return AdaSkip(importance, n_sublayers, online=False)
-    if name == "SD":
-        return SkipDecode(layers, horizon=n_steps)
-    return EarlyExit(layers) if name == "EE" else UnifiedSkipping(layers)
+def _named(
+    name: str, n_sublayers: int, importance: Importance, n_steps: int
+) -> tuple[str, SkipPolicy]:
+    """A policy at a budget, and how the table calls it."""
+    in_layers = policy_class(name).budget == "layers"
+    n_skip = n_sublayers // 2 if in_layers else n_sublayers
+    # Without an extension, whose set would differ from request to request.
+    offered = {"online": False, "horizon": n_steps}
+    return f"{name} {n_skip}", build_policy(name, n_skip, offered, lambda: importance)
 
 
 def _without(kind: Kind, n_layers: int) -> SkipPolicy:

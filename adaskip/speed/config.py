@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from adaskip.errors import refuse_below_one
+from adaskip.errors import AdaskipError, refuse_below_one
 from adaskip.experiments.cli import Parser, guarded, say
+from adaskip.policies import POLICIES, policy_class
 from adaskip.speed.interleaving import MIN_ROUNDS
 
 DEFAULT_WEIGHTS = "default"
+
+
+def _all_policies() -> tuple[str, ...]:
+    """Those that skip whole layers first."""
+    return tuple(sorted(POLICIES, key=lambda name: POLICIES[name].budget))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,7 @@ class SpeedConfig:
     weights: str | None = None
     contexts: tuple[int, ...] = (512, 1024, 2048, 4096)
     batches: tuple[int, ...] = (1,)
-    policies: tuple[str, ...] = ("EE", "SD", "US", "ADA")
+    policies: tuple[str, ...] = field(default_factory=_all_policies)
     budgets: tuple[int, ...] = (4, 8, 16)
     new_tokens: int = 16
     rounds: int = 15
@@ -65,6 +72,10 @@ class SpeedConfig:
         numbers = {"new_tokens": self.new_tokens, "rounds": self.rounds}
         numbers |= {"contexts": min(self.contexts), "batches": min(self.batches)}
         refuse_below_one(numbers)
+        for name in self.policies:
+            policy_class(name)
+        if not 0 <= self.minutes < math.inf:
+            raise AdaskipError(f"--minutes is {self.minutes}; it must be a number, 0 or more.")
 
 
 _HELP = {
@@ -73,7 +84,7 @@ _HELP = {
     "contexts": "prompt lengths in tokens",
     "batches": "batch sizes",
     "policies": "policies to measure",
-    "budgets": "sublayers to skip; EE, SD and US skip half as many whole layers",
+    "budgets": "sublayers to skip; policies that count whole layers skip half as many",
     "new_tokens": "decode steps per request",
     "rounds": "requests per case at most",
     "minutes": f"about how long to measure; a point takes {MIN_ROUNDS} rounds at least",

@@ -19,15 +19,19 @@ def optional_module(name: str, distribution: str) -> ModuleType:
         distribution: what to install for it, e.g. `"rouge-score"`.
 
     Raises:
-        AdaskipError: it is not installed.
+        AdaskipError: it, or a package it needs, is not installed.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        missing = (error.name or name).partition(".")[0]
+        own = missing == name.partition(".")[0]
+        what = "is" if own else f"needs the module {missing}, which is"
         raise AdaskipError(
-            f"The package {distribution} is needed here ({error}); pip install {distribution}"
+            f"The package {distribution} {what} not installed; install it with: "
+            f"pip install {distribution}"
         ) from error
 
 

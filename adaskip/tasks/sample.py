@@ -186,6 +186,6 @@ def sample_rows(
     if len(rows) < n:
         raise DataError(
             f"{task} has {len(rows)} {split} rows whose document fits in {tokens} tokens, not {n};"
-            " choose fewer rows or more tokens."
+            f" choose {f'at most {len(rows)} rows or ' if rows else ''}more tokens."
         )
     return rows
