@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from adaskip.errors import RunError
+from adaskip.speed.waiting_check import SETTINGS, request, serving
+
 FOLDERS = ("prefill", "decode", "e2e", "speed", "observations", "eval")
 SCRIPTS = sorted(str(p.relative_to(ROOT)) for f in FOLDERS for p in (ROOT / f).glob("*.py"))
 # Scores files: loads no torch, so that there is nothing to set.
@@ -88,6 +91,28 @@ def test_the_real_torch_takes_it() -> None:
         pytest.skip("this torch brings another OpenMP")
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in told
     assert "GOMP_SPINCOUNT = '0'" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("default", "None None"),
+        ("passive", "PASSIVE None"),
+        ("1,000 spins", "None 1000"),
+        ("30,000 spins", "None 30000"),
+    ],
+)
+def test_what_is_compared_waits_as_it_says(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("PYTHONPATH", str(fake))
+    with serving(SETTINGS[name], "{}") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"{expected}\n"
+        process.wait(timeout=60)
+        with pytest.raises(RunError, match="has ended"):
+            request(process)
 
 
 # Names come when they are asked for, one by one, and then all at once.
