@@ -130,6 +130,13 @@ class Importance:
         return _from_content(content, path)
 
 
+def _typed(value: Any, *kinds: type) -> Any:
+    """The value; raises a `TypeError` unless it is of one of these types, true being no number."""
+    if type(value) not in kinds:
+        raise TypeError(f"{value!r} is no {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
+
+
 def _from_content(content: Any, path: object) -> Importance:
     """The profile in parsed JSON, every value checked."""
     damaged = f"The importance profile {path} is damaged: %s. Learn it anew."
@@ -140,18 +147,20 @@ def _from_content(content: Any, path: object) -> Importance:
             f"{PROFILE_VERSION}. Learn it anew."
         )
     try:
-        rows = {Sublayer(int(r["layer"]), r["kind"]): r for r in content["sublayers"]}
+        rows = {Sublayer(_typed(r["layer"], int), r["kind"]): r for r in content["sublayers"]}
         if tuple(rows) != all_sublayers(len(rows) // 2) or not rows:
             raise ValueError("its sublayers are not those of whole layers in order")
-        values = [{s: float(r[name]) for s, r in rows.items()} for name in _COLUMNS]
+        values = [
+            {s: float(_typed(r[name], int, float)) for s, r in rows.items()} for name in _COLUMNS
+        ]
         return Importance(
             values[0],
             values[1],
             values[2],
-            fingerprint=str(content["fingerprint"]),
-            n_requests=int(content["n_requests"]),
-            n_tokens=int(content["n_tokens"]),
-            source=str(content["source"]),
+            fingerprint=_typed(content["fingerprint"], str),
+            n_requests=_typed(content["n_requests"], int),
+            n_tokens=_typed(content["n_tokens"], int),
+            source=_typed(content["source"], str),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ProfileError(damaged % f"{type(error).__name__} {error}") from error

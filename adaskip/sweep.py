@@ -16,6 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from adaskip.waiting import wait_passively
+
+if __name__ == "__main__":
+    wait_passively()  # before the imports below load torch
+
 from adaskip.errors import AdaskipError
 from adaskip.experiments.bench import Bench
 from adaskip.experiments.cli import FAILED, Parser, guarded, say

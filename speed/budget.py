@@ -6,8 +6,11 @@ from pathlib import Path
 # A checkout that is not installed must find the package, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adaskip.speed.budget_check import BUDGET
-from adaskip.speed.study import study_main
+from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
+    wait_passively()  # before torch is loaded
+    from adaskip.speed.budget_check import BUDGET
+    from adaskip.speed.study import study_main
+
     sys.exit(study_main(BUDGET))

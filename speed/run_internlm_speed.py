@@ -6,7 +6,10 @@ from pathlib import Path
 # A checkout that is not installed must find the package, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adaskip.speed.config import speed_main
+from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
+    wait_passively()  # before torch is loaded
+    from adaskip.speed.config import speed_main
+
     sys.exit(speed_main("internlm", contexts=(512, 2048, 8000)))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
+from run_fixtures import save_checkpoint
 
 import adaskip
 from adaskip.differences import DIFFERENCES, differences_table
@@ -36,18 +38,27 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-def test_the_example_of_the_readme_runs() -> None:
+def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tiny model, one after the other, as a reader would paste them."""
+    checkpoint, load = str(save_checkpoint(tmp_path)), adaskip.load_model
+    monkeypatch.setattr(adaskip, "load_model", lambda name: load(checkpoint, device="cpu"))
+    tokenizer = adaskip.load_tokenizer(checkpoint)
+    monkeypatch.setattr(adaskip, "load_tokenizer", lambda name: tokenizer)
+    names: dict[str, Any] = {
+        "my_long_documents": ["one text", "another text"],
+        "my_long_prompt": "a third text",
+    }
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     assert blocks
     for block in blocks:
-        compile(block, "README.md", "exec")
-        imported = re.findall(r"^from adaskip import (.+)$", block, flags=re.M)
-        for name in [n.strip() for line in imported for n in line.split(",")]:
-            assert hasattr(adaskip, name)
+        exec(compile(block, "README.md", "exec"), names)  # noqa: S102 - our own text
+    assert names["answer"].shape[1] > names["inputs"].input_ids.shape[1]
 
 
 def test_scripts_are_thin() -> None:
-    for folder in ("prefill", "decode", "e2e", "speed", "observations"):
-        for script in (ROOT / folder).glob("*.py"):
+    for folder in ("prefill", "decode", "e2e", "speed", "observations", "eval"):
+        scripts = list((ROOT / folder).glob("*.py"))
+        assert scripts, folder
+        for script in scripts:
             assert len(script.read_text(encoding="utf-8").splitlines()) <= 25, script

@@ -189,7 +189,7 @@ def test_decode_steps_count_what_the_cache_holds(model: PreTrainedModel):
 
 def test_the_limit_survives_saving(model: PreTrainedModel, tmp_path: Path):
     model.save_pretrained(tmp_path / "copy")
-    with pytest.raises(UnsupportedCallError):
+    with pytest.raises(UnsupportedCallError, match="exact only up to 12 tokens"):
         load_model(tmp_path / "copy", device="cpu")(torch.ones(1, 13, dtype=torch.long))
 
 
@@ -199,7 +199,7 @@ def test_the_limit_survives_copying_and_compiling(model: PreTrainedModel, copied
     compiled = torch.compile(copied(model), backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(ids[:, :12]).logits, model(ids[:, :12]).logits)
-        with pytest.raises(UnsupportedCallError):
+        with pytest.raises(UnsupportedCallError, match="exact only up to 12 tokens"):
             compiled(ids)
 
 

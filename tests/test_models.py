@@ -19,8 +19,7 @@ from transformers import (
 )
 
 from adaskip.errors import AdaskipError, UnsupportedModelError
-from adaskip.models import loading as models
-from adaskip.models import spec as modelspec
+from adaskip.models import loading as models, spec as modelspec
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.loading import load_model, load_tokenizer, model_names, model_spec, random_model
 

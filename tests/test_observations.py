@@ -298,6 +298,8 @@ def test_scripts_write_json_text_and_figure(
     if name == "ob0":
         # Whole layers of the random model differ; skipping nothing is dense in both models.
         assert [len(c["layers"]) for c in part["choices"]] == [0, 1, 1, 3, 3]
+        assert all(part["tasks"].values())
+        assert len(part["tasks"]) == len(tasks) - 1
         assert all("score" in each for task in part["tasks"].values() for each in task)
     # Again: everything is there.
     monkeypatch.setattr("adaskip.observing.cli.Benches", lambda: SimpleNamespace(get=never))

@@ -242,11 +242,9 @@ def test_registry() -> None:
         register("EE")(SkipDecode)
     with pytest.raises(TypeError, match="not a SkipPolicy"):
         register("X")(int)  # type: ignore[type-var]
-    with pytest.raises(
-        TypeError, match=r"Scripted has no fields to be set.*Write @"
-    ):
+    with pytest.raises(TypeError, match=r"Scripted has no fields to be set.*Write @"):
         register("X")(Scripted)
-    with pytest.raises(TypeError, match="Fieldless is not a dataclass with a field n_skip"):
+    with pytest.raises(TypeError, match="Fieldless has no budget"):
         register("X")(Fieldless)
     assert "X" not in POLICIES
 
@@ -302,7 +300,6 @@ def test_scopes(scope: Scope, in_prefill: list[str], in_decode: list[str]) -> No
             model.generate(prompt(6), max_new_tokens=4, min_new_tokens=4, do_sample=False)
         hook.remove()
     assert plans == {Phase.PREFILL: [in_prefill] * 2, Phase.DECODE: [in_decode] * 6}
-    assert N_LAYERS > 2
 
 
 def test_unknown_scope() -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from run_fixtures import save_checkpoint
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
@@ -62,7 +61,7 @@ def test_layer_policies_keep_their_budget(
             assert len(layers) == n_skip
     over = data.draw(st.integers(n_layers + 1, 2 * n_layers + 2))
     for policy in (EarlyExit(over), UnifiedSkipping(over), SkipDecode(over)):
-        with pytest.raises(AdaskipError):
+        with pytest.raises(AdaskipError, match=f"cannot skip {over} full layers"):
             policy.bind(n_layers)
 
 

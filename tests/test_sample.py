@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adaskip.errors import AdaskipError, DataError
-from adaskip.tasks import documents as documents_module
-from adaskip.tasks import sample
+from adaskip.tasks import documents as documents_module, sample
 from adaskip.tasks.documents import SPLITS, Document, Question, documents
 from adaskip.tasks.longbench import Row, build_prompt, task_names, task_spec
 from adaskip.tasks.sample import RECIPES, sample_rows
@@ -91,10 +90,11 @@ def test_splits_share_no_document(source: str) -> None:
 def test_no_test_document_is_read_in_warm_up(tokenizer: PreTrainedTokenizerFast, task: str) -> None:
     """No complete document of one split lies in a context of the other, distractors included."""
     for split, other in (SPLITS, SPLITS[::-1]):
-        contexts = "\n".join(
-            row.context for row in sample_rows(task, tokenizer, split=split, n=10, tokens=1000)
-        )
-        texts = (d.text for d in documents(RECIPES[task].source, other) if len(d.text) > 200)
+        rows = sample_rows(task, tokenizer, split=split, n=10, tokens=1000)
+        contexts = "\n".join(row.context for row in rows)
+        assert all(gold(row, split).text in contexts for row in rows)
+        texts = [d.text for d in documents(RECIPES[task].source, other) if len(d.text) > 200]
+        assert len(texts) > 10
         assert not [text for text in texts if text in contexts]
 
 
@@ -112,7 +112,9 @@ def test_classes_are_asked_in_turns_and_examples_are_answered(
 
 
 def test_the_summary_row_names_its_document(tokenizer: PreTrainedTokenizerFast) -> None:
-    for row in sample_rows("sample_summarization", tokenizer, n=6, tokens=1000):
+    rows = sample_rows("sample_summarization", tokenizer, n=6, tokens=1000)
+    assert len(rows) == 6
+    for row in rows:
         match = re.fullmatch(r'document (\d+), which begins with "(.+)"', row.input)
         assert match is not None
         assert f"Document {match[1]}:\n{gold(row).text}" in row.context
@@ -127,7 +129,9 @@ def test_the_gold_document_is_not_always_first(tokenizer: PreTrainedTokenizerFas
 def test_examples_are_about_the_gold_document_and_do_not_give_the_answer_away(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    for row in sample_rows("sample_qa", tokenizer, n=12, tokens=1000):
+    rows = sample_rows("sample_qa", tokenizer, n=12, tokens=1000)
+    assert len(rows) == 12
+    for row in rows:
         *examples, asked = row.input.split("\n\n")
         assert len(examples) == 3
         assert asked.startswith("Question: ")

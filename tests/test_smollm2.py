@@ -140,7 +140,7 @@ def test_configuration_is_the_published_one(model: PreTrainedModel):
 @needs_package
 def test_metadata_of_another_kind_is_refused():
     metadata = {"llama.vocab_size": 5}
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"llama\."):
         model_config(metadata.__getitem__)
 
 

@@ -37,6 +37,7 @@ from adaskip.speed.stats import Measured, _phase_record, checked_kv, compiled_ti
 from adaskip.speed.study import Study, study_main
 from adaskip.speed.sublayer_times import SublayerTimes
 from adaskip.speed.timing import Spread, dynamic_cache, kv_bytes, time_request
+from adaskip.speed.waiting_check import WAITING
 
 SKIPPED = SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): None, Sublayer(3, "attn"): 1.1})
 
@@ -248,7 +249,7 @@ def test_overhead_compares_with_the_right_baseline() -> None:
     assert rows["recording"]["decode"]["ratio"]["median"] == pytest.approx(ratio)
 
 
-@pytest.mark.parametrize(("study", "n_rows"), [(OVERHEAD, 6), (BUDGET, 4)])
+@pytest.mark.parametrize(("study", "n_rows"), [(OVERHEAD, 6), (BUDGET, 4), (WAITING, 4)])
 def test_a_study_keeps_its_record_and_its_table(
     study: Study, n_rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

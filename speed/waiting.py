@@ -1,0 +1,16 @@
+"""What it costs that waiting threads sleep: `python speed/waiting.py`; see docs/SPEED.md."""
+
+import sys
+from pathlib import Path
+
+# A checkout that is not installed must find the package, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adaskip.waiting import wait_passively
+
+if __name__ == "__main__":
+    wait_passively()  # before torch is loaded
+    from adaskip.speed.study import study_main
+    from adaskip.speed.waiting_check import WAITING
+
+    sys.exit(study_main(WAITING))

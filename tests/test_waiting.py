@@ -1,0 +1,145 @@
+"""Commands let OpenMP's threads sleep while they wait; the library leaves the environment alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from adaskip.errors import RunError
+from adaskip.speed.waiting_check import SETTINGS, request, serving
+
+FOLDERS = ("prefill", "decode", "e2e", "speed", "observations", "eval")
+SCRIPTS = sorted(str(p.relative_to(ROOT)) for f in FOLDERS for p in (ROOT / f).glob("*.py"))
+SWEEP = "-m adaskip.sweep configs/demo.yaml"
+COMMANDS = [*SCRIPTS, SWEEP]
+OPTIONS = {folder: ["--model", "smollm2"] for folder in ("observations", "eval")}
+# Stands in for torch: tells how threads were to wait when it was loaded, and ends the process.
+FAKE_TORCH = """
+import os
+print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), flush=True)
+os._exit(0)
+"""
+
+
+def start(
+    *command: str, path: Path | None = None, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python with nothing but `settings` said about waiting."""
+    own = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    own |= {"PYTHONPATH": str(path or ROOT), **settings}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=own, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(FAKE_TORCH)
+    return tmp_path
+
+
+def test_every_command_of_the_package_is_looked_at() -> None:
+    started = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in ROOT.glob("adaskip/**/*.py")
+        if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    ]
+    assert started == ["adaskip.sweep"]
+    assert {path.split("/")[0] for path in SCRIPTS} == set(FOLDERS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_says_it_before_torch_is_loaded(fake: Path, command: str) -> None:
+    options = OPTIONS.get(command.split("/")[0], [])
+    done = start(*command.split(), *options, path=fake)
+    assert (done.stdout, done.stderr) == ("PASSIVE None\n", "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+        ({"GOMP_SPINCOUNT": "77"}, "None 77"),
+        ({"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "77"}, "ACTIVE 77"),
+    ],
+)
+def test_the_users_own_setting_wins(fake: Path, settings: dict[str, str], expected: str) -> None:
+    for command in ("prefill/run_llama.py", SWEEP):
+        assert start(*command.split(), path=fake, **settings).stdout == f"{expected}\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's OpenMP")
+def test_the_real_torch_takes_it() -> None:
+    code = "from adaskip.waiting import wait_passively; wait_passively(); import torch"
+    told = start("-c", code, OMP_DISPLAY_ENV="VERBOSE").stderr
+    if "GOMP_SPINCOUNT" not in told:
+        pytest.skip("this torch brings another OpenMP")
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in told
+    assert "GOMP_SPINCOUNT = '0'" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("default", "None None"),
+        ("passive", "PASSIVE None"),
+        ("1,000 spins", "None 1000"),
+        ("30,000 spins", "None 30000"),
+    ],
+)
+def test_what_is_compared_waits_as_it_says(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("PYTHONPATH", str(fake))
+    with serving(SETTINGS[name], "{}") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"{expected}\n"
+        process.wait(timeout=60)
+        with pytest.raises(RunError, match="has ended"):
+            request(process)
+
+
+# Names come when they are asked for, one by one, and then all at once.
+LAZY = """
+import os, pickle, sys
+before = dict(os.environ)
+import adaskip
+assert "torch" not in sys.modules
+assert set(adaskip.__all__) <= set(dir(adaskip))
+from adaskip import errors, AdaskipError
+assert AdaskipError is adaskip.AdaskipError is errors.AdaskipError
+assert "torch" not in sys.modules
+assert pickle.loads(pickle.dumps(adaskip.SkipPlan)) is adaskip.SkipPlan
+assert "AdaSkip" not in vars(adaskip)
+from adaskip import *
+assert AdaSkip is adaskip.AdaSkip is vars(adaskip)["AdaSkip"]
+for name in adaskip.__all__:
+    assert globals()[name] is getattr(adaskip, name), name
+from pathlib import Path
+folder = Path(adaskip.__file__).parent
+assert not {path.stem for path in folder.iterdir()} & set(adaskip.__all__)
+assert dict(os.environ) == before
+assert adaskip.metrics is sys.modules["adaskip.metrics"]
+try:
+    adaskip.AdaSkipp
+except AttributeError as error:
+    print(error)
+"""
+
+
+def test_the_library_loads_what_is_asked_for_and_sets_nothing() -> None:
+    done = start("-c", LAZY)
+    assert done.stderr == ""
+    assert done.stdout == "module 'adaskip' has no attribute 'AdaSkipp'\n"
+
+
+def test_any_module_can_be_the_first_to_be_imported() -> None:
+    for module in ("adaskip.session", "adaskip.policies.ada_skip", "adaskip.speed.overhead"):
+        assert start("-c", f"import {module}").stderr == ""
