@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OLDEST_TRANSFORMERS := 5.4.0
 OLDEST := .venv-oldest
 QUANTIZED := .venv-quantized
-CORE_TESTS := families policies phases recorders golden engines models
+CORE_TESTS := families policies phases turns shared_state entering recorders golden engines models
 PYTEST := python -m pytest -q -n 2 --dist loadfile --timeout 600
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 

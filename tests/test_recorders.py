@@ -197,11 +197,11 @@ def test_no_more_reads_than_the_stock_model(model: PreTrainedModel, cache: str |
         # Before 5.17 generate() reuses one static cache: whether it begins anew has to be read.
         stock += 2
     with skipping(model, EarlyExit(2)):
-        assert reads(model, cache_implementation=cache) == stock
+        assert reads(model, cache_implementation=cache) <= stock
     importance = learn_importance(model, [prompt(20)])
     with skipping(model, AdaSkip(importance, 2, window=8)):
         # One decision in the request, one read.
-        assert reads(model, cache_implementation=cache) == stock + 1
+        assert reads(model, cache_implementation=cache) <= stock + 1
 
 
 def test_learning_reads_the_device_once(model: PreTrainedModel) -> None:
