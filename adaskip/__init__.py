@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from adaskip.growing_cache import GrowingCache as GrowingCache
     from adaskip.importance import Importance as Importance
     from adaskip.learning import learn_importance as learn_importance
-    from adaskip.memory import keep_freed_memory as keep_freed_memory
     from adaskip.models import load_model as load_model, load_tokenizer as load_tokenizer
     from adaskip.plan import (
         Phase as Phase,
@@ -41,8 +40,9 @@ if TYPE_CHECKING:
         SkipPolicy as SkipPolicy,
         UnifiedSkipping as UnifiedSkipping,
     )
+    from adaskip.profiling.calibration import measured_times as measured_times
+    from adaskip.profiling.memory import keep_freed_memory as keep_freed_memory
     from adaskip.session import Session as Session, skipping as skipping
-    from adaskip.speed.calibration import measured_times as measured_times
 
 _HOMES = {
     "adaskip.errors": (
@@ -57,7 +57,7 @@ _HOMES = {
     "adaskip.growing_cache": ("GrowingCache",),
     "adaskip.importance": ("Importance",),
     "adaskip.learning": ("learn_importance",),
-    "adaskip.memory": ("keep_freed_memory",),
+    "adaskip.profiling.memory": ("keep_freed_memory",),
     "adaskip.models": ("load_model", "load_tokenizer"),
     "adaskip.plan": ("Phase", "SkipPlan", "Step", "Sublayer"),
     "adaskip.policies": (
@@ -70,7 +70,7 @@ _HOMES = {
         "UnifiedSkipping",
     ),
     "adaskip.session": ("Session", "skipping"),
-    "adaskip.speed.calibration": ("measured_times",),
+    "adaskip.profiling.calibration": ("measured_times",),
 }
 
 __all__ = sorted(["__version__", *chain.from_iterable(_HOMES.values())])

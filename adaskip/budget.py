@@ -8,7 +8,7 @@ from adaskip.errors import AdaskipError, unknown_name
 from adaskip.importance import Importance
 from adaskip.numbers import is_finite
 from adaskip.plan import Sublayer
-from adaskip.speed.sublayer_times import SublayerTimes
+from adaskip.sublayer_times import SublayerTimes
 
 Select = Literal["rank", "knapsack"]
 SELECTS: tuple[Select, ...] = get_args(Select)

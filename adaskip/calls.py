@@ -12,7 +12,7 @@ from adaskip.errors import AdaskipError, UnsupportedCallError
 from adaskip.plan import Phase, Scope, SkipPlan, Step
 
 if TYPE_CHECKING:
-    from adaskip.policies.base import SkipPolicy
+    from adaskip.policy import SkipPolicy
 
 _FIXED = "Use a policy with a fixed plan (AdaSkip: online=False)."
 

@@ -1,8 +1,9 @@
-"""Reads the facts in `configs/`: models, tasks, budgets. Nothing else knows where they lie."""
+"""Where things lie: the facts in `configs/`, and the folder for what is made once and kept."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,3 +35,11 @@ def read_config(name: str) -> dict[str, Any]:
 
     content: dict[str, Any] = yaml.safe_load(config_path(name).read_text(encoding="utf-8"))
     return content
+
+
+def cache_root() -> Path:
+    """`$ADASKIP_CACHE`, else `$XDG_CACHE_HOME/adaskip`, else `~/.cache/adaskip`."""
+    if own := os.environ.get("ADASKIP_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "adaskip"

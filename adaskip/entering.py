@@ -20,8 +20,7 @@ from adaskip.blocks import BlockSpec, block_spec, execution_device
 from adaskip.errors import AdaskipError, UnsupportedModelError
 from adaskip.evaluating import evaluating
 from adaskip.plan import SkipPlan
-from adaskip.policies.base import SkipPolicy
-from adaskip.policies.fixed import FixedSkipping
+from adaskip.policy import FixedSkipping, SkipPolicy
 
 # Where torch.compile, DistributedDataParallel, PEFT and a pipeline keep the model, in the order in
 # which to look: they pass on what they do not have to what they wrap.

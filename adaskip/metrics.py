@@ -15,8 +15,8 @@ from functools import cache
 from typing import Any, Literal
 
 from adaskip.errors import AdaskipError
-from adaskip.rouge import Failure, Unscorable, official_rouge, rouge_l
 from adaskip.tasks.packaged import optional_module
+from adaskip.tasks.rouge import Failure, Unscorable, official_rouge, rouge_l
 from adaskip.tasks.spec import task_spec
 from adaskip.tasks.words import chinese_tokens, english_tokens, segment
 

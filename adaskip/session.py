@@ -27,7 +27,7 @@ from adaskip.requests import Request, Requests, is_ambiguous
 from adaskip.sublayers import Switches, layer_forward
 
 if TYPE_CHECKING:
-    from adaskip.policies.base import SkipPolicy
+    from adaskip.policy import SkipPolicy
 
 
 class Session:

@@ -21,17 +21,17 @@ from adaskip.waiting import wait_passively
 if __name__ == "__main__":
     wait_passively()  # before the imports below load torch
 
+from adaskip.cli.run import FAILED, Parser, guarded, say
 from adaskip.errors import AdaskipError
-from adaskip.experiments.bench import Bench
-from adaskip.experiments.cli import FAILED, Parser, guarded, say
-from adaskip.experiments.cost import describe
-from adaskip.experiments.distributed import team
-from adaskip.experiments.ledger import is_finished
-from adaskip.experiments.plans import Cell, SweepPlan, read_plan, select
-from adaskip.experiments.reference_quality import PerplexityPlan, is_measured, measure_perplexity
-from adaskip.experiments.runconfig import RunConfig
-from adaskip.experiments.runner import resolve, run
-from adaskip.report.sweep_report import write_report
+from adaskip.models.processes import team
+from adaskip.reports.sweep_report import write_report
+from adaskip.runs.bench import Bench
+from adaskip.runs.cost import describe
+from adaskip.runs.ledger import is_finished
+from adaskip.runs.plans import Cell, SweepPlan, read_plan, select
+from adaskip.runs.reference_quality import PerplexityPlan, is_measured, measure_perplexity
+from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.runner import resolve, run
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,6 @@ from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is loaded
-    from adaskip.experiments.cli import run_main
+    from adaskip.cli.run import run_main
 
     sys.exit(run_main("decode", "llama"))

@@ -10,6 +10,6 @@ from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is loaded
-    from adaskip.experiments.cli import eval_main
+    from adaskip.cli.run import eval_main
 
     sys.exit(eval_main())

@@ -10,6 +10,6 @@ from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is loaded
-    from adaskip.experiments.perplexity_cli import perplexity_main
+    from adaskip.cli.perplexity import perplexity_main
 
     sys.exit(perplexity_main())

@@ -10,6 +10,6 @@ from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is loaded
-    from adaskip.observing.cli import observation_main
+    from adaskip.cli.observe import observation_main
 
     sys.exit(observation_main("ob0"))

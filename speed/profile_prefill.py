@@ -10,6 +10,6 @@ from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is loaded
-    from adaskip.speed.operator_profile import profile_main
+    from adaskip.speedtest.operator_profile import profile_main
 
     sys.exit(profile_main())

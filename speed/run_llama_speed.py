@@ -10,6 +10,6 @@ from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is loaded
-    from adaskip.speed.config import speed_main
+    from adaskip.speedtest.config import speed_main
 
     sys.exit(speed_main("llama", contexts=(512, 2048, 8192, 32768, 131072)))

@@ -10,7 +10,7 @@ from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is loaded
-    from adaskip.speed.study import study_main
-    from adaskip.speed.waiting_check import WAITING
+    from adaskip.speedtest.study import study_main
+    from adaskip.speedtest.waiting_check import WAITING
 
     sys.exit(study_main(WAITING))

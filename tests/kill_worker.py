@@ -16,8 +16,8 @@ import time
 
 import torch
 
-from adaskip.experiments.runconfig import RunConfig
-from adaskip.experiments.runner import run
+from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.runner import run
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

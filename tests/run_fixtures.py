@@ -11,8 +11,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adaskip.experiments.runconfig import RunConfig
 from adaskip.plan import Scope
+from adaskip.runs.runconfig import RunConfig
 
 N_LAYERS = 4
 SPECIAL = ("<pad>", "<s>", "</s>")

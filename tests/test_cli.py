@@ -17,13 +17,13 @@ import pytest
 from run_fixtures import Workplace, raw_row, rows_of, save_checkpoint, save_data
 
 from adaskip import GrowingCache
+from adaskip.cli.perplexity import perplexity_main
+from adaskip.cli.run import eval_main, run_main, scoring_command
 from adaskip.errors import DataError
-from adaskip.experiments.cli import eval_main, run_main, scoring_command
-from adaskip.experiments.perplexity_cli import perplexity_main
-from adaskip.experiments.runconfig import RunConfig
 from adaskip.plan import Phase, all_sublayers
 from adaskip.policies import POLICIES
-from adaskip.speed.sublayer_times import SublayerTimes
+from adaskip.runs.runconfig import RunConfig
+from adaskip.sublayer_times import SublayerTimes
 from adaskip.tasks.spec import task_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -257,8 +257,7 @@ def start(place: Workplace, n_rows: int = 200) -> subprocess.Popen[str]:
     save_data(place.data, n_rows)
     options = [*EE, *place.options, "--tasks", "trec"]
     code = (
-        "import sys; from adaskip.experiments.cli import run_main\n"
-        "sys.exit(run_main('prefill', 'llama'))"
+        "import sys; from adaskip.cli.run import run_main\nsys.exit(run_main('prefill', 'llama'))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *options],
@@ -313,7 +312,7 @@ def test_an_acceleration_becomes_a_number_of_sublayers(
         seconds = dict.fromkeys(all_sublayers(n_layers), 10 / (2 * n_layers))
         return SublayerTimes(10.0, seconds, phase, context)
 
-    monkeypatch.setattr("adaskip.experiments.acceleration.measured_times", times)
+    monkeypatch.setattr("adaskip.runs.acceleration.measured_times", times)
     save_data(place.data, 2)
     options = [*place.options, "--tasks", "trec", "--max_length", "64"]
     ada = ["--policy", "ADA"]

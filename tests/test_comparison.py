@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from adaskip.experiments.scoring import score_rows
 from adaskip.plan import Phase
-from adaskip.report.comparison import Line, Table, ideal_speedup
-from adaskip.report.tables import markdown_table, number, perplexity
+from adaskip.reports.comparison import Line, Table, ideal_speedup
+from adaskip.runs.scoring import score_rows
+from adaskip.tables import markdown_table, number, perplexity
 
 
 def line_of(policy: str, seconds: list[float], skipped: int) -> Line:

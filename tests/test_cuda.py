@@ -25,9 +25,9 @@ from adaskip import (
 )
 from adaskip.growing_cache import kv_tensors
 from adaskip.models import random_model
-from adaskip.speed.calibration import random_prompt
-from adaskip.speed.compiling import compiled_call
-from adaskip.speed.timing import growing_cache, time_request
+from adaskip.profiling.calibration import random_prompt
+from adaskip.profiling.timing import growing_cache, time_request
+from adaskip.speedtest.compiling import compiled_call
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from run_fixtures import Workplace, raw_row, save_checkpoint, save_data, save_plan
 
 from adaskip.errors import AdaskipError
-from adaskip.experiments.ledger import read_record
-from adaskip.experiments.plans import read_plan
-from adaskip.experiments.records import read_rows, repair_rows
-from adaskip.experiments.runconfig import RunConfig
-from adaskip.experiments.runner import run
-from adaskip.experiments.scoring import score_run
 from adaskip.importance import Importance
 from adaskip.plan import Sublayer, all_sublayers
+from adaskip.runs.ledger import read_record
+from adaskip.runs.plans import read_plan
+from adaskip.runs.records import read_rows, repair_rows
+from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.runner import run
+from adaskip.runs.scoring import score_run
 from adaskip.tasks.longbench import load_rows
 
 T = TypeVar("T")

@@ -10,12 +10,12 @@ from run_fixtures import save_checkpoint
 from transformers import PreTrainedModel
 
 from adaskip.errors import RunError
-from adaskip.experiments.audit import Audit
-from adaskip.experiments.generation import StopRule, generate_greedy
 from adaskip.growing_cache import GrowingLayer
 from adaskip.models.loading import load_model
 from adaskip.plan import SkipPlan, Sublayer, whole_layers
 from adaskip.policies import FixedSkipping
+from adaskip.runs.audit import Audit
+from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.session import skipping
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from adaskip.speed.interleaving import BASELINE_REPEATS, MIN_ROUNDS, Ratio, by_turns
+from adaskip.profiling.interleaving import BASELINE_REPEATS, MIN_ROUNDS, Ratio, by_turns
 
 
 def test_every_kind_runs_in_every_round_in_another_order() -> None:

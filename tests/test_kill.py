@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from run_fixtures import Workplace, lasting, rows_of, save_checkpoint, save_data
 
-from adaskip.experiments import parts, records
-from adaskip.experiments.bench import Bench
-from adaskip.experiments.cli import run_main
-from adaskip.experiments.parts import part_path, settle_rows
-from adaskip.experiments.records import append_rows, read_rows
-from adaskip.experiments.runner import resolve, run
+from adaskip.cli.run import run_main
+from adaskip.runs import parts, records
+from adaskip.runs.bench import Bench
+from adaskip.runs.parts import part_path, settle_rows
+from adaskip.runs.records import append_rows, read_rows
+from adaskip.runs.runner import resolve, run
 
 ROOT = Path(__file__).resolve().parents[1]
 N_ROWS = 24

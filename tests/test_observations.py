@@ -17,18 +17,18 @@ from tiny_bench import TinyBench, tiny_rows
 from torch.nn.functional import cosine_similarity
 
 from adaskip import RunError
+from adaskip.cli.observe import configured, observation_main
 from adaskip.configuration import read_config
-from adaskip.experiments.generation import StopRule, generate_greedy
-from adaskip.experiments.records import read_rows
-from adaskip.experiments.runconfig import RunConfig
-from adaskip.observing.cli import configured, observation_main
-from adaskip.observing.figures import Curve, Panel, draw
 from adaskip.observing.layer_skipping import HIGHEST, LOWEST, choices, layer_similarity
 from adaskip.observing.numbers import agreement, kinds_summary, phases_summary, spread
 from adaskip.observing.recording import observe_requests, observe_task
 from adaskip.observing.similarities import SPANS, Moments, Similarities
 from adaskip.observing.stability import chosen, overlap, resampled, stability
 from adaskip.plan import KINDS, Phase, all_sublayers
+from adaskip.reports.observation_figures import Curve, Panel, draw
+from adaskip.runs.generation import StopRule, generate_greedy
+from adaskip.runs.records import read_rows
+from adaskip.runs.runconfig import RunConfig
 from adaskip.tasks.spec import task_spec
 
 NAMES = ("ob0", "ob1", "ob2", "ob3", "stability")
@@ -258,7 +258,7 @@ def test_figures_are_small_and_complete(tmp_path: Path) -> None:
 def test_an_axis_ends_above_outliers() -> None:
     from matplotlib.figure import Figure
 
-    from adaskip.observing.figures import _draw_panel
+    from adaskip.reports.observation_figures import _draw_panel
 
     for values, bottom in (([0.05, 0.9, 0.95, 1.0], 0.85), ([0.5, 0.7, 0.9, 1.0], 0.4)):
         axis = Figure().subplots()
@@ -273,7 +273,7 @@ def test_scripts_write_json_text_and_figure(
     name: str, bench: TinyBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "adaskip.observing.cli.Benches", lambda: SimpleNamespace(get=lambda config: bench)
+        "adaskip.cli.observe.Benches", lambda: SimpleNamespace(get=lambda config: bench)
     )
     monkeypatch.setattr(SAMPLE, lambda task, tokenizer, n, **_: tiny_rows(task, n))
     monkeypatch.setattr("adaskip.observing.stability.RESAMPLES", 20)
@@ -302,7 +302,7 @@ def test_scripts_write_json_text_and_figure(
         assert len(part["tasks"]) == len(tasks) - 1
         assert all("score" in each for task in part["tasks"].values() for each in task)
     # Again: everything is there.
-    monkeypatch.setattr("adaskip.observing.cli.Benches", lambda: SimpleNamespace(get=never))
+    monkeypatch.setattr("adaskip.cli.observe.Benches", lambda: SimpleNamespace(get=never))
     assert observation_main(name, [*arguments, *scores]) == 0
 
 

@@ -16,18 +16,18 @@ from tiny_bench import TinyBench, tiny_rows
 from typing_extensions import override
 
 from adaskip import sweep
+from adaskip.cli.perplexity import cells_of, key_of, measure
+from adaskip.cli.run import run_main
 from adaskip.errors import AdaskipError, ProfileError, RunError
-from adaskip.experiments.bench import Bench
-from adaskip.experiments.cli import run_main
-from adaskip.experiments.perplexity_cli import cells_of, key_of, measure
-from adaskip.experiments.runconfig import RunConfig
-from adaskip.experiments.runner import resolve, run
 from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.plan import SkipPlan, Step
 from adaskip.policies import POLICIES, SkipPolicy
 from adaskip.policies.factory import describe
-from adaskip.speed.cases import make_cases, run_case
+from adaskip.runs.bench import Bench
+from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.runner import resolve, run
+from adaskip.speedtest.cases import make_cases, run_case
 
 NAME = "OWN"
 
@@ -207,7 +207,7 @@ def test_perplexities_of_two_gains_stand_side_by_side(
 ) -> None:
     monkeypatch.setattr(Bench, "open", lambda config: TinyBench.make())
     monkeypatch.setattr(
-        "adaskip.experiments.bench.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
+        "adaskip.runs.bench.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
     )
     given = {"policy": "dense", "tasks": ("sample_qa",), "limit": 2, "warmup": 2, "name": "tiny"}
     given |= {"experiment": "e2e", "model_name": "smollm2", "results_dir": str(tmp_path)}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from adaskip.policies import POLICIES
-from adaskip.report.comparison import Line, Table
-from adaskip.report.figure import _styles
-from adaskip.report.palette import COLOURS, ON_DARK, ON_LIGHT, policy_colour, policy_number
-from adaskip.report.tradeoff import _legend
+from adaskip.reports.comparison import Line, Table
+from adaskip.reports.figure import _styles
+from adaskip.reports.palette import COLOURS, ON_DARK, ON_LIGHT, policy_colour, policy_number
+from adaskip.reports.tradeoff import _legend
 
 
 def table(*lines: tuple[str, int]) -> Table:

@@ -32,12 +32,12 @@ from adaskip import (
     UnifiedSkipping,
     learn_importance,
 )
-from adaskip.experiments.bench import Bench
-from adaskip.experiments.perplexity import Perplexity, RowLoss, reference_ids, reference_perplexity
-from adaskip.experiments.perplexity_cli import cells_of, measure, perplexity_main, table
-from adaskip.experiments.runconfig import RunConfig
-from adaskip.experiments.runner import resolve
+from adaskip.cli.perplexity import cells_of, measure, perplexity_main, table
 from adaskip.plan import SCOPES, Scope, whole_layers
+from adaskip.runs.bench import Bench
+from adaskip.runs.perplexity import Perplexity, RowLoss, reference_ids, reference_perplexity
+from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.runner import resolve
 from adaskip.tasks.prompts import Prompt
 
 
@@ -254,7 +254,7 @@ def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     opened = []
     monkeypatch.setattr(Bench, "open", lambda config: opened.append(config) or bench)
     monkeypatch.setattr(
-        "adaskip.experiments.bench.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
+        "adaskip.runs.bench.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
     )
     budgets = {"skip_full_layer_num": [1, 2], "skip_sub_layer_num": [3]}
     cells = cells_of(config(tmp_path), ["EE", "ADA"], budgets)

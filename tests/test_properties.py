@@ -15,11 +15,11 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from adaskip import AdaSkip, EarlyExit, SkipDecode, SkipPlan, Step, Sublayer, UnifiedSkipping
 from adaskip.errors import AdaskipError
-from adaskip.experiments.parts import part_path, settle_rows
-from adaskip.experiments.records import append_rows, read_rows
 from adaskip.importance import Importance
 from adaskip.plan import Phase, all_sublayers, whole_layers
 from adaskip.requests import Requests
+from adaskip.runs.parts import part_path, settle_rows
+from adaskip.runs.records import append_rows, read_rows
 from adaskip.tasks.prompts import build_prompt
 from adaskip.tasks.spec import Row, task_spec
 

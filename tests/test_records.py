@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from adaskip.errors import AdaskipError, RunError
-from adaskip.experiments import records
-from adaskip.experiments.records import (
+from adaskip.runs import records
+from adaskip.runs.records import (
     SCHEMA,
     append_rows,
     environment,
@@ -25,7 +25,7 @@ from adaskip.experiments.records import (
     write_json,
     write_text,
 )
-from adaskip.experiments.runconfig import RunConfig, check_file_name
+from adaskip.runs.runconfig import RunConfig, check_file_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,7 +76,7 @@ def test_a_file_is_written_whole_or_not_at_all(
     def no_space(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("adaskip.experiments.records.os.fsync", no_space)
+    monkeypatch.setattr("adaskip.runs.records.os.fsync", no_space)
     with pytest.raises(RunError, match="the disk is full; free some space"):
         write_json(path, {"schema": SCHEMA, "n": 2})
     assert read_json(path)["n"] == 1
@@ -87,7 +87,7 @@ def test_a_file_size_limit_ends_in_one_sentence_and_is_repaired(tmp_path: Path) 
     path = tmp_path / "a.jsonl"
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from adaskip.experiments.records import append_rows\n"
+        "from adaskip.runs.records import append_rows\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
         "try:\n append_rows(Path(sys.argv[1]), [{'id': '1'}, {'id': '2', 'text': 'x' * 99}])\n"
         "except Exception as error:\n print(type(error).__name__, error)"
@@ -118,7 +118,7 @@ def test_the_second_of_two_processes_is_refused(tmp_path: Path) -> None:
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from adaskip.experiments.records import lock\n"
+        "from adaskip.runs.records import lock\n"
         "with lock(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)

@@ -14,9 +14,9 @@ import pytest
 from run_fixtures import Workplace, save_checkpoint, save_data, save_plan
 
 from adaskip import sweep
-from adaskip.report.page import as_table
-from adaskip.report.paper_tables import Column, Grid
-from adaskip.report.tradeoff import Scale
+from adaskip.reports.page import as_table
+from adaskip.reports.paper_tables import Column, Grid
+from adaskip.reports.tradeoff import Scale
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [

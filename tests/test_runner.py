@@ -18,15 +18,15 @@ from run_fixtures import (
 )
 
 from adaskip.errors import AdaskipError, ProfileError, RunError
-from adaskip.experiments import batches
-from adaskip.experiments.audit import Audit
-from adaskip.experiments.batches import plan_batches, share_out
-from adaskip.experiments.bench import Bench
-from adaskip.experiments.generation import generate_greedy
-from adaskip.experiments.runner import resolve, run, run_folder
 from adaskip.importance import Importance
 from adaskip.plan import SkipPlan, Step
 from adaskip.policies import POLICIES, SkipPolicy
+from adaskip.runs import batches
+from adaskip.runs.audit import Audit
+from adaskip.runs.batches import plan_batches, share_out
+from adaskip.runs.bench import Bench
+from adaskip.runs.generation import generate_greedy
+from adaskip.runs.runner import resolve, run, run_folder
 from adaskip.tasks.spec import Row
 
 
@@ -132,7 +132,7 @@ def test_importance_is_learned_once_and_used_again(
     config = place.config(**budget("ADA"))
     run(config)
     (profile,) = (place.results / "importance").iterdir()
-    monkeypatch.setattr("adaskip.experiments.bench.learn_importance", None)
+    monkeypatch.setattr("adaskip.runs.bench.learn_importance", None)
     again = place.config("e2e", **budget("ADA"))
     assert lasting(rows_of(run(again)))
     given = place.config(**budget("ADA"), importance=str(profile), name="given")
@@ -278,9 +278,7 @@ def test_batches_are_the_same_every_time_and_shards_leave_no_row_out() -> None:
 def test_a_mismatch_fails_the_run_and_the_row_is_not_kept(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "adaskip.experiments.batches.Audit", lambda model, session: Audit(model, None)
-    )
+    monkeypatch.setattr("adaskip.runs.batches.Audit", lambda model, session: Audit(model, None))
     with pytest.raises(RunError, match="What ran is not the plan"):
         run(place.config(**budget("EE")))
     assert not list(place.results.glob("*/*.jsonl"))

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from run_fixtures import Workplace, lasting, rows_of, save_checkpoint, save_data, save_plan
 
+from adaskip.cli.observe import observation_main
+from adaskip.cli.perplexity import perplexity_main
+from adaskip.cli.run import run_main
 from adaskip.errors import RunError
-from adaskip.experiments.cli import run_main
-from adaskip.experiments.distributed import team
-from adaskip.experiments.parts import part_path, settle_rows
-from adaskip.experiments.perplexity_cli import perplexity_main
-from adaskip.experiments.records import append_rows, lock, read_rows
-from adaskip.observing.cli import observation_main
+from adaskip.models.processes import team
+from adaskip.runs.parts import part_path, settle_rows
+from adaskip.runs.records import append_rows, lock, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from adaskip import metrics, rouge
+from adaskip.cli.run import eval_main
 from adaskip.errors import AdaskipError, RunError
-from adaskip.experiments.cli import eval_main
-from adaskip.experiments.evaluation import evaluate
-from adaskip.experiments.records import SCHEMA, append_rows, write_json
-from adaskip.experiments.runconfig import RunConfig
-from adaskip.experiments.scoring import dense_scores, runs_of, score_rows, score_run
+from adaskip.runs.evaluation import evaluate
+from adaskip.runs.records import SCHEMA, append_rows, write_json
+from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.scoring import dense_scores, runs_of, score_rows, score_run
 from adaskip.tasks import words
 from adaskip.tasks.packaged import optional_module
 

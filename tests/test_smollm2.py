@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError
 from adaskip.models import smollm2
 from adaskip.models.loading import load_model, load_tokenizer, model_spec
-from adaskip.models.smollm2 import cache_root, smollm2_folder
+from adaskip.models.smollm2 import smollm2_folder
 from adaskip.models.smollm2_gguf import FILES, model_config, weight_name
 
 try:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from adaskip.report.statistics import median_interval, paired_interval
+from adaskip.profiling.intervals import median_interval, paired_interval
 
 
 def test_equal_differences_leave_no_doubt() -> None:

@@ -11,7 +11,7 @@ from run_fixtures import Workplace, rows_of, save_checkpoint, save_data, save_pl
 
 from adaskip import sweep
 from adaskip.configuration import config_path, read_config
-from adaskip.experiments.plans import SweepPlan, read_plan, select
+from adaskip.runs.plans import SweepPlan, read_plan, select
 
 
 @pytest.fixture(scope="module")

@@ -25,19 +25,19 @@ from adaskip import (
     skipping,
 )
 from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
-from adaskip.speed.benchmark import run_speed
-from adaskip.speed.budget_check import BUDGET
-from adaskip.speed.cases import Case, make_cases, run_case
-from adaskip.speed.clock import SublayerClock
-from adaskip.speed.config import SpeedConfig, speed_main
-from adaskip.speed.overhead import OVERHEAD, measure_overhead
-from adaskip.speed.report import as_markdown, draw
-from adaskip.speed.roofline import Rates, Work, decode_work, prefill_work
-from adaskip.speed.stats import Measured, _phase_record, checked_kv, compiled_times
-from adaskip.speed.study import Study, study_main
-from adaskip.speed.sublayer_times import SublayerTimes
-from adaskip.speed.timing import Spread, dynamic_cache, kv_bytes, time_request
-from adaskip.speed.waiting_check import WAITING
+from adaskip.profiling.clock import SublayerClock
+from adaskip.profiling.timing import Spread, dynamic_cache, kv_bytes, time_request
+from adaskip.reports.speed import as_markdown, draw
+from adaskip.speedtest.benchmark import run_speed
+from adaskip.speedtest.budget_check import BUDGET
+from adaskip.speedtest.cases import Case, make_cases, run_case
+from adaskip.speedtest.config import SpeedConfig, speed_main
+from adaskip.speedtest.overhead import OVERHEAD, measure_overhead
+from adaskip.speedtest.roofline import Rates, Work, decode_work, prefill_work
+from adaskip.speedtest.stats import Measured, _phase_record, checked_kv, compiled_times
+from adaskip.speedtest.study import Study, study_main
+from adaskip.speedtest.waiting_check import WAITING
+from adaskip.sublayer_times import SublayerTimes
 
 SKIPPED = SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): None, Sublayer(3, "attn"): 1.1})
 
@@ -311,7 +311,7 @@ def test_imports_and_runs_on_few_packages(tmp_path: Path) -> None:
     arguments += ["--rounds", "1", "--device", "cpu", "--results_dir", str(tmp_path)]
     script = f"""{ALLOWED_ONLY}
 import adaskip
-from adaskip.speed.config import speed_main
+from adaskip.speedtest.config import speed_main
 assert speed_main("smollm2", {arguments!r}) == 0
 assert not BLOCKED & {{name.split(".")[0] for name in sys.modules}}
 """

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from adaskip.errors import RunError
-from adaskip.speed.waiting_check import SETTINGS, request, serving
+from adaskip.speedtest.waiting_check import SETTINGS, request, serving
 
 FOLDERS = ("prefill", "decode", "e2e", "speed", "observations", "eval")
 SCRIPTS = sorted(str(p.relative_to(ROOT)) for f in FOLDERS for p in (ROOT / f).glob("*.py"))
@@ -141,5 +141,5 @@ def test_the_library_loads_what_is_asked_for_and_sets_nothing() -> None:
 
 
 def test_any_module_can_be_the_first_to_be_imported() -> None:
-    for module in ("adaskip.session", "adaskip.policies.ada_skip", "adaskip.speed.overhead"):
+    for module in ("adaskip.session", "adaskip.policies.ada_skip", "adaskip.speedtest.overhead"):
         assert start("-c", f"import {module}").stderr == ""

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.mark.parametrize("kind", [DeprecationWarning, FutureWarning])
 def test_deprecations_of_our_calls_are_errors(kind: type[Warning]) -> None:
-    for module in ("adaskip", "adaskip.session", "adaskip.speed.clock"):
+    for module in ("adaskip", "adaskip.session", "adaskip.profiling.clock"):
         with pytest.raises(kind, match="old"):
             warnings.warn_explicit("old", kind, "file.py", 1, module=module)
 

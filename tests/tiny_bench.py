@@ -9,9 +9,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import override
 
-from adaskip.experiments.bench import Bench
-from adaskip.experiments.runconfig import RunConfig
 from adaskip.models.spec import ModelSpec
+from adaskip.runs.bench import Bench
+from adaskip.runs.runconfig import RunConfig
 from adaskip.tasks.prompts import Prompt
 from adaskip.tasks.spec import Row
 

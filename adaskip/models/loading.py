@@ -18,7 +18,6 @@ from transformers import (
 
 from adaskip.blocks import block_spec
 from adaskip.errors import AdaskipError, unknown_name
-from adaskip.experiments.splitting import split_options
 from adaskip.models import internlm
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.spec import (
@@ -29,6 +28,7 @@ from adaskip.models.spec import (
     model_spec,
     read_model_config,
 )
+from adaskip.models.splitting import split_options
 
 __all__ = [
     "ModelSpec",

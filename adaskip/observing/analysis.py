@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaskip.configuration import read_config
-from adaskip.observing.figures import Curve, Panel
 from adaskip.observing.numbers import (
     Numbers,
     as_text,
@@ -21,6 +20,7 @@ from adaskip.observing.numbers import (
 from adaskip.observing.similarities import Moments, Similarities
 from adaskip.plan import KINDS, Phase
 from adaskip.recorders import Span
+from adaskip.reports.observation_figures import Curve, Panel
 
 NAMES: Mapping[Span, str] = {"attn": "attention", "ffn": "FFN", "layer": "layer"}
 

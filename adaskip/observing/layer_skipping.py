@@ -13,22 +13,22 @@ from typing import Any
 from tqdm import tqdm
 
 from adaskip.configuration import read_config
-from adaskip.experiments.bench import Bench
-from adaskip.experiments.distributed import team
-from adaskip.experiments.generation import generate_greedy
-from adaskip.experiments.parts import locked
-from adaskip.experiments.perplexity import shared_perplexity
-from adaskip.experiments.records import write_json
-from adaskip.experiments.runconfig import RunConfig
 from adaskip.metrics import score
+from adaskip.models.processes import team
 from adaskip.observing.analysis import task_label
-from adaskip.observing.figures import Curve, Panel
 from adaskip.observing.recording import OpenBench, begun, opened
 from adaskip.observing.similarities import Similarities
 from adaskip.plan import Phase, whole_layers
 from adaskip.policies import FixedSkipping
-from adaskip.report.tables import MISSING, markdown_table, number
+from adaskip.reports.observation_figures import Curve, Panel
+from adaskip.runs.bench import Bench
+from adaskip.runs.generation import generate_greedy
+from adaskip.runs.parts import locked
+from adaskip.runs.perplexity import shared_perplexity
+from adaskip.runs.records import write_json
+from adaskip.runs.runconfig import RunConfig
 from adaskip.session import skipping
+from adaskip.tables import MISSING, markdown_table, number
 from adaskip.tasks.prompts import postprocess
 from adaskip.tasks.spec import Row, task_spec
 

@@ -10,7 +10,7 @@ from typing import Any
 from adaskip.observing.similarities import Moments, Similarities
 from adaskip.plan import KINDS, Phase, all_sublayers
 from adaskip.recorders import Span
-from adaskip.report.tables import markdown_table, number
+from adaskip.tables import markdown_table, number
 
 # How many sublayers the agreement of two rankings looks at: the paper's smallest budget.
 TOP = 8

@@ -11,11 +11,17 @@ from tqdm import tqdm
 
 from adaskip.configuration import read_config
 from adaskip.errors import DataError, RunError
-from adaskip.experiments.bench import SAMPLE_ROWS, Bench
-from adaskip.experiments.distributed import team
-from adaskip.experiments.generation import StopRule, generate_greedy
-from adaskip.experiments.parts import Share, locked, make_rows
-from adaskip.experiments.records import (
+from adaskip.learning import record_prompts
+from adaskip.models.internlm import check_prompt_length
+from adaskip.models.processes import team
+from adaskip.observing.similarities import SPANS, Similarities
+from adaskip.plan import EMPTY_PLAN, Phase
+from adaskip.policies import FixedSkipping
+from adaskip.recorders import TokenStatistics
+from adaskip.runs.bench import SAMPLE_ROWS, Bench
+from adaskip.runs.generation import StopRule, generate_greedy
+from adaskip.runs.parts import Share, locked, make_rows
+from adaskip.runs.records import (
     SCHEMA,
     Record,
     append_rows,
@@ -24,13 +30,7 @@ from adaskip.experiments.records import (
     read_rows,
     write_json,
 )
-from adaskip.experiments.runconfig import RunConfig
-from adaskip.learning import record_prompts
-from adaskip.models.internlm import check_prompt_length
-from adaskip.observing.similarities import SPANS, Similarities
-from adaskip.plan import EMPTY_PLAN, Phase
-from adaskip.policies import FixedSkipping
-from adaskip.recorders import TokenStatistics
+from adaskip.runs.runconfig import RunConfig
 from adaskip.session import skipping
 from adaskip.tasks.sample import sample_rows
 from adaskip.tasks.spec import Row, task_spec

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adaskip.observing.figures import Curve, Panel
 from adaskip.plan import all_sublayers
+from adaskip.reports.observation_figures import Curve, Panel
 
 RESAMPLES = 2000
 Floats = npt.NDArray[np.float64]

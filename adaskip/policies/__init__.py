@@ -1,11 +1,10 @@
 """The skipping policies: one file each. A new one is a file here and an import below."""
 
 from adaskip.policies.ada_skip import AdaSkip
-from adaskip.policies.base import POLICIES, SkipPolicy, policy_class, register
 from adaskip.policies.early_exit import EarlyExit
-from adaskip.policies.fixed import FixedSkipping
 from adaskip.policies.skip_decode import SkipDecode
 from adaskip.policies.unified_skipping import UnifiedSkipping
+from adaskip.policy import POLICIES, FixedSkipping, SkipPolicy, policy_class, register
 
 __all__ = [
     "POLICIES",

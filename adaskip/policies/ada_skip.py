@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -16,13 +15,9 @@ from adaskip.errors import AdaskipError, unknown_name
 from adaskip.importance import GAINS, Gain, Importance
 from adaskip.numbers import is_whole
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Step, Sublayer
-from adaskip.policies.base import SkipPolicy, check_budget, register
+from adaskip.policy import SkipPolicy, check_budget, register
 from adaskip.recorders import Span, StepStats, median
-from adaskip.speed.calibration import measured_times
-from adaskip.speed.sublayer_times import SublayerTimes
-
-# The context at which times are measured if none are given.
-_CONTEXT = 1024
+from adaskip.sublayer_times import SublayerTimes
 
 
 @dataclass
@@ -59,8 +54,8 @@ class AdaSkip(SkipPolicy):
         gain: how a skipped sublayer is compensated; see `Importance`. None leaves the residual.
         acceleration: in place of `n_skip`, the ratio of dense to skipped time to reach by the
             offline sublayers; see `adaskip.budget`.
-        times: what the sublayers take, from `measured_times`; None measures them when the policy
-            is applied, at 1,024 tokens: of prefill for scope "prefill", else of a decode step.
+        times: what `acceleration` reckons with, from `measured_times` of the phase, context length
+            and batch that matter.
         select: with `acceleration`, "rank" or "knapsack".
 
     Source: AdaSkip (arXiv 2501.02336), algorithms 1 and 2; METHOD, "Policies".
@@ -81,8 +76,6 @@ class AdaSkip(SkipPolicy):
     _fixed: SkipPlan = field(init=False, repr=False, default=EMPTY_PLAN)
     _windows: dict[int, _Window] = field(init=False, repr=False, default_factory=dict)
     _latest: _Window | None = field(init=False, repr=False, default=None)
-    _model: weakref.ref[PreTrainedModel] | None = field(init=False, repr=False, default=None)
-    _own_times: SublayerTimes | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if not isinstance(self.importance, Importance):
@@ -115,44 +108,29 @@ class AdaSkip(SkipPolicy):
             )
         if self.n_skip is not None:
             check_budget("AdaSkip", self.n_skip, 2 * n_layers, "sublayers")
-        super().bind(n_layers)
         if self.acceleration is not None and self.times is None:
-            # Anew for each model and scope; a policy may be used with several.
-            self._own_times = self._measured()
+            raise AdaskipError(
+                "AdaSkip reckons an acceleration with what the sublayers take: give "
+                "times=measured_times(model, phase, context) of the phase and context that matter."
+            )
+        super().bind(n_layers)
         self._fixed = SkipPlan({s: self.importance.gain(s, self.gain) for s in self.chosen()})
         self._windows, self._latest = {}, None
 
     @override
     def check_model(self, model: PreTrainedModel) -> None:
         self.importance.check_model(model)
-        self._model = weakref.ref(model)
-
-    def _measured(self) -> SublayerTimes:
-        model = None if self._model is None else self._model()
-        if model is None:
-            raise AdaskipError(
-                "AdaSkip needs the sublayers' times for an acceleration: give "
-                "times=measured_times(model, phase, context), or use it with skipping()."
-            )
-        phase = Phase.PREFILL if self.scope == "prefill" else Phase.DECODE
-        return measured_times(model, phase, _CONTEXT)
 
     def chosen(self) -> tuple[Sublayer, ...]:
-        """The offline sublayers, by the budget; with `acceleration` only once times are known."""
-        times = self._known_times
-        if self.acceleration is None or times is None:
+        """The offline sublayers, by the budget."""
+        if self.acceleration is None or self.times is None:
             return self.importance.ranking()[: self.n_skip]
-        return sublayers_for(self.importance, times, self.acceleration, self.select)
+        return sublayers_for(self.importance, self.times, self.acceleration, self.select)
 
     @property
     def predicted_acceleration(self) -> float | None:
-        """The ratio of dense to skipped time by the sublayers' times; None while not known."""
-        times = self._known_times
-        return None if times is None else times.speedup(self.chosen())
-
-    @property
-    def _known_times(self) -> SublayerTimes | None:
-        return self.times or self._own_times
+        """The ratio of dense to skipped time by the sublayers' times; None without times."""
+        return None if self.times is None else self.times.speedup(self.chosen())
 
     @property
     @override

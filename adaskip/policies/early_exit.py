@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from adaskip.plan import SkipPlan, Step
-from adaskip.policies.base import SkipPolicy, check_budget, layer_plan, register
+from adaskip.policy import SkipPolicy, check_budget, layer_plan, register
 
 
 @register("EE")

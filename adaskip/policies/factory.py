@@ -8,7 +8,7 @@ from typing import Any
 
 from adaskip.errors import AdaskipError
 from adaskip.importance import Importance
-from adaskip.policies.base import POLICIES, SkipPolicy, policy_class
+from adaskip.policy import POLICIES, SkipPolicy, policy_class
 
 LEARNED = "importance"
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 from adaskip.errors import AdaskipError
 from adaskip.numbers import is_whole
 from adaskip.plan import SkipPlan, Step
-from adaskip.policies.base import SkipPolicy, check_budget, layer_plan, register
+from adaskip.policy import SkipPolicy, check_budget, layer_plan, register
 
 
 @register("SD")

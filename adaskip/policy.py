@@ -1,0 +1,170 @@
+"""What a policy is, and the registry of those that scripts can name."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, TypeVar
+
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from adaskip.errors import AdaskipError, unknown_name
+from adaskip.numbers import is_whole
+from adaskip.plan import Scope, SkipPlan, Step, whole_layers
+from adaskip.recorders import Span, StepStats
+
+P = TypeVar("P", bound="type[SkipPolicy]")
+
+POLICIES: dict[str, type[SkipPolicy]] = {}
+
+
+def register(name: str) -> Callable[[P], P]:
+    """Class decorator: makes a policy known to scripts under `name`.
+
+    Raises:
+        TypeError: not a `SkipPolicy`, not a dataclass with a field `n_skip` (which scripts give
+            every policy its budget by), or the name is taken.
+    """
+
+    def add(policy: P) -> P:
+        if not issubclass(policy, SkipPolicy):
+            raise TypeError(f"{policy!r} is not a SkipPolicy.")
+        try:
+            policy.hyperparameters()
+        except AdaskipError as error:
+            raise TypeError(f"{error} Write @dataclass below @register({name!r}).") from None
+        if POLICIES.setdefault(name, policy) is not policy:
+            raise TypeError(f"Policy name {name!r} already belongs to {POLICIES[name].__name__}.")
+        return policy
+
+    return add
+
+
+def policy_class(name: str) -> type[SkipPolicy]:
+    """The policy registered under `name`.
+
+    Raises:
+        AdaskipError: no such policy; the message suggests the nearest one.
+    """
+    if name not in POLICIES:
+        raise unknown_name("policy", name, [*POLICIES, "dense"])
+    return POLICIES[name]
+
+
+class SkipPolicy(ABC):
+    """Decides, forward by forward, what is skipped. Subclass it, and `register` it for scripts.
+
+    A policy is bound to one model at a time; used in a second block at once, a copy of it is bound
+    there. `Step.request` tells requests apart, any number of which may take turns. Its dataclass
+    fields are its hyper-parameters, its repr the record of an experiment.
+
+    Attributes:
+        budget: what `n_skip` counts: full layers, or sublayers.
+        scope: where the plan applies; set by the session before `bind`.
+        n_layers: decoder layers of the model; set by `bind`.
+    """
+
+    budget: ClassVar[Literal["layers", "sublayers"]] = "layers"
+    scope: Scope = "e2e"
+    n_layers: int = 0
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, Any]:
+        """The fields a policy is made with, and their defaults; `MISSING` where there is none.
+
+        Raises:
+            AdaskipError: the class is no dataclass, or has no budget.
+        """
+        if not dataclasses.is_dataclass(cls):
+            raise AdaskipError(f"{cls.__name__} has no fields to be set: make it a dataclass.")
+        items = [item for item in dataclasses.fields(cls) if item.init]
+        if all(item.name != "n_skip" for item in items):
+            raise AdaskipError(f"{cls.__name__} has no budget: give it a field n_skip.")
+        return {
+            item.name: item.default
+            if item.default_factory is dataclasses.MISSING
+            else item.default_factory()
+            for item in items
+        }
+
+    def bind(self, n_layers: int) -> None:
+        """Prepares for a model of `n_layers` layers, forgetting all earlier requests.
+
+        What is remembered of requests is made anew here, not emptied: a copy may share it.
+
+        Raises:
+            AdaskipError: the budget does not fit the model.
+        """
+        self.n_layers = n_layers
+
+    def check_model(self, model: PreTrainedModel) -> None:  # noqa: B027 - most learn nothing
+        """Raises an `AdaskipError` if what the policy has learned is not about this model."""
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether the plan of a decode step depends on the steps before it."""
+        return False
+
+    @abstractmethod
+    def plan(self, step: Step) -> SkipPlan:
+        """What this forward skips. A plan equal to the last one costs nothing."""
+
+    def branch(self, request: int, source: int) -> None:  # noqa: B027 - most remember nothing
+        """A copied cache was met: the new `request` goes on from where `source` is."""
+
+    def forget(self, request: int) -> None:  # noqa: B027 - most remember nothing
+        """The cache of `request` is gone, so no further step of it comes."""
+
+    def watch(self, step: Step) -> frozenset[Span]:
+        """The parts `observe` wants statistics of in this step: all, if there is an `observe`."""
+        observes = type(self).observe is not SkipPolicy.observe
+        return frozenset({"attn", "ffn"}) if observes else frozenset()
+
+    def observe(self, step: Step, stats: StepStats) -> None:  # noqa: B027 - most watch nothing
+        """Takes the statistics asked for by `watch`, after the forward."""
+
+
+class FixedSkipping(SkipPolicy):
+    """Applies one given plan at every step.
+
+    Args:
+        plan: the plan; `SkipPlan()` skips nothing.
+    """
+
+    def __init__(self, plan: SkipPlan) -> None:
+        if not isinstance(plan, SkipPlan):
+            raise AdaskipError(
+                f"FixedSkipping applies a SkipPlan, not a {type(plan).__name__}; write "
+                "FixedSkipping(SkipPlan({Sublayer(3, 'ffn'): None}))."
+            )
+        self._plan = plan
+
+    def __repr__(self) -> str:
+        return f"FixedSkipping({', '.join(map(str, self._plan.gains)) or 'nothing'})"
+
+    @override
+    def bind(self, n_layers: int) -> None:
+        self._plan.check(n_layers)
+        super().bind(n_layers)
+
+    @override
+    def plan(self, step: Step) -> SkipPlan:
+        return self._plan
+
+
+def check_budget(name: str, n_skip: object, allowed: int, unit: str) -> None:
+    """Raises an `AdaskipError` unless `n_skip` is a whole number, `0 <= n_skip <= allowed`."""
+    if not is_whole(n_skip) or not 0 <= n_skip <= allowed:
+        raise AdaskipError(
+            f"{name} cannot skip {n_skip!r} {unit}; with this model it takes a whole number from "
+            f"0 to {allowed}."
+        )
+
+
+@lru_cache(maxsize=256)
+def layer_plan(layers: tuple[int, ...]) -> SkipPlan:
+    """`whole_layers`, built once per set of layers so that repeated plans are the same object."""
+    return whole_layers(layers)

@@ -1,0 +1,1 @@
+"""What sublayers take: clocks, interleaved rounds, intervals, memory."""

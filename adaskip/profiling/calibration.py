@@ -1,0 +1,143 @@
+"""Measures what the sublayers of a model take on this machine, once, and keeps it on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adaskip.configuration import cache_root
+from adaskip.errors import AdaskipError, unknown_name
+from adaskip.plan import Phase
+from adaskip.profiling.clock import ClockedRequests
+from adaskip.profiling.interleaving import by_turns
+from adaskip.profiling.timing import (
+    MakeCache,
+    RequestTimes,
+    dynamic_cache,
+    time_request,
+)
+from adaskip.sublayer_times import VERSION, SublayerTimes
+
+logger = logging.getLogger(__name__)
+
+REPEATS = 5
+STEPS = 16
+
+
+def random_prompt(model: PreTrainedModel, tokens: int, batch: int = 1, seed: int = 2025) -> Tensor:
+    """Random token ids on the model's device: [batch, tokens]."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(0, vocabulary, (batch, tokens), generator=generator)
+    return ids.to(model.device)
+
+
+def measure_sublayers(
+    model: PreTrainedModel,
+    context: int,
+    *,
+    batch: int = 1,
+    repeats: int = REPEATS,
+    n_steps: int = STEPS,
+    make_cache: MakeCache = dynamic_cache,
+    progress: bool = False,
+) -> dict[Phase, SublayerTimes]:
+    """Measures both phases now: forwards with and without timestamps by turns, after a warm-up.
+
+    As `measured_times`, with `repeats` requests of each kind and `n_steps` decode steps in each.
+
+    Raises:
+        AdaskipError: `context`, `batch`, `repeats` or `n_steps` is not positive.
+    """
+    if min(context, batch, repeats, n_steps) < 1:
+        raise AdaskipError("Context, batch, repeats and steps must be 1 or more each.")
+    ids = random_prompt(model, context, batch)
+    plain = partial(time_request, model, ids, n_steps, make_cache=make_cache)
+    clock = ClockedRequests(model, ids, n_steps, make_cache)
+    plain()
+    clock.warm_up()
+    kinds: dict[str, Callable[[], RequestTimes]] = {"plain": plain, "clocked": clock.request}
+    rounds = by_turns(kinds, rounds=repeats, title="timing sublayers", progress=progress)
+    taken = [request for each in rounds for request in each["plain"]]
+    return {
+        phase: clock.times(phase, [request.seconds(phase) for request in taken]) for phase in Phase
+    }
+
+
+def measured_times(
+    model: PreTrainedModel,
+    phase: Phase | str,
+    context: int,
+    *,
+    batch: int = 1,
+    make_cache: MakeCache = dynamic_cache,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> SublayerTimes:
+    """The times of a phase, from disk where they were measured before on the same hardware.
+
+    Args:
+        model: outside of `skipping(...)`.
+        phase: "prefill" or "decode".
+        context: prompt tokens.
+        batch: sequences.
+        make_cache: the cache the model will be used with.
+        folder: where measured times are kept; by default in adaskip's cache folder.
+        progress: whether to show a progress bar if they have to be measured.
+
+    Raises:
+        AdaskipError: unknown phase, or a number is not positive.
+    """
+    if phase not in list(Phase):
+        raise unknown_name("phase", str(phase), list(Phase))
+    target = folder or cache_root() / "times"
+    paths = _paths(model, target, context, batch, make_cache)
+    with suppress(OSError, ValueError):  # AdaskipError and damaged JSON are ValueErrors
+        return SublayerTimes.from_dict(json.loads(paths[Phase(phase)].read_text(encoding="utf-8")))
+    logger.info("Timing the sublayers at %d tokens, batch %d; kept in %s", context, batch, target)
+    times = measure_sublayers(model, context, batch=batch, make_cache=make_cache, progress=progress)
+    with suppress(OSError):  # a cache that cannot be written is only slower
+        target.mkdir(parents=True, exist_ok=True)
+        for p, path in paths.items():
+            path.write_text(json.dumps(times[p].as_dict()), encoding="utf-8")
+    return times[Phase(phase)]
+
+
+def _paths(
+    model: PreTrainedModel, folder: Path, context: int, batch: int, make_cache: MakeCache
+) -> dict[Phase, Path]:
+    """Where the times of each phase are kept, by all that they depend on."""
+    facts = [*_identity(model), context, batch, make_cache.__name__, VERSION]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    name = f"{model.config.model_type}-%s-{context}x{batch}-{digest}.json"
+    return {phase: folder / (name % phase) for phase in Phase}
+
+
+def hardware(device: torch.device) -> str:
+    """The device's name, with the number of threads for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        name = found[1].strip() if found else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _identity(model: PreTrainedModel) -> list[str]:
+    """What a time depends on besides context and batch."""
+    parameters = [f"{name}{tuple(p.shape)}" for name, p in model.named_parameters()]
+    shape = hashlib.sha256("".join(parameters).encode()).hexdigest()
+    attention = str(getattr(model.config, "_attn_implementation", ""))
+    return [hardware(model.device), shape, str(model.dtype), attention, torch.__version__]

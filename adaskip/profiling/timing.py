@@ -1,0 +1,139 @@
+"""Times of the two phases of a request; the device is synchronized only around whole phases."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from adaskip.growing_cache import GrowingCache, kv_tensors
+from adaskip.plan import Phase, SkipPlan
+
+MakeCache = Callable[[PreTrainedModel], Cache]
+
+
+def growing_cache(model: PreTrainedModel) -> Cache:
+    """The cache that does not copy itself at every step."""
+    return GrowingCache(model.config)
+
+
+def dynamic_cache(model: PreTrainedModel) -> Cache:
+    """What `generate()` makes by default."""
+    return DynamicCache(config=model.config)
+
+
+@dataclass(frozen=True)
+class RequestTimes:
+    """One request.
+
+    Attributes:
+        ttft: seconds of the prefill forward, the choice of the first token included.
+        per_token: seconds per decode step: all steps together by their number.
+        kv_bytes: keys and values held at the end.
+        tokens: the tokens chosen, [batch, 1 + steps], on the device.
+    """
+
+    ttft: float
+    per_token: float
+    kv_bytes: int
+    tokens: Tensor = field(repr=False, compare=False)
+
+    def seconds(self, phase: Phase) -> float:
+        """Of a forward of this phase."""
+        return self.ttft if phase is Phase.PREFILL else self.per_token
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device; only around whole phases, never within."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def time_request(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    n_steps: int,
+    *,
+    make_cache: MakeCache = growing_cache,
+    decode: Callable[..., Any] | None = None,
+    after_forward: Callable[[], None] | None = None,
+) -> RequestTimes:
+    """Prefills once and decodes greedily, whatever the tokens are.
+
+    Args:
+        model: may be within `skipping(...)`.
+        input_ids: the prompts, unpadded: [batch, tokens], on the model's device.
+        n_steps: decode steps, 1 or more.
+        make_cache: makes the request's empty cache.
+        decode: called for decode steps in place of the model, e.g. a compiled one.
+        after_forward: called after each forward; it must not touch the device.
+    """
+    cache = make_cache(model)
+    device = input_ids.device
+    seen = after_forward or _nothing
+    synchronize(device)
+    start = time.perf_counter()
+    chosen = _next(model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1))
+    synchronize(device)
+    first = time.perf_counter()
+    seen()
+    tokens = [chosen]
+    step = decode or model
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(n_steps):
+        chosen = _next(step(chosen, past_key_values=cache, use_cache=True, logits_to_keep=1))
+        tokens.append(chosen)
+        seen()
+    synchronize(device)
+    end = time.perf_counter()
+    held = sum(tensor.nbytes for tensor in kv_tensors(cache))
+    return RequestTimes(first - start, (end - begin) / n_steps, held, torch.cat(tokens, dim=1))
+
+
+def _next(output: Any) -> Tensor:
+    chosen: Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
+    return chosen
+
+
+def _nothing() -> None:
+    """Nobody wants to look."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeated measurements, in the unit of the values."""
+
+    median: float
+    q1: float
+    q3: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of one value or more."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], 1)
+        q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(statistics.median(values), q1, q3, len(values))
+
+
+def kv_bytes(config: Any, plan: SkipPlan, tokens: int, batch: int, itemsize: int) -> int:
+    """Bytes of keys and values after `tokens` tokens under a plan that is in force throughout.
+
+    `2 * batch * KV heads * head_dim * tokens * itemsize` per attention that is not skipped. For
+    models without sliding windows.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    n_running = text.num_hidden_layers - len(plan.layers("attn"))
+    return int(2 * batch * heads * width * tokens * itemsize * n_running)

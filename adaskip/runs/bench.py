@@ -1,0 +1,244 @@
+"""A loaded model with what its runs share: tokenizer, rows, importance. Loaded once, used often."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adaskip.errors import AdaskipError, DataError
+from adaskip.fingerprint import model_fingerprint
+from adaskip.importance import Importance
+from adaskip.learning import learn_importance
+from adaskip.models.loading import ModelSpec, load_model, load_tokenizer, model_spec
+from adaskip.policies import SkipPolicy, policy_class
+from adaskip.policies.factory import build_policy
+from adaskip.runs.generation import StopRule, generate_greedy
+from adaskip.runs.ledger import answer_length
+from adaskip.runs.records import writing
+from adaskip.runs.runconfig import DENSE, HORIZON, RunConfig
+from adaskip.tasks.longbench import load_rows
+from adaskip.tasks.prompts import Prompt, build_prompt, stop_token_ids
+from adaskip.tasks.sample import sample_rows
+from adaskip.tasks.spec import Row, task_spec
+
+logger = logging.getLogger(__name__)
+SAMPLE_ROWS = 20
+
+
+@dataclass
+class Bench:
+    """What stays loaded between runs of one model.
+
+    `source` is what was loaded; `fits` says whether it serves another configuration.
+    """
+
+    spec: ModelSpec
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: tuple[str | None, ...]
+    _rows: dict[str, list[Row]] = field(default_factory=dict)
+    _profiles: dict[Path, Importance] = field(default_factory=dict)
+    _warm: bool = False
+
+    @classmethod
+    def open(cls, config: RunConfig) -> Bench:
+        """Loads the model a resolved configuration names.
+
+        Raises:
+            AdaskipError: it cannot be loaded, or its architecture is not supported.
+        """
+        name = config.model_path or config.model_name
+        # A path or hub id replaces the weights only.
+        spec = model_spec(config.model_name)
+        names = ("dtype", "device", "device_map", "tp_plan", "allow_pickle")
+        model = load_model(name, **{option: getattr(config, option) for option in names})
+        return cls(spec, model, load_tokenizer(name), _source(config))
+
+    def fits(self, config: RunConfig) -> bool:
+        """Whether this model is the one a resolved configuration names."""
+        return self.source == _source(config)
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers of the model."""
+        return int(self.model.config.num_hidden_layers)
+
+    def rows(self, config: RunConfig, task: str) -> list[Row]:
+        """The rows of a run, in their order, ids made unique.
+
+        Raises:
+            DataError: the data is missing or damaged, or no row is left.
+        """
+        return self._load(config, task, warmup=False)
+
+    def prompt(self, config: RunConfig, row: Row) -> Prompt:
+        """The prompt of a row, cut to the run's limit and wrapped in the model's template."""
+        return build_prompt(
+            row,
+            task_spec(row.task),
+            self.tokenizer,
+            max_length=config.max_length or self.spec.prompt_limit,
+            template=self.spec.template,
+        )
+
+    def importance(self, config: RunConfig) -> Importance:
+        """The profile named by the configuration, or the one learned from its warm-up prompts.
+
+        A learned profile is kept in `<results_dir>/importance/` and used again.
+
+        Raises:
+            ProfileError: the profile is damaged or belongs to another model.
+            DataError: too few warm-up rows.
+        """
+        path = Path(config.importance) if config.importance else self._profile_path(config)
+        if path not in self._profiles:
+            if config.importance or path.exists():
+                profile = Importance.load(path)
+                profile.check_model(self.model)
+            else:
+                profile = self._learn(config, path)
+            self._profiles[path] = profile
+        return self._profiles[path]
+
+    def policy(self, config: RunConfig, task: str) -> SkipPolicy | None:
+        """The policy of a resolved configuration for one task, tried on this model; None for dense.
+
+        Raises:
+            AdaskipError: the budget does not fit the model, or the profile is of another one.
+        """
+        if config.policy == DENSE:
+            return None
+        offered = config.offered() | {HORIZON: answer_length(config, task)}
+        policy = build_policy(
+            config.policy, config.budget, offered, lambda: self.importance(config)
+        )
+        policy.bind(self.n_layers)
+        return policy
+
+    def check_budget(self, config: RunConfig) -> None:
+        """Refuses a budget larger than the model, before anything is learned or written.
+
+        Raises:
+            AdaskipError: it is.
+        """
+        if config.policy == DENSE:
+            return
+        unit = policy_class(config.policy).budget
+        allowed = self.n_layers * (2 if unit == "sublayers" else 1)
+        if config.budget > allowed:
+            raise AdaskipError(
+                f"The budget of {config.budget} {unit} is larger than the model: "
+                f"{config.model_name} has {allowed}."
+            )
+
+    def stop_rule(self, config: RunConfig, task: str) -> StopRule:
+        """When an answer of this task ends: the model's end tokens, and the task's own."""
+        spec = task_spec(task)
+        ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        listed = [*ends] if isinstance(ends, list) else [ends, self.tokenizer.eos_token_id]
+        if self.spec.answer_end:
+            # The prediction is cut there anyway; what would follow need not be computed.
+            end = self.tokenizer.convert_tokens_to_ids(self.spec.answer_end)
+            listed.append(None if end == self.tokenizer.unk_token_id else end)
+        ids = {int(token) for token in listed if token is not None}
+        return StopRule(
+            frozenset(ids.union(stop_token_ids(spec, self.tokenizer))),
+            answer_length(config, task),
+            spec.min_new_tokens,
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """A token to fill a batch with; it is masked out, so any will do."""
+        token = self.tokenizer.pad_token_id
+        return int(token) if isinstance(token, int) else 0
+
+    def warm_up(self) -> None:
+        """Generates a few tokens once, so that no row's times hold the first call's costs."""
+        if not self._warm:
+            generate_greedy(self.model, [[self.pad_id] * 32], StopRule(frozenset(), 4))
+            self._warm = True
+
+    def _learn(self, config: RunConfig, path: Path) -> Importance:
+        task = _warmup_of(config)
+        logger.info("Learning importance from %d %s prompts; kept in %s", config.warmup, task, path)
+        rows = self._load(config, task, warmup=True)
+        if len(rows) < config.warmup:
+            raise DataError(
+                f"{task} has {len(rows)} warm-up rows, {config.warmup} were asked for: use a lower "
+                "--warmup, or a profile (--importance FILE)."
+            )
+        prompts = [torch.tensor([self.prompt(config, row).input_ids]) for row in rows]
+        source = f"{len(rows)} rows of {task}"
+        profile = learn_importance(self.model, prompts, source=source, progress=True)
+        with writing(path):
+            profile.save(path)
+        return profile
+
+    def _profile_path(self, config: RunConfig) -> Path:
+        recipe = [
+            self.source,
+            model_fingerprint(self.model),
+            config.seed,
+            config.min_length,
+            config.longbench_e,
+            config.max_length,
+        ]
+        digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
+        task = _warmup_of(config)
+        size = f"-{config.sample_tokens}tokens" if task_spec(task).offline else ""
+        name = f"{config.model_name}-{task}-{config.warmup}rows{size}-{digest}.json"
+        return Path(config.results_dir) / "importance" / name
+
+    def _load(self, config: RunConfig, task: str, *, warmup: bool) -> list[Row]:
+        limit = config.warmup if warmup else config.limit
+        offline = task_spec(task).offline
+        key = json.dumps(
+            [task, warmup, limit, config.sample_tokens, config.seed]
+            if offline
+            else [task, limit, config.data_dir, config.min_length, config.longbench_e]
+        )
+        if key not in self._rows:
+            if offline:
+                rows = sample_rows(
+                    task,
+                    self.tokenizer,
+                    split="warmup" if warmup else "test",
+                    n=limit or SAMPLE_ROWS,
+                    tokens=config.sample_tokens,
+                    seed=config.seed,
+                )
+            else:
+                rows = load_rows(
+                    task,
+                    data_dir=config.data_dir,
+                    min_length=config.min_length,
+                    limit=limit,
+                    long_bench_e=config.longbench_e,
+                )
+            if not rows:
+                raise DataError(f"{task} has no row longer than --min_length {config.min_length}.")
+            self._rows[key] = rows
+        return self._rows[key]
+
+
+def warmup_task(tasks: Iterable[str]) -> str:
+    """Where warm-up prompts come from: LongBench's qasper; the offline sample for its own tasks."""
+    offline = all(task_spec(task).offline for task in tasks)
+    return "sample_qa" if offline else "qasper"
+
+
+def _warmup_of(config: RunConfig) -> str:
+    return config.warmup_task or warmup_task(config.tasks)
+
+
+def _source(config: RunConfig) -> tuple[str | None, ...]:
+    split = [part for part in (config.device_map, config.tp_plan) if part]
+    return (config.model_name, config.model_path, config.dtype, config.device, *split)

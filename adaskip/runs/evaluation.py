@@ -1,0 +1,72 @@
+"""The table `eval/eval.py` prints: every budget of a run beside its dense baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adaskip.runs.runconfig import DENSE
+from adaskip.runs.scoring import MIN_LENGTH, TaskScore, dense_scores, runs_of, score_run
+from adaskip.tables import MISSING, markdown_table, number, percent
+
+_HEADER = (
+    *("task", "run", "score", "to dense", "rougeL", "rows"),
+    *("truncated %", "skipped % prefill", "skipped % decode"),
+)
+
+
+def evaluate(results_dir: Path, name: str, *, min_length: int = MIN_LENGTH) -> str:
+    """Scores every budget of a run, writes each `result.json`, and returns the table with notes.
+
+    Raises:
+        RunError: there is no such run, or its files are damaged.
+    """
+    runs = [score_run(path, min_length=min_length) for path in runs_of(results_dir, name)]
+    bases = [dense_scores(results_dir, run, min_length=min_length) for run in runs]
+    rows: list[tuple[str, ...]] = []
+    notes: list[str] = []
+    for task in dict.fromkeys(task for run in runs for task in run.tasks):
+        base = next((found[task] for found in bases if task in found), None)
+        shown = [
+            (run.folder.name, run.tasks[task], found.get(task))
+            for run, found in zip(runs, bases, strict=True)
+            if task in run.tasks
+        ]
+        if base is not None and all(run.config.policy != DENSE for run in runs):
+            shown.insert(0, (DENSE, base, None))
+        if base is None:
+            notes.append(f"{task}: no dense run with the same settings in {results_dir}, no delta.")
+        for label, score, own in shown:
+            rows.append(_row(label, score, own))
+            notes += notes_on(label, score)
+    for run in runs:
+        run.save()
+    written = f"Written: result.json in {', '.join(str(run.folder) for run in runs)}."
+    return "\n".join([markdown_table(_HEADER, rows), "", *notes, written])
+
+
+def notes_on(name: str, score: TaskScore) -> list[str]:
+    """What must be said beside a score: missing rows, rows left out, failures, the code metric."""
+    notes: list[str] = []
+    if not score.complete:
+        notes.append(f"{score.n_rows} of {score.n_planned} rows")
+    if score.n_short:
+        notes.append(f"{score.n_short} rows too short to count left out")
+    if score.unscored:
+        notes.append(score.unscored)
+    if score.backend:
+        notes.append(f"code compared by fuzzywuzzy with {score.backend}")
+    return [f"{score.task}, {name}: {note}." for note in notes]
+
+
+def _row(label: str, score: TaskScore, base: TaskScore | None) -> tuple[str, ...]:
+    return (
+        score.task,
+        label,
+        number(score.score),
+        number(score.score - base.score, signed=True) if base else MISSING,
+        number(score.rouge_l),
+        str(score.n_rows) if score.complete else f"{score.n_rows} of {score.n_planned}",
+        percent(score.truncated),
+        percent(score.skipped_share["prefill"]),
+        percent(score.skipped_share["decode"]),
+    )

@@ -1,0 +1,233 @@
+"""Scores runs, finished or not: LongBench's metric per task, and what a reader must know of it."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaskip.errors import RunError
+from adaskip.metrics import ScoreLog, corpus_score, rouge_l, score_each, similarity_backend
+from adaskip.plan import Phase
+from adaskip.runs.ledger import RUN_FILE, read_record
+from adaskip.runs.records import SCHEMA, Record, read_rows, write_json
+from adaskip.runs.rows import check_row
+from adaskip.runs.runconfig import DENSE, RunConfig, check_file_name
+from adaskip.tasks.spec import task_spec
+
+RESULT_FILE = "result.json"
+MIN_LENGTH = 4000
+_RUN_FOLDER = re.compile(r".+-SKIP-([0-9]+)")
+_POLICY_SETTINGS = ("experiment", "policy", "skip_full_layer_num", "skip_sub_layer_num")
+_LEARNING = ("warmup", "warmup_task")
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task of one run.
+
+    Attributes:
+        n_rows: rows scored.
+        n_short: rows left out because they are not longer than the limit.
+        n_planned: rows the run was asked for.
+        score: LongBench's metric x100, two decimals; NaN without a row.
+        rouge_l: rouge-score's rougeL x100 for summarization, else None.
+        unscored: one sentence on predictions the metric could not compare, None if none.
+        truncated: share of prompts that lost their middle.
+        skipped_share: share of skipped sublayers over all forwards, per phase.
+        ttft: median seconds to the first token.
+        per_token: median seconds per decode step; None if no answer had one.
+        backend: what fuzzywuzzy compared code with, None for other metrics.
+        row_scores: score per row id, 0..1.
+        row_seconds: per row id time to first token and per decode step.
+        sessions: the processes that made the rows.
+    """
+
+    task: str
+    n_rows: int
+    n_short: int
+    n_planned: int
+    score: float
+    rouge_l: float | None
+    unscored: str | None
+    truncated: float | None
+    skipped_share: dict[str, float | None]
+    ttft: float | None
+    per_token: float | None
+    backend: str | None
+    row_scores: dict[str, float]
+    row_seconds: dict[str, tuple[float, float | None]]
+    sessions: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row the run was asked for is there."""
+        return self.n_rows + self.n_short >= self.n_planned
+
+    def as_dict(self) -> Record:
+        """Ready for JSON."""
+        return {**vars(self), "score": None if self.score != self.score else self.score}
+
+
+@dataclass(frozen=True)
+class RunScore:
+    """All tasks of one run."""
+
+    folder: Path
+    config: RunConfig
+    n_layers: int
+    tasks: dict[str, TaskScore]
+
+    def save(self) -> None:
+        """Writes `result.json` into the run's folder."""
+        content = {
+            "schema": SCHEMA,
+            "config": self.config.recorded(),
+            "tasks": {name: score.as_dict() for name, score in self.tasks.items()},
+        }
+        write_json(self.folder / RESULT_FILE, content)
+
+
+def score_run(folder: Path, *, min_length: int = MIN_LENGTH) -> RunScore:
+    """Scores what is there of a run.
+
+    Args:
+        folder: a run's folder.
+        min_length: LongBench rows must be longer than this to count.
+
+    Raises:
+        RunError: there is no such run, or its files are damaged.
+    """
+    if not (folder / RUN_FILE).is_file():
+        raise RunError(f"{folder} holds no run: there is no {RUN_FILE} in it.")
+    record = read_record(folder)
+    config = RunConfig.from_dict(record["config"])
+    n_layers = int(record["n_layers"])
+    scores = {}
+    for task, facts in record["tasks"].items():
+        rows, planned = read_rows(folder / f"{task}.jsonl", check_row), int(facts["rows"])
+        scores[task] = score_rows(
+            task, rows, n_layers=n_layers, n_planned=planned, min_length=min_length
+        )
+    return RunScore(folder, config, n_layers, scores)
+
+
+def score_rows(
+    task: str,
+    rows: Sequence[Record],
+    *,
+    n_layers: int,
+    n_planned: int,
+    min_length: int = MIN_LENGTH,
+) -> TaskScore:
+    """Scores the rows of one task, leaving LongBench's short ones out (METHOD, "Evaluation")."""
+    spec = task_spec(task)
+    limit = -1 if spec.offline else min_length
+    kept = [row for row in rows if row["length"] > limit]
+    log = ScoreLog()
+    values: dict[str, float] = {}
+    for row in kept:
+        scored = score_each(task, row["prediction"], row["references"], row["classes"])
+        log.add(scored)
+        values[row["id"]] = scored.score
+    lengths = [row["length"] for row in kept]
+    seconds = {row["id"]: (row["seconds"]["ttft"], row["seconds"]["per_token"]) for row in kept}
+    return TaskScore(
+        task=task,
+        n_rows=len(kept),
+        n_short=len(rows) - len(kept),
+        n_planned=n_planned,
+        score=corpus_score([*values.values()], lengths, min_length=limit),
+        rouge_l=_mean_rouge_l(kept) if spec.metric.startswith("rouge") else None,
+        unscored=log.message(),
+        truncated=_share(row["truncated"] for row in kept),
+        skipped_share=phase_shares(kept, n_layers),
+        ttft=_median(first for first, _ in seconds.values()),
+        per_token=_median(step for _, step in seconds.values()),
+        backend=similarity_backend() if spec.metric == "code_sim" else None,
+        row_scores=values,
+        row_seconds=seconds,
+        sessions=tuple(Counter(row["session"] for row in kept)),
+    )
+
+
+def runs_of(results_dir: Path, name: str) -> list[Path]:
+    """The folders of every budget of a run, by budget.
+
+    Args:
+        results_dir: the folder that holds the runs.
+        name: a run's name, or that of one folder: a run's name with its budget.
+
+    Raises:
+        RunError: there is none; the message lists the runs there are.
+    """
+    check_file_name("run name (--model)", name)
+    budgets = {
+        path.parent: int(match[1])
+        for path in results_dir.glob(f"*-SKIP-*/{RUN_FILE}")
+        if (match := _RUN_FOLDER.fullmatch(path.parent.name))
+    }
+    found = [path for path in budgets if name in (path.name, path.name.rpartition("-SKIP-")[0])]
+    if not found:
+        names = sorted(path.name for path in budgets)
+        known = f"its runs are: {', '.join(names)}" if names else "it holds no run"
+        raise RunError(f"No run {name!r} in {results_dir}; {known}.")
+    return sorted(found, key=budgets.__getitem__)
+
+
+def dense_scores(
+    results_dir: Path, run: RunScore, *, min_length: int = MIN_LENGTH
+) -> dict[str, TaskScore]:
+    """Per task of `run`, the dense run made with the same settings, if there is one.
+
+    One of the same experiment is preferred, though a dense run is the same in all of them.
+    """
+    found: dict[str, TaskScore] = {}
+    wanted = _comparable(run.config)
+    folders = [path.parent for path in sorted(results_dir.glob(f"*-SKIP-0/{RUN_FILE}"))]
+    for folder in folders:
+        config = RunConfig.from_dict(read_record(folder)["config"])
+        if config.policy != DENSE or _comparable(config) != wanted:
+            continue
+        for task, score in score_run(folder, min_length=min_length).tasks.items():
+            if task in run.tasks and (
+                task not in found or config.experiment == run.config.experiment
+            ):
+                found[task] = score
+    return found
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """The settings a run shares with its dense baseline."""
+    left_out = {*_POLICY_SETTINGS, *_LEARNING}
+    return {key: value for key, value in config.settings().items() if key not in left_out}
+
+
+def phase_shares(rows: Sequence[Record], n_layers: int) -> dict[str, float | None]:
+    """Skipped sublayers / all sublayers, per phase and over all forwards; None without any."""
+    shares: dict[str, float | None] = {}
+    for phase in Phase:
+        counts = [row["skipped"][phase] for row in rows]
+        forwards = sum(count["forwards"] for count in counts)
+        skipped = sum(count["attn"] + count["ffn"] for count in counts)
+        shares[str(phase)] = skipped / (2 * n_layers * forwards) if forwards else None
+    return shares
+
+
+def _mean_rouge_l(rows: Sequence[Record]) -> float | None:
+    values = [max(rouge_l(row["prediction"], text) for text in row["references"]) for row in rows]
+    return round(100 * statistics.fmean(values), 2) if values else None
+
+
+def _share(flags: Iterable[bool]) -> float | None:
+    values = list(flags)
+    return sum(values) / len(values) if values else None
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None

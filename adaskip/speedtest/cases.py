@@ -1,0 +1,159 @@
+"""The cases a speed test compares: what is skipped, on which cache, eager or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+from adaskip.errors import AdaskipError
+from adaskip.importance import Importance
+from adaskip.plan import EMPTY_PLAN, Kind, SkipPlan, Sublayer
+from adaskip.policies import FixedSkipping, SkipPolicy, policy_class
+from adaskip.policies.factory import build_policy
+from adaskip.profiling.timing import RequestTimes, dynamic_cache, growing_cache, time_request
+from adaskip.session import Session, skipping
+from adaskip.speedtest.compiling import compiled_call
+
+CacheName = Literal["dynamic", "growing", "static"]
+DENSE, DENSE_COMPILED = BASELINES = ("dense", "dense compiled")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table, per context and batch.
+
+    Attributes:
+        label: its name there.
+        policy: what is skipped; None leaves the model unpatched.
+        cache: which KV cache.
+        compiled: whether decode steps are compiled (needs the static cache).
+        measured: False for a case that only tells what sublayers take.
+    """
+
+    label: str
+    policy: SkipPolicy | None = field(repr=False)
+    cache: CacheName = "growing"
+    compiled: bool = False
+    measured: bool = True
+
+    @property
+    def baseline(self) -> str:
+        """The label of the case that skips nothing and is otherwise the same."""
+        return DENSE_COMPILED if self.compiled else DENSE
+
+
+def make_cases(
+    importance: Importance,
+    policies: Sequence[str],
+    budgets: Sequence[int],
+    *,
+    n_steps: int,
+    compiled: bool = False,
+) -> list[Case]:
+    """Stock, dense, empty plan, and every policy at every budget.
+
+    Args:
+        importance: of the model, for policies that learn.
+        policies: registered names.
+        budgets: in sublayers; policies that count layers skip half as many.
+        n_steps: decode steps, the horizon of a policy that has one.
+        compiled: whether to add the compiled ones.
+
+    Raises:
+        AdaskipError: a policy is unknown, or a budget is not even.
+    """
+    odd = [n for n in budgets if n < 2 or n % 2]
+    if odd:
+        raise AdaskipError(f"A budget of {odd[0]} sublayers is not whole layers; give even ones.")
+    named = [_named(p, n, importance, n_steps) for p in policies for n in budgets]
+    cases = [
+        Case("stock", None, "dynamic"),
+        Case(DENSE, None),
+        Case("empty plan", FixedSkipping(EMPTY_PLAN)),
+        *(Case(label, policy) for label, policy in named),
+    ]
+    return cases + (_compiled(named, importance.n_layers) if compiled else [])
+
+
+def _compiled(named: Sequence[tuple[str, SkipPolicy]], n_layers: int) -> list[Case]:
+    """The compiled cases, without changing plans: each would compile a graph of its own."""
+    fixed = [(label, policy) for label, policy in named if not policy.stepwise]
+    return [
+        Case(DENSE_COMPILED, None, "static", True),
+        Case("empty plan compiled", FixedSkipping(EMPTY_PLAN), "static", True),
+        Case("no attn compiled", _without("attn", n_layers), "static", True, measured=False),
+        Case("no ffn compiled", _without("ffn", n_layers), "static", True, measured=False),
+        *(Case(f"{label} compiled", policy, "static", True) for label, policy in fixed),
+    ]
+
+
+def _named(
+    name: str, n_sublayers: int, importance: Importance, n_steps: int
+) -> tuple[str, SkipPolicy]:
+    """A policy at a budget, and how the table calls it."""
+    in_layers = policy_class(name).budget == "layers"
+    n_skip = n_sublayers // 2 if in_layers else n_sublayers
+    # Without an extension, whose set would differ from request to request.
+    offered = {"online": False, "horizon": n_steps}
+    return f"{name} {n_skip}", build_policy(name, n_skip, offered, lambda: importance)
+
+
+def _without(kind: Kind, n_layers: int) -> SkipPolicy:
+    return FixedSkipping(SkipPlan({Sublayer(layer, kind): None for layer in range(n_layers)}))
+
+
+@dataclass
+class CaseRun:
+    """One request of a case, with what each of its forwards skipped (if that was asked for)."""
+
+    times: RequestTimes
+    plans: list[SkipPlan]
+
+
+def run_case(
+    model: PreTrainedModel, case: Case, ids: Tensor, n_steps: int, *, look: bool = False
+) -> CaseRun:
+    """Times one request.
+
+    Args:
+        model: outside of `skipping(...)`.
+        case: what is measured.
+        ids: the prompts: [batch, tokens].
+        n_steps: decode steps.
+        look: whether to note what is skipped; not while it counts.
+    """
+    plans: list[SkipPlan] = []
+    with _session(model, case) as session:
+
+        def note() -> None:
+            plans.append(EMPTY_PLAN if session is None else session.plan)
+
+        times = time_request(
+            model,
+            ids,
+            n_steps,
+            make_cache=_make_cache(case, ids.shape[1] + n_steps),
+            decode=compiled_call(model) if case.compiled else None,
+            after_forward=note if look else None,
+        )
+    return CaseRun(times, plans)
+
+
+@contextmanager
+def _session(model: PreTrainedModel, case: Case) -> Iterator[Session | None]:
+    if case.policy is None:
+        yield None
+        return
+    with skipping(model, case.policy) as session:
+        yield session
+
+
+def _make_cache(case: Case, capacity: int) -> Callable[[PreTrainedModel], Any]:
+    if case.cache == "static":
+        return lambda model: StaticCache(config=model.config, max_cache_len=capacity)
+    return dynamic_cache if case.cache == "dynamic" else growing_cache
