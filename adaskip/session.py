@@ -277,7 +277,9 @@ class Session:
                 self._watching.append(recorder)
                 spans |= wanted
         if spans:
-            if turn is not None and turn.tells_padding:
+            # A prompt that generate() computes besides its own (guidance) comes with its own mask.
+            told = turn is not None and turn.tells_padding and turn.phase is step.phase
+            if turn is not None and told and call.get("past_key_values") is not None:
                 real = turn.real_tokens(step.phase, past, step.tokens)
             else:
                 real = real_tokens(call.get("attention_mask"), past, step.tokens)

@@ -352,6 +352,57 @@ def test_rows_that_have_ended_do_not_count_in_generate(
     assert recorder.real == 2 * [[True, True]] + 5 * [[True, False]]
 
 
+def test_prompts_that_generate_computes_besides_its_own(model: PreTrainedModel) -> None:
+    ids, other = prompt(10, batch=2), prompt(4, batch=2, seed=5)
+    mask, other_mask = torch.ones_like(ids), torch.ones_like(other)
+    mask[0, :3] = other_mask[1, :2] = 0
+    counted: list[tuple[Phase, int, list[int]]] = []
+
+    class Counting(Weights):
+        def watch(self, step: Step) -> frozenset[Span]:
+            return frozenset({"ffn"})
+
+        def observe(self, step: Step, stats: StepStats) -> None:
+            real = stats.weights().sum(dim=1).int().tolist()
+            counted.append((step.phase, step.request, real))
+
+    guided: Any = {"negative_prompt_ids": other, "negative_prompt_attention_mask": other_mask}
+    with skipping(model, BOTH, scope="decode", recorders=[Counting()]):
+        model.generate(
+            ids,
+            attention_mask=mask,
+            guidance_scale=1.5,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            **guided,
+        )
+    prefill, decode = Phase.PREFILL, Phase.DECODE
+    assert counted[:4] == [
+        (prefill, 0, [7, 10]),
+        (prefill, 1, [4, 2]),
+        (decode, 0, [1, 1]),
+        (decode, 1, [1, 1]),
+    ]
+
+
+def test_rows_are_counted_without_a_cache_too(model: PreTrainedModel) -> None:
+    ids, mask = prompt(10, batch=2), torch.ones(2, 10, dtype=torch.long)
+    mask[0, :3] = 0
+    counted = []
+
+    class Counting(Weights):
+        def watch(self, step: Step) -> frozenset[Span]:
+            return frozenset({"ffn"})
+
+        def observe(self, step: Step, stats: StepStats) -> None:
+            counted.append(stats.weights().sum(dim=1).int().tolist())
+
+    with skipping(model, BOTH, recorders=[Counting()]):
+        model.generate(ids, attention_mask=mask, use_cache=False, max_new_tokens=3)
+    assert counted == [[7, 10], [8, 11], [9, 12]]
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 @pytest.mark.parametrize("tokens", [15, 40])
 def test_online_adaskip_on_a_static_sliding_cache(family: str, tokens: int) -> None:
