@@ -16,11 +16,13 @@ if TYPE_CHECKING:
         AdaskipError as AdaskipError,
         CacheHoleError as CacheHoleError,
         DataError as DataError,
+        PlanError as PlanError,
         ProfileError as ProfileError,
         RunError as RunError,
         UnsupportedCallError as UnsupportedCallError,
         UnsupportedModelError as UnsupportedModelError,
     )
+    from adaskip.fitting import fit_linears as fit_linears
     from adaskip.growing_cache import GrowingCache as GrowingCache
     from adaskip.importance import Importance as Importance
     from adaskip.learning import learn_importance as learn_importance
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     )
     from adaskip.profiling.calibration import measured_times as measured_times
     from adaskip.profiling.memory import keep_freed_memory as keep_freed_memory
+    from adaskip.replacements import Linear as Linear
     from adaskip.session import Session as Session, skipping as skipping
 
 _HOMES = {
@@ -49,11 +52,13 @@ _HOMES = {
         "AdaskipError",
         "CacheHoleError",
         "DataError",
+        "PlanError",
         "ProfileError",
         "RunError",
         "UnsupportedCallError",
         "UnsupportedModelError",
     ),
+    "adaskip.fitting": ("fit_linears",),
     "adaskip.growing_cache": ("GrowingCache",),
     "adaskip.importance": ("Importance",),
     "adaskip.learning": ("learn_importance",),
@@ -69,6 +74,7 @@ _HOMES = {
         "SkipPolicy",
         "UnifiedSkipping",
     ),
+    "adaskip.replacements": ("Linear",),
     "adaskip.session": ("Session", "skipping"),
     "adaskip.profiling.calibration": ("measured_times",),
 }

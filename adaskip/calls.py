@@ -52,13 +52,13 @@ def refuse_missing_cache(policy: SkipPolicy, scope: Scope) -> None:
         )
 
 
-def check_plan(policy: SkipPolicy, plan: object, n_layers: int) -> None:
-    """Refuses what a policy may not return: something else, or sublayers the model lacks."""
+def check_plan(policy: SkipPolicy, plan: object, n_layers: int, config: PretrainedConfig) -> None:
+    """Refuses what a policy may not return: something else, or what does not fit the model."""
     if not isinstance(plan, SkipPlan):
         raise AdaskipError(
             f"{type(policy).__name__}.plan() returned a {type(plan).__name__}; return a SkipPlan."
         )
-    plan.check(n_layers)
+    plan.check(n_layers, config.hidden_size)
 
 
 def refuse_lost_outputs(call: dict[str, Any], config: PretrainedConfig, plan: SkipPlan) -> None:

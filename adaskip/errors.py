@@ -26,6 +26,10 @@ class ProfileError(AdaskipError):
     """An importance profile is damaged, or belongs to another model."""
 
 
+class PlanError(AdaskipError):
+    """A plan file is damaged, or was made for another model."""
+
+
 class DataError(AdaskipError):
     """A data file is missing, damaged, or holds no usable row."""
 

@@ -55,3 +55,10 @@ class Patch:
                 "the model is used in skipping() again.",
                 stacklevel=5,
             )
+
+
+def patch_forward(module: nn.Module, forward: Callable[..., Any]) -> Patch:
+    """Replaces a module's forward beneath the hook of accelerate, if it has one."""
+    # accelerate keeps the module's own forward under this name and calls it from its hook.
+    hooked = hasattr(module, "_hf_hook") and "_old_forward" in vars(module)
+    return Patch(module, "_old_forward" if hooked else "forward", forward)

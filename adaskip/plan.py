@@ -1,15 +1,32 @@
-"""What is skipped when: small frozen values without any tensor."""
+"""What is skipped when: small values that never change."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from adaskip.errors import AdaskipError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adaskip.errors import AdaskipError, PlanError
+from adaskip.fingerprint import fingerprint_name, model_fingerprint, same_model
 from adaskip.numbers import is_finite, is_whole
+from adaskip.replacements import Linear, Replacement
+from adaskip.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PLAN_VERSION = 1
+# Where a plan file's metadata has its JSON.
+_KEY = "adaskip.plan"
 
 Kind = Literal["attn", "ffn"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -99,69 +116,229 @@ def whole_layers(layers: Iterable[int]) -> SkipPlan:
     return SkipPlan({Sublayer(layer, kind): None for layer in layers for kind in KINDS})
 
 
-@dataclass(frozen=True)
-class SkipPlan:
-    """Which sublayers one forward skips.
+class SkipPlan(Mapping[Sublayer, Replacement]):
+    """Which sublayers one forward does not compute, and what takes their place; never changes.
 
-    Attributes:
-        gains: a sublayer that is a key is skipped; its value scales the residual stream in its
-            place (`h * gain`), None leaves it as it is.
+    A mapping in depth order. A plan may tell which model it is for and how it was made; such a plan
+    is refused on another model. Two plans are equal if they skip and replace the same.
+
+    Args:
+        replacements: a sublayer that is a key is not computed. In its place None leaves the
+            residual stream as it is, a number scales it (`h * gain`), a `Linear` maps it.
+        fingerprint: of the model it was made for (`adaskip.fingerprint`); empty if it is for any.
+        about: what the plan was made from and for, e.g. its budget; texts and numbers.
 
     Raises:
-        AdaskipError: a key is no `Sublayer`, or a gain is neither None nor a finite number.
+        AdaskipError: a key is no `Sublayer`, or a value no replacement.
     """
 
-    gains: Mapping[Sublayer, float | None] = field(default_factory=dict)
+    __slots__ = ("_hash", "_replacements", "about", "fingerprint")
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.gains, Mapping):
+    def __init__(
+        self,
+        replacements: Mapping[Sublayer, Replacement] = MappingProxyType({}),
+        *,
+        fingerprint: str = "",
+        about: Mapping[str, str | float | None] | None = None,
+    ) -> None:
+        given: Any = replacements
+        if not isinstance(given, Mapping):
             raise AdaskipError(
                 f"A SkipPlan is made of a mapping of sublayers to gains, not of a "
-                f"{type(self.gains).__name__}; without gains: SkipPlan(dict.fromkeys(sublayers))."
+                f"{type(given).__name__}; without gains: SkipPlan(dict.fromkeys(sublayers))."
             )
-        for sublayer, gain in self.gains.items():
+        for sublayer in given:
             if not isinstance(sublayer, Sublayer):
                 raise AdaskipError(
                     f"A SkipPlan skips sublayers, not {sublayer!r}; write Sublayer(layer, kind)."
                 )
-            if gain is not None and not is_finite(gain):
-                raise AdaskipError(
-                    f"The gain of {sublayer} is a finite number or None, not {gain!r}."
-                )
-        ordered = {
-            s: None if (g := self.gains[s]) is None else float(g) for s in sorted(self.gains)
-        }
-        object.__setattr__(self, "gains", MappingProxyType(ordered))
+        self._replacements = {s: _checked(s, given[s]) for s in sorted(given)}
+        self._hash = hash(tuple(self._replacements.items()))
+        self.fingerprint = fingerprint
+        self.about = MappingProxyType(dict(about or {}))
 
-    def check(self, n_layers: int) -> None:
-        """Raises an `AdaskipError` if a sublayer lies beyond a model of `n_layers` layers."""
-        outside = [str(sublayer) for sublayer in self.gains if sublayer.layer >= n_layers]
+    def __getitem__(self, sublayer: Sublayer) -> Replacement:
+        return self._replacements[sublayer]
+
+    def __iter__(self) -> Iterator[Sublayer]:
+        return iter(self._replacements)
+
+    def __len__(self) -> int:
+        return len(self._replacements)
+
+    def __contains__(self, sublayer: object) -> bool:
+        return sublayer in self._replacements
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, SkipPlan):
+            return NotImplemented
+        return self._hash == other._hash and self._replacements == other._replacements
+
+    def __repr__(self) -> str:
+        return f"SkipPlan({self._replacements})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only view of a mapping can be neither copied nor stored.
+        return _restored, (self._replacements, self.fingerprint, dict(self.about))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SkipPlan:
+        # It never changes, and a copied Linear would be another one.
+        return self
+
+    def __or__(self, other: SkipPlan) -> SkipPlan:
+        """Both plans together; where both skip a sublayer, the replacement of `other` counts."""
+        return SkipPlan({**self, **other})
+
+    @property
+    def gains(self) -> Mapping[Sublayer, float | None]:
+        """The sublayers in whose place the residual stream is scaled, or left as it is (None)."""
+        return {s: r for s, r in self.items() if not isinstance(r, Linear)}
+
+    def check(self, n_layers: int, hidden: int | None = None) -> None:
+        """Checks that the plan fits a model of `n_layers` layers, `hidden` wide.
+
+        Raises:
+            AdaskipError: a sublayer lies beyond the model, or a linear map is of another width.
+        """
+        outside = [str(sublayer) for sublayer in self if sublayer.layer >= n_layers]
         if outside:
             raise AdaskipError(
                 f"The plan skips {', '.join(outside)}, but the model's layers are 0 to "
                 f"{n_layers - 1}."
             )
+        for sublayer, replacement in self.items():
+            if isinstance(replacement, Linear) and hidden not in (None, replacement.hidden):
+                raise AdaskipError(
+                    f"The plan's Linear of {sublayer} is for a model {replacement.hidden} wide, "
+                    f"this one is {hidden} wide."
+                )
 
-    def __hash__(self) -> int:
-        return hash(tuple(self.gains.items()))
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises a `PlanError` if the plan was made for another model."""
+        if not self.fingerprint:
+            return
+        found = model_fingerprint(model)
+        if not same_model(found, self.fingerprint):
+            raise PlanError(
+                f"The plan was made for model {fingerprint_name(self.fingerprint)}, this model is "
+                f"{fingerprint_name(found)}; make a plan for this model."
+            )
 
-    def __reduce__(self) -> tuple[type[SkipPlan], tuple[dict[Sublayer, float | None]]]:
-        # A read-only view of a mapping can be neither copied nor stored.
-        return SkipPlan, (dict(self.gains),)
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as a `.safetensors` file, whole or not at all.
 
-    def __contains__(self, sublayer: object) -> bool:
-        return sublayer in self.gains
+        The tensors are those of its linear maps; everything else is JSON in the file's metadata.
 
-    def __len__(self) -> int:
-        return len(self.gains)
+        Raises:
+            OSError: it cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        rows = []
+        for sublayer, replacement in self.items():
+            row: dict[str, Any] = {"layer": sublayer.layer, "kind": sublayer.kind}
+            if isinstance(replacement, Linear):
+                row["factors"] = len(replacement.factors)
+                names = _tensor_names(sublayer, len(replacement.factors))
+                tensors |= dict(zip(names, replacement.tensors, strict=True))
+            else:
+                row["gain"] = replacement
+            rows.append(row)
+        content = {
+            "version": PLAN_VERSION,
+            "adaskip": __version__,
+            "fingerprint": self.fingerprint,
+            "about": dict(self.about),
+            "sublayers": rows,
+        }
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(whole, temporary, metadata={_KEY: json.dumps(content)})
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
-    def __or__(self, other: SkipPlan) -> SkipPlan:
-        """Both plans together; where both skip a sublayer, the gain of `other` counts."""
-        return SkipPlan({**self.gains, **other.gains})
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
+        """Reads a plan file.
+
+        Raises:
+            PlanError: it is missing, damaged, or of another version.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise PlanError(f"There is no plan at {path}.") from None
+        except (OSError, SafetensorError) as error:
+            raise PlanError(f"The plan {path} cannot be read: {error}.") from error
+        return _from_file(metadata, tensors, path)
 
     def layers(self, kind: Kind) -> tuple[int, ...]:
-        """The layers whose sublayer of this kind is skipped, ascending."""
-        return tuple(sublayer.layer for sublayer in self.gains if sublayer.kind == kind)
+        """The layers whose sublayer of this kind is not computed, ascending."""
+        return tuple(sublayer.layer for sublayer in self if sublayer.kind == kind)
+
+
+def _checked(sublayer: Sublayer, value: Any) -> Replacement:
+    if value is None or isinstance(value, Linear):
+        return value
+    if not is_finite(value):
+        raise AdaskipError(
+            f"The gain of {sublayer} is a finite number or None, not {value!r:.60}; a replacement "
+            "that computes is a Linear."
+        )
+    return float(value)
+
+
+def _restored(
+    replacements: Mapping[Sublayer, Replacement], fingerprint: str, about: Mapping[str, Any]
+) -> SkipPlan:
+    return SkipPlan(replacements, fingerprint=fingerprint, about=about)
+
+
+def _tensor_names(sublayer: Sublayer, n_factors: int) -> list[str]:
+    """What the tensors of a linear map are called in a plan file."""
+    return [*(f"{sublayer}.weight.{i}" for i in range(n_factors)), f"{sublayer}.bias"]
+
+
+def _from_file(
+    metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: object
+) -> SkipPlan:
+    """The plan in an opened file, every value checked."""
+    try:
+        content = json.loads(metadata[_KEY])
+        version = content["version"]
+    except (KeyError, TypeError, ValueError):
+        raise PlanError(f"{path} is not a plan: it holds none in its metadata.") from None
+    if version != PLAN_VERSION:
+        raise PlanError(
+            f"The plan {path} has version {version!r}; this adaskip reads version {PLAN_VERSION}. "
+            "Make the plan anew."
+        )
+    try:
+        made: dict[Sublayer, Replacement] = {}
+        for row in content["sublayers"]:
+            sublayer = Sublayer(row["layer"], row["kind"])
+            if "factors" in row:
+                *factors, bias = (tensors[n] for n in _tensor_names(sublayer, row["factors"]))
+                made[sublayer] = Linear.of(factors, bias)
+            else:
+                made[sublayer] = row["gain"]
+        fingerprint, about = content["fingerprint"], content["about"]
+        if not isinstance(fingerprint, str) or not isinstance(about, dict):
+            raise AdaskipError("its fingerprint is no text, or what it is about no mapping")
+        return SkipPlan(made, fingerprint=fingerprint, about=about)
+    except (KeyError, TypeError, IndexError, AdaskipError) as error:
+        reason = str(error).rstrip(".") if isinstance(error, AdaskipError) else repr(error)
+        raise PlanError(f"The plan {path} is damaged: {reason}. Make it anew.") from error
 
 
 EMPTY_PLAN = SkipPlan()

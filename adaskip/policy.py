@@ -143,7 +143,11 @@ class FixedSkipping(SkipPolicy):
         self._plan = plan
 
     def __repr__(self) -> str:
-        return f"FixedSkipping({', '.join(map(str, self._plan.gains)) or 'nothing'})"
+        return f"FixedSkipping({', '.join(map(str, self._plan)) or 'nothing'})"
+
+    @override
+    def check_model(self, model: PreTrainedModel) -> None:
+        self._plan.check_model(model)
 
     @override
     def bind(self, n_layers: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,10 @@ from adaskip import calls, entering, kvcache
 from adaskip.blocks import BlockSpec, execution_device
 from adaskip.errors import UnsupportedCallError, unknown_name
 from adaskip.generating import Turn, Turns, listen
-from adaskip.patching import Patch
+from adaskip.patching import Patch, patch_forward
 from adaskip.plan import EMPTY_PLAN, SCOPES, Phase, Scope, SkipPlan, Step, Sublayer
 from adaskip.recorders import Recorder, Span, StepRecording, real_tokens
+from adaskip.replacements import Linear, Replacement
 from adaskip.requests import Request, Requests, is_ambiguous
 from adaskip.sublayers import Switches, layer_forward
 
@@ -66,6 +67,8 @@ class Session:
         self._devices = [execution_device(layer) for layer in self._layers]
         self._switches = [Switches() for _ in self._layers]
         self._gains: dict[torch.device, Tensor] = {}
+        self._linears: dict[tuple[Linear, torch.device], Linear] = {}
+        self._dtype = model.dtype
         self._signature = list(inspect.signature(type(self._decoder).forward).parameters)[1:]
         self._recording: StepRecording | None = None
         self._watching: list[Recorder] = []
@@ -90,7 +93,7 @@ class Session:
     def patched_layers(self, block: BlockSpec) -> Iterator[Patch]:
         """Lets each decoder layer look at its switches, patch by patch."""
         for index, (layer, switches) in enumerate(self.layers()):
-            yield _patch_forward(layer, layer_forward(layer, index, block, switches))
+            yield patch_forward(layer, layer_forward(layer, index, block, switches))
 
     def patched_model(self, model: PreTrainedModel) -> Iterator[Patch]:
         """Lets each forward set the switches, and `generate()` say what it does, patch by patch."""
@@ -120,7 +123,7 @@ class Session:
                 self._leave()
             return output
 
-        patch = _patch_forward(self._decoder, forward)
+        patch = patch_forward(self._decoder, forward)
         return patch
 
     def _begin_compiled(self, call: dict[str, Any]) -> Cache | None:
@@ -173,7 +176,7 @@ class Session:
         plan = self._plan(request, step)
         changed = plan != self.plan
         if changed:
-            calls.check_plan(self.policy, plan, len(self._layers))
+            calls.check_plan(self.policy, plan, len(self._layers), config)
         calls.refuse_lost_outputs(call, config, plan)
         if turn is not None and turn.assisted:
             calls.refuse_changed_draft(step, plan, request.prefill_plan)
@@ -240,17 +243,27 @@ class Session:
         return EMPTY_PLAN if outside else plan
 
     def _set_switches(self, plan: SkipPlan) -> None:
-        """Switches every layer to the plan, and copies its gains, if any, to the devices."""
-        learned = {s.position: gain for s, gain in plan.gains.items() if gain is not None}
-        if learned:
-            self._copy_gains([learned.get(p, 1.0) for p in range(2 * len(self._layers))])
+        """Switches every layer to the plan, and takes its replacements to the devices."""
+        gains = {s.position: gain for s, gain in plan.gains.items() if gain is not None}
+        if gains:
+            self._copy_gains([gains.get(p, 1.0) for p in range(2 * len(self._layers))])
         for index, switch in enumerate(self._switches):
             attn, ffn = Sublayer(index, "attn"), Sublayer(index, "ffn")
             switch.run_attn, switch.run_ffn = attn not in plan, ffn not in plan
-            switch.attn_gain, switch.ffn_gain = (
-                self._gains[self._devices[index]][s.position] if s.position in learned else None
-                for s in (attn, ffn)
-            )
+            switch.attn_replacement = self._placed(attn, plan.get(attn))
+            switch.ffn_replacement = self._placed(ffn, plan.get(ffn))
+
+    def _placed(self, sublayer: Sublayer, replacement: Replacement) -> Tensor | Linear | None:
+        """What takes a sublayer's place, on its device."""
+        if replacement is None:
+            return None
+        device = self._devices[sublayer.layer]
+        if not isinstance(replacement, Linear):
+            return self._gains[device][sublayer.position]
+        if (replacement, device) not in self._linears:
+            with torch.inference_mode(mode=False):
+                self._linears[replacement, device] = replacement.to(device, self._dtype)
+        return self._linears[replacement, device]
 
     def _copy_gains(self, values: list[float]) -> None:
         """Writes the gains into the tensors that compiled graphs read."""
@@ -377,10 +390,3 @@ def _bound(policy: SkipPolicy, scope: Scope, n_layers: int) -> Iterator[SkipPoli
         yield policy
     finally:
         _BOUND.discard(id(policy))
-
-
-def _patch_forward(module: nn.Module, forward: Callable[..., Any]) -> Patch:
-    """Replaces a module's forward beneath the hook of accelerate, if it has one."""
-    # accelerate keeps the module's own forward under this name and calls it from its hook.
-    hooked = hasattr(module, "_hf_hook") and "_old_forward" in vars(module)
-    return Patch(module, "_old_forward" if hooked else "forward", forward)

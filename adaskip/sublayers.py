@@ -1,6 +1,7 @@
 """The forward of one decoder layer with a switch for each of its two sublayers.
 
-A skipped sublayer costs nothing: no norm, no projection, no residual add. The layer only looks at
+A skipped sublayer costs nothing but what takes its place: no norm, no projection, no residual add.
+The layer only looks at
 its switches; it counts nothing, looks nothing up and reads nothing from the device.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from adaskip.blocks import BlockSpec, SublayerSpec, bound_parts, first_tensor
 from adaskip.recorders import StepRecording
+from adaskip.replacements import Linear
 
 
 @dataclass(slots=True)
@@ -24,14 +26,15 @@ class Switches:
 
     Attributes:
         run_attn, run_ffn: whether the sublayer is computed.
-        attn_gain, ffn_gain: device scalar for a skipped sublayer, None for identity.
+        attn_replacement, ffn_replacement: what takes the place of a sublayer that is not: a scalar
+            on the device, a linear map, or None for the residual stream as it is.
         recording: where statistics go, None if nobody wants them.
     """
 
     run_attn: bool = True
     run_ffn: bool = True
-    attn_gain: Tensor | None = None
-    ffn_gain: Tensor | None = None
+    attn_replacement: Tensor | Linear | None = None
+    ffn_replacement: Tensor | Linear | None = None
     recording: StepRecording | None = None
 
 
@@ -39,8 +42,8 @@ def layer_forward(
     layer: nn.Module, index: int, block: BlockSpec, switches: Switches
 ) -> Callable[..., Tensor]:
     """The forward of one decoder layer, with a switch for each sublayer."""
-    attn = _sublayer(layer, block.attn, block.multiplier)
-    ffn = _sublayer(layer, block.ffn, block.multiplier)
+    attn = sublayer_function(layer, block.attn, block.multiplier)
+    ffn = sublayer_function(layer, block.ffn, block.multiplier)
     names = list(inspect.signature(type(layer).forward).parameters)[2:]
 
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -51,15 +54,15 @@ def layer_forward(
             hidden_states = attn(start, kwargs)
             if recording is not None and "attn" in recording.spans:
                 recording.write(index, "attn", start, hidden_states)
-        elif switches.attn_gain is not None:
-            hidden_states = start * switches.attn_gain
+        elif switches.attn_replacement is not None:
+            hidden_states = _replaced(start, switches.attn_replacement)
         middle = hidden_states
         if switches.run_ffn:
             hidden_states = ffn(middle, None)
             if recording is not None and "ffn" in recording.spans:
                 recording.write(index, "ffn", middle, hidden_states)
-        elif switches.ffn_gain is not None:
-            hidden_states = middle * switches.ffn_gain
+        elif switches.ffn_replacement is not None:
+            hidden_states = _replaced(middle, switches.ffn_replacement)
         if recording is not None and "layer" in recording.spans:
             recording.write(index, "layer", start, hidden_states)
         return hidden_states
@@ -67,7 +70,12 @@ def layer_forward(
     return MethodType(forward, layer)
 
 
-def _sublayer(
+def _replaced(x: Tensor, replacement: Tensor | Linear) -> Tensor:
+    """The residual stream after a sublayer that something takes the place of."""
+    return replacement(x) if isinstance(replacement, Linear) else x * replacement
+
+
+def sublayer_function(
     layer: nn.Module, spec: SublayerSpec, multiplier: str | None
 ) -> Callable[[Tensor, dict[str, Any] | None], Tensor]:
     """`x + post(body(pre(x))) * multiplier` of one sublayer, as a function of x."""

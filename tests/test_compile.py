@@ -14,6 +14,7 @@ from transformers import CompileConfig, PreTrainedModel
 from adaskip import (
     AdaSkip,
     FixedSkipping,
+    Linear,
     SkipPlan,
     SkipPolicy,
     Sublayer,
@@ -83,6 +84,17 @@ def test_the_online_extension_costs_one_graph(model: PreTrainedModel) -> None:
     with skipping(model, online) as session:
         decode(model, "eager")
         assert session.plan.layers("ffn") == tuple(range(N_LAYERS))
+
+
+def test_one_graph_per_plan_of_linear_maps(model: PreTrainedModel) -> None:
+    def linears(seed: int) -> FixedSkipping:
+        torch.manual_seed(seed)
+        full = Linear(torch.randn(32, 32) / 50, torch.zeros(32))
+        thin = Linear((torch.randn(32, 4) / 9, torch.randn(4, 32) / 9), torch.zeros(32))
+        return FixedSkipping(SkipPlan({Sublayer(0, "attn"): full, Sublayer(1, "ffn"): thin}))
+
+    assert new_graphs(model, linears(0)) == 2
+    assert new_graphs(model, linears(1)) <= 1
 
 
 @pytest.mark.slow

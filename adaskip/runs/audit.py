@@ -126,7 +126,7 @@ class Audit:
 
     def _compare(self, phase: Phase, left_out: tuple[Sublayer, ...]) -> None:
         step = self._session.step if self._session else None
-        planned = tuple(self._session.plan.gains) if self._session else ()
+        planned = tuple(self._session.plan) if self._session else ()
         if step is not None and step.phase != phase:
             raise RunError(
                 f"The {phase} forward was taken for {step.phase}; this is a bug, report it."

@@ -88,7 +88,7 @@ def _run_batch(
     extension = getattr(policy, "extension", None) if config.experiment != "prefill" else None
     skipped = {
         **audit.counts(),
-        "online_extension": [str(sublayer) for sublayer in extension.gains] if extension else [],
+        "online_extension": [str(sublayer) for sublayer in extension] if extension else [],
     }
     _check_scope(config, skipped)
     return [

@@ -186,4 +186,4 @@ def _median(measured: Measured, phase: Phase) -> float:
 
 
 def _sublayers(plan: SkipPlan) -> list[Sublayer]:
-    return list(plan.gains)
+    return list(plan)

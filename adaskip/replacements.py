@@ -1,0 +1,99 @@
+"""What may take a sublayer's place: nothing, a gain, or a linear map of its normalized input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm
+
+from adaskip.errors import AdaskipError
+
+# Keeps a row of zeros from being divided by zero; smaller than any mean square that matters.
+TINY = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """`x + n @ weight + bias` in the place of a sublayer, with `n = x / rms(x)`.
+
+    A linear map is equal to itself only: its tensors are never compared.
+
+    Attributes:
+        weight: [hidden, hidden]; or two factors, [hidden, rank] and [rank, hidden], which are
+            multiplied one after the other.
+        bias: [hidden].
+
+    Raises:
+        AdaskipError: the tensors are no floating-point numbers of these shapes, or not finite.
+
+    Source: NBL (arXiv 2505.21077) puts a linear map of the residual stream in the place of
+    attention; of the normalized input, attention sinks do it no harm.
+    """
+
+    weight: Tensor | tuple[Tensor, Tensor]
+    bias: Tensor
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(t, Tensor) and t.is_floating_point() for t in self.tensors):
+            raise AdaskipError("A Linear is made of floating-point tensors: weight and bias.")
+        hidden = self.bias.shape[0] if self.bias.ndim == 1 else -1
+        shapes = [tuple(t.shape) for t in self.factors]
+        rank = shapes[0][-1]
+        wanted = [(hidden, hidden)] if len(shapes) == 1 else [(hidden, rank), (rank, hidden)]
+        if shapes != wanted:
+            raise AdaskipError(
+                f"A Linear has a weight [hidden, hidden] or two factors [hidden, rank] and [rank, "
+                f"hidden], and a bias [hidden]; got {shapes} and {tuple(self.bias.shape)}."
+            )
+        if rank > hidden:
+            raise AdaskipError(f"A Linear of rank {rank} is larger than the model ({hidden}).")
+        if not all(bool(t.isfinite().all()) for t in self.tensors):
+            raise AdaskipError("A Linear's weight or bias is not finite.")
+
+    @classmethod
+    def of(cls, factors: Sequence[Tensor], bias: Tensor) -> Linear:
+        """The map of one factor or two, in a sequence.
+
+        Raises:
+            AdaskipError: there are others than one or two.
+        """
+        if len(factors) == 1:
+            return cls(factors[0], bias)
+        if len(factors) == 2:
+            return cls((factors[0], factors[1]), bias)
+        raise AdaskipError(f"A Linear has one factor or two, not {len(factors)}.")
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The matrices that are multiplied, in their order."""
+        return self.weight if isinstance(self.weight, tuple) else (self.weight,)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything it holds: the factors, then the bias."""
+        return (*self.factors, self.bias)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream it is for."""
+        return self.bias.shape[0]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Linear:
+        """The same on a device, in a precision."""
+        *factors, bias = (t.to(device, dtype).contiguous() for t in self.tensors)
+        return Linear.of(factors, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The residual stream after the sublayer, from that before it: [..., hidden]."""
+        *left, right = self.factors
+        n = rms_norm(x, (self.hidden,), eps=TINY)
+        for factor in left:
+            n = n @ factor
+        return x + linear(n, right.T, self.bias)
+
+
+# None leaves the residual stream as it is, a number scales it.
+Replacement = float | Linear | None
