@@ -6,28 +6,23 @@ fitted on is the residual stream that the plan itself produces up to there.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import rms_norm
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from adaskip import entering
-from adaskip.blocks import execution_device
 from adaskip.errors import AdaskipError, ProfileError
-from adaskip.evaluating import evaluating
 from adaskip.fingerprint import model_fingerprint
 from adaskip.numbers import is_whole
-from adaskip.patching import patch_forward
-from adaskip.plan import EMPTY_PLAN, KINDS, SkipPlan, Sublayer
+from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer, all_sublayers
 from adaskip.recorders import real_tokens
 from adaskip.replacements import TINY, Linear, Replacement
-from adaskip.sublayers import sublayer_function
+from adaskip.streams import Calls, Sublayers, measuring
 from adaskip.warmup import checked_prompts
 
 Prompts = Iterable[Tensor | Mapping[str, Tensor]]
@@ -73,43 +68,48 @@ def fit_linears(
 
     Source: NBL (arXiv 2505.21077), ReplaceMe; METHOD, "Replacements".
     """
-    block = entering.check_model(model)
-    decoder: Any = model.base_model
-    entering.check_layers(decoder.layers, model.config.model_type, block)
+    sublayers_of = Sublayers(model)
     plan.check_model(model)
-    hidden, wanted = _checked(model, sublayers, rank, plan)
+    wanted = _checked(model, sublayers, rank, plan)
     made: dict[Sublayer, Replacement] = dict(plan)
-    # Not inference mode: what is fitted may be used where gradients are taken.
-    with torch.no_grad(), evaluating(model):
-        streams = _streams(model, prompts, sinks)
-        for index, layer in enumerate(tqdm(decoder.layers, "fitting", disable=not progress)):
-            for kind in KINDS:
-                sublayer = Sublayer(index, kind)
-                run = sublayer_function(layer, getattr(block, kind), block.multiplier)
-                if sublayer in wanted:
-                    made[sublayer] = _fitted(streams, index, kind, run, rank, ridge, hidden)
+    with measuring(model):
+        streams = _streams(sublayers_of, prompts, sinks)
+        order = all_sublayers(len(sublayers_of.decoder.layers))
+        for sublayer in tqdm(order, "fitting", disable=not progress):
+            if sublayer in wanted:
+                moments = Moments(streams[0].x)
                 for stream in streams:
-                    stream.advance(index, kind, run, made, sublayer)
+                    delta = sublayers_of.run(sublayer, stream.x, stream.calls) - stream.x
+                    moments.add(stream.x[stream.counted], delta[stream.counted])
+                made[sublayer] = moments.solve(rank, ridge)
+            for stream in streams:
+                stream.x = sublayers_of.through(sublayer, stream.x, stream.calls, made)
     about = {"linear maps": len(wanted), "rank": rank, "fitted on": source or "unnamed prompts"}
     return SkipPlan(made, fingerprint=model_fingerprint(model), about={**plan.about, **about})
 
 
 def _checked(
     model: PreTrainedModel, sublayers: Iterable[Sublayer], rank: int | None, plan: SkipPlan
-) -> tuple[int, frozenset[Sublayer]]:
-    """The width of the residual stream, and the sublayers to fit."""
+) -> frozenset[Sublayer]:
+    """The sublayers to fit, which the model has."""
     config = model.config.get_text_config(decoder=True)
     wanted = SkipPlan(dict.fromkeys(sublayers))
     for each in (wanted, plan):
         each.check(config.num_hidden_layers, config.hidden_size)
-    if rank is not None and not (is_whole(rank) and 1 <= rank <= config.hidden_size):
+    check_rank(rank, config.hidden_size)
+    return frozenset(wanted)
+
+
+def check_rank(rank: int | None, hidden: int) -> None:
+    """Raises an `AdaskipError` unless a linear map of a model `hidden` wide can have this rank."""
+    if rank is not None and not (is_whole(rank) and 1 <= rank <= hidden):
         raise AdaskipError(
             f"A linear map cannot have rank {rank!r}; in this model it takes a whole number from 1 "
-            f"to {config.hidden_size}, or None for a full one."
+            f"to {hidden}, or None for a full one."
         )
-    return config.hidden_size, frozenset(wanted)
 
 
+@dataclass
 class _Stream:
     """The residual stream of one prompt on its way through the layers.
 
@@ -119,92 +119,35 @@ class _Stream:
         counted: which tokens are fitted on: bool [batch, tokens].
     """
 
-    def __init__(self, x: Tensor, calls: list[dict[str, Any]], counted: Tensor) -> None:
-        self.x = x
-        self.calls = calls
-        self.counted = counted
-
-    def output(self, index: int, kind: str, run: Any) -> Tensor:
-        """The stream after a sublayer that runs."""
-        output: Tensor = run(self.x, self.calls[index] if kind == "attn" else None)
-        return output
-
-    def advance(
-        self,
-        index: int,
-        kind: str,
-        run: Any,
-        made: Mapping[Sublayer, Replacement],
-        sublayer: Sublayer,
-    ) -> None:
-        """Goes through one sublayer, or what takes its place."""
-        if sublayer not in made:
-            self.x = self.output(index, kind, run)
-            return
-        replacement = made[sublayer]
-        if isinstance(replacement, Linear):
-            self.x = replacement.to(self.x.device, self.x.dtype)(self.x)
-        elif replacement is not None:
-            self.x = self.x * replacement
+    x: Tensor
+    calls: Calls
+    counted: Tensor
 
 
-def _streams(model: PreTrainedModel, prompts: Prompts, sinks: int) -> list[_Stream]:
-    """Every prompt before the first layer; the layers themselves are not run."""
-    decoder: Any = model.base_model
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    device = execution_device(model.get_input_embeddings())
+def _streams(sublayers: Sublayers, prompts: Prompts, sinks: int) -> list[_Stream]:
+    """Every prompt before the first layer."""
+    config = sublayers.model.config.get_text_config(decoder=True)
     made = []
-    for inputs in checked_prompts(prompts, vocab_size):
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        seen: list[tuple[Tensor, dict[str, Any]]] = []
-        with ExitStack() as undo:
-            for layer in decoder.layers:
-                patch = patch_forward(layer, _noting(layer, seen))
-                undo.callback(patch.take_back)
-            decoder(**inputs, use_cache=False)
-        x = seen[0][0]
+    for inputs in checked_prompts(prompts, config.vocab_size):
+        x, calls = sublayers.begin(inputs)
         real = real_tokens(inputs.get("attention_mask"), 0, x.shape[1])
         real = torch.ones(x.shape[:2], dtype=torch.bool) if real is None else real
-        counted = (real & (real.cumsum(dim=1) > sinks)).to(x.device)
-        made.append(_Stream(x, [call for _, call in seen], counted))
+        made.append(_Stream(x, calls, (real & (real.cumsum(dim=1) > sinks)).to(x.device)))
     if not made:
         raise ProfileError("No prompt was given; a fit needs at least one.")
     return made
 
 
-def _noting(layer: nn.Module, seen: list[tuple[Tensor, dict[str, Any]]]) -> Any:
-    """A forward that notes what the layer is given, and passes the stream on."""
-    names = list(inspect.signature(type(layer).forward).parameters)[2:]
+class Moments:
+    """First and second moments of the normalized input and of what a sublayer adds to it.
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append((hidden_states, kwargs | dict(zip(names, args, strict=False))))
-        return hidden_states
+    Args:
+        like: a residual stream [..., hidden], for its width and device.
+    """
 
-    return forward
-
-
-def _fitted(
-    streams: list[_Stream],
-    index: int,
-    kind: str,
-    run: Any,
-    rank: int | None,
-    ridge: float,
-    hidden: int,
-) -> Linear:
-    """The linear map of one sublayer."""
-    moments = _Moments(hidden, streams[0].x.device)
-    for stream in streams:
-        delta = stream.output(index, kind, run) - stream.x
-        moments.add(stream.x[stream.counted], delta[stream.counted])
-    return moments.solve(rank, ridge)
-
-
-class _Moments:
-    """First and second moments of the normalized input and of what a sublayer adds to it."""
-
-    def __init__(self, hidden: int, device: torch.device) -> None:
-        kwargs: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    def __init__(self, like: Tensor) -> None:
+        hidden = like.shape[-1]
+        kwargs: dict[str, Any] = {"dtype": torch.float64, "device": like.device}
         self._count = 0
         self._n, self._delta = (torch.zeros(hidden, **kwargs) for _ in range(2))
         self._nn, self._n_delta = (torch.zeros(hidden, hidden, **kwargs) for _ in range(2))

@@ -1,0 +1,127 @@
+"""The residual stream of prompts, taken through a model's sublayers one by one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adaskip import entering
+from adaskip.blocks import execution_device
+from adaskip.evaluating import evaluating
+from adaskip.patching import patch_forward
+from adaskip.plan import KINDS, Sublayer
+from adaskip.replacements import Linear, Replacement
+from adaskip.sublayers import sublayer_function
+
+# What each layer is given besides the residual stream.
+Calls = list[dict[str, Any]]
+
+
+class Sublayers:
+    """Runs the sublayers of a model one at a time, outside of the model's own forward.
+
+    Args:
+        model: a causal language model of a supported family, outside of `skipping()`.
+
+    Raises:
+        UnsupportedModelError: the architecture is not supported, or the model is patched.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        block = entering.check_model(model)
+        self.model = model
+        decoder: Any = model.base_model
+        self.decoder = decoder
+        layers: list[nn.Module] = list(decoder.layers)
+        entering.check_layers(layers, model.config.model_type, block)
+        self._functions = [
+            sublayer_function(layer, getattr(block, kind), block.multiplier)
+            for layer in layers
+            for kind in KINDS
+        ]
+
+    def run(self, sublayer: Sublayer, x: Tensor, calls: Calls) -> Tensor:
+        """The residual stream after a sublayer that is computed: [batch, tokens, hidden]."""
+        given = calls[sublayer.layer] if sublayer.kind == "attn" else None
+        return self._functions[sublayer.position](x, given)
+
+    def through(
+        self,
+        sublayer: Sublayer,
+        x: Tensor,
+        calls: Calls,
+        replacements: Mapping[Sublayer, Replacement],
+    ) -> Tensor:
+        """The residual stream after a sublayer, or after what takes its place."""
+        if sublayer not in replacements:
+            return self.run(sublayer, x, calls)
+        return replaced(x, replacements[sublayer])
+
+    def begin(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Calls]:
+        """The stream before the first layer, and what each layer is given; no layer is run."""
+        seen: list[tuple[Tensor, dict[str, Any]]] = []
+        device = execution_device(self.model.get_input_embeddings())
+        with self._layers_as(lambda layer, _: _noting(layer, seen)):
+            self.decoder(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
+        return seen[0][0], [call for _, call in seen]
+
+    def logits(self, ids: Tensor, x: Tensor, n_last: int) -> Tensor:
+        """Logits of the last positions of a stream behind the last layer: [batch, n, vocabulary].
+
+        Args:
+            ids: the stream's tokens: [batch, tokens].
+            x: [batch, tokens, hidden].
+            n_last: positions.
+        """
+        last = len(self.decoder.layers) - 1
+
+        def passing(layer: nn.Module, index: int) -> Callable[..., Tensor]:
+            return lambda hidden_states, *args, **kwargs: x if index == last else hidden_states
+
+        with self._layers_as(passing):
+            output = self.model(ids, use_cache=False, logits_to_keep=n_last)
+        logits: Tensor = output.logits
+        return logits
+
+    @contextmanager
+    def _layers_as(
+        self, forward: Callable[[nn.Module, int], Callable[..., Tensor]]
+    ) -> Iterator[None]:
+        """Gives the layers another forward for a while."""
+        with ExitStack() as undo:
+            for index, layer in enumerate(self.decoder.layers):
+                undo.callback(patch_forward(layer, forward(layer, index)).take_back)
+            yield
+
+
+@contextmanager
+def measuring(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout and no gradients; not inference mode, for what is made may meet gradients."""
+    with torch.no_grad(), evaluating(model):
+        yield
+
+
+def replaced(x: Tensor, replacement: Replacement) -> Tensor:
+    """The residual stream after what takes a sublayer's place."""
+    if replacement is None:
+        return x
+    if isinstance(replacement, Linear):
+        return replacement.to(x.device, x.dtype)(x)
+    return x * replacement
+
+
+def _noting(layer: nn.Module, seen: list[tuple[Tensor, dict[str, Any]]]) -> Callable[..., Tensor]:
+    """A forward that notes what the layer is given, and passes the stream on."""
+    names = list(inspect.signature(type(layer).forward).parameters)[2:]
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((hidden_states, kwargs | dict(zip(names, args, strict=False))))
+        return hidden_states
+
+    return forward
