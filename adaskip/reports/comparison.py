@@ -1,34 +1,65 @@
-"""The lines of a sweep's tables: what is compared with what."""
+"""What a sweep found, as values: every policy and budget beside dense, on disk as `report.json`."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from adaskip.errors import RunError
 from adaskip.plan import Phase, Scope
 from adaskip.profiling.intervals import paired_interval
-from adaskip.runs.ledger import RUN_FILE, run_folder
+from adaskip.runs.evaluation import notes_on
+from adaskip.runs.ledger import RUN_FILE, read_record, run_folder
 from adaskip.runs.plans import Cell, SweepPlan
+from adaskip.runs.records import SCHEMA, Record, read_json, write_json
 from adaskip.runs.reference_quality import read_perplexity
 from adaskip.runs.runconfig import DENSE
 from adaskip.runs.scoring import RunScore, TaskScore, score_run
 
 
 @dataclass(frozen=True)
+class ComparedScore(TaskScore):
+    """The score of one task of a line, beside that of the dense rows.
+
+    Attributes:
+        delta: score minus dense score; None of dense itself, and where there are no dense rows.
+        delta_interval: 95 % interval of `delta` by a paired bootstrap over the rows both have;
+            None with fewer than two.
+        perplexity: that of the reference answers, None if it was not measured.
+    """
+
+    delta: float | None
+    delta_interval: tuple[float, float] | None
+    perplexity: float | None
+
+
+@dataclass(frozen=True)
 class Line:
-    """One row of a table: a policy and its budget; score and references' perplexity per task."""
+    """One policy with one budget in one experiment.
+
+    Attributes:
+        unit: of the budget, `"layers"` or `"sublayers"`.
+        skipped_share: share of skipped sublayers per phase, mean over tasks.
+        ttft: median seconds to the first token, over all rows of all tasks.
+        per_token: median seconds per decode step, likewise.
+        tasks: the scores by task.
+    """
 
     policy: str
     budget: int
     unit: str
-    scores: dict[str, TaskScore]
-    perplexity: dict[str, float] = field(default_factory=dict)
+    skipped_share: dict[str, float | None]
+    ttft: float | None
+    per_token: float | None
+    tasks: dict[str, ComparedScore]
 
     @property
     def label(self) -> str:
-        """Policy and budget as a figure names them."""
+        """Policy and budget as figures and notes name them."""
         return self.policy if self.policy == DENSE else f"{self.policy} {self.budget}"
 
     @property
@@ -36,35 +67,10 @@ class Line:
         """The budget in sublayers, whatever its unit."""
         return self.budget * (2 if self.unit == "layers" else 1)
 
-    def share(self, phase: Phase) -> float | None:
-        """Skipped share of sublayers in a phase, mean over tasks."""
-        return _mean(score.skipped_share[phase] for score in self.scores.values())
-
-    @property
-    def truncated(self) -> float | None:
-        """Share of prompts that lost their middle, mean over tasks."""
-        return _mean(score.truncated for score in self.scores.values())
-
-    def median(self, what: str) -> float | None:
-        """Median over all rows of all tasks, in seconds; `what` is `"ttft"` or `"per_token"`."""
-        values = [row for score in self.scores.values() for row in _seconds(score, what).values()]
-        return statistics.median(values) if values else None
-
-    def speedup(self, dense: Line | None, what: str) -> float | None:
-        """Median over rows of dense time / own time."""
-        if dense is None or self is dense:
-            return None
-        ratios = []
-        for task, score in self.scores.items():
-            own = _seconds(score, what)
-            base = _seconds(dense.scores[task], what) if task in dense.scores else {}
-            ratios += [base[row] / own[row] for row in own if row in base]
-        return statistics.median(ratios) if ratios else None
-
 
 @dataclass(frozen=True)
 class Table:
-    """One experiment of one model; the dense line comes first where there is one."""
+    """One experiment of one model; dense, where there is any, is the first line."""
 
     model: str
     experiment: Scope
@@ -73,93 +79,152 @@ class Table:
 
     @property
     def dense(self) -> Line | None:
-        """The line everything is compared with."""
+        """The line all others are compared with."""
         return next((line for line in self.lines if line.policy == DENSE), None)
 
-    def delta(self, line: Line, task: str) -> float | None:
-        """Score minus dense score."""
-        dense = self.dense
-        if dense is None or line is dense or task not in line.scores or task not in dense.scores:
-            return None
-        return line.scores[task].score - dense.scores[task].score
-
-    def interval(self, line: Line, task: str) -> tuple[float, float] | None:
-        """The 95 % interval of `delta`, by a paired bootstrap over the rows both have."""
-        dense = self.dense
-        if dense is None or self.delta(line, task) is None:
-            return None
-        found = paired_interval(line.scores[task].row_scores, dense.scores[task].row_scores)
-        return None if found is None else (100 * found[0], 100 * found[1])
-
     def best(self, task: str) -> set[str]:
-        """Labels of the lines with the best score of a task among those of the same skipped share.
+        """Labels of the lines with the best score of a task among those of the same budget.
 
-        The paper sets them in bold; a share with a single line has no best.
+        The paper sets them in bold; a budget with a single line has no best.
         """
         groups: dict[int, list[Line]] = {}
         for line in self.lines:
-            if line.policy != DENSE and task in line.scores:
+            if line.policy != DENSE and task in line.tasks:
                 groups.setdefault(line.sublayers, []).append(line)
         best = set()
         for lines in groups.values():
-            top = max(line.scores[task].score for line in lines)
+            top = max(line.tasks[task].score for line in lines)
             if len(lines) > 1:
-                best |= {line.label for line in lines if line.scores[task].score == top}
+                best |= {line.label for line in lines if line.tasks[task].score == top}
         return best
 
 
-def collect(plan: SweepPlan) -> list[Table]:
-    """The tables, from what is on disk."""
-    runs = _score_runs(plan.cells)
-    tables = []
-    for model in plan.models:
-        for experiment, tasks in plan.experiments.items():
-            cells = [
-                cell
-                for cell in plan.cells
-                if cell.config.model_name == model and experiment in cell.experiments
-            ]
-            tables.append(Table(model, experiment, tasks, tuple(_lines(cells, runs))))
-    return tables
+@dataclass(frozen=True)
+class Report:
+    """All that a sweep's report shows, the figures of other commands excepted.
+
+    Attributes:
+        n_cells: cells the sweep asks for, a dense one counted once per experiment.
+        notes: what must be said beside the scores.
+        failures: what stopped the cells that failed, by label.
+        recipe: how the rows were made: of each run folder its record.
+    """
+
+    name: str
+    n_cells: int
+    notes: tuple[str, ...]
+    failures: dict[str, str]
+    recipe: dict[str, Record]
+    tables: tuple[Table, ...]
+
+    def save(self, path: Path) -> None:
+        """Writes `report.json`, the score of every row included.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        write_json(path, {"schema": SCHEMA, **asdict(self)})
 
 
-def _score_runs(cells: Sequence[Cell]) -> dict[Path, RunScore]:
-    runs = {}
-    for folder in dict.fromkeys(run_folder(cell.config) for cell in cells):
-        if (folder / RUN_FILE).is_file():
-            runs[folder] = score_run(folder)
-            runs[folder].save()
-    return runs
+def read_report(path: Path) -> Report:
+    """Reads a `report.json`.
+
+    Raises:
+        RunError: it is missing, damaged, or no report of a sweep.
+    """
+    try:
+        return TypeAdapter(Report).validate_python(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RunError(
+            f"{path} is no report of a sweep ({where}: {first['msg']}); run the sweep again to "
+            "write a new one."
+        ) from error
 
 
-def _lines(cells: Sequence[Cell], runs: Mapping[Path, RunScore]) -> list[Line]:
-    found: dict[tuple[str, int], Line] = {}
+def collect(plan: SweepPlan, failures: Mapping[str, str]) -> Report:
+    """Scores every cell that has rows, and compares it with dense.
+
+    Args:
+        plan: the sweep.
+        failures: what stopped the cells that failed, by label.
+
+    Raises:
+        RunError: a file is damaged or cannot be written.
+    """
+    named = dict.fromkeys(run_folder(cell.config) for cell in plan.cells)
+    folders = [folder for folder in named if (folder / RUN_FILE).is_file()]
+    runs = {folder: score_run(folder) for folder in folders}
+    for run in runs.values():
+        run.save()
+    tables = tuple(
+        Table(model, experiment, tasks, _lines(plan.cells, model, experiment, runs))
+        for model in plan.models
+        for experiment, tasks in plan.experiments.items()
+    )
+    lines = [line for table in tables for line in table.lines]
+    notes = [
+        note for line in lines for s in line.tasks.values() for note in notes_on(line.label, s)
+    ]
+    return Report(
+        plan.name,
+        sum(len(cell.experiments) for cell in plan.cells),
+        tuple(dict.fromkeys(notes)),
+        dict(failures),
+        {
+            folder.name: {k: v for k, v in read_record(folder).items() if k != "schema"}
+            for folder in folders
+        },
+        tables,
+    )
+
+
+def _lines(
+    cells: Sequence[Cell], model: str, experiment: Scope, runs: Mapping[Path, RunScore]
+) -> tuple[Line, ...]:
+    found: dict[tuple[str, int], list[tuple[Cell, TaskScore]]] = {}
     for cell in cells:
-        run = runs.get(run_folder(cell.config))
-        score = run.tasks.get(cell.task) if run else None
-        if score is not None and score.n_rows:
-            config = cell.config
-            unit = "sublayers" if config.skip_sub_layer_num is not None else "layers"
-            empty = Line(config.policy, config.budget, unit, {})
-            line = found.setdefault((config.policy, config.budget), empty)
-            line.scores[cell.task] = score
-            measured = read_perplexity(config, cell.task)
-            if measured is not None:
-                line.perplexity[cell.task] = float(measured["perplexity"])
-    return list(found.values())
+        config = cell.config
+        if config.model_name == model and experiment in cell.experiments:
+            run = runs.get(run_folder(config))
+            score = run.tasks.get(cell.task) if run else None
+            if score is not None and score.n_rows:
+                found.setdefault((config.policy, config.budget), []).append((cell, score))
+    dense = {score.task: score for _, score in found.get((DENSE, 0), [])}
+    return tuple(_line(scored, dense) for scored in found.values())
 
 
-def ideal_speedup(share: float) -> float:
-    """The bound if every sublayer cost the same and nothing else cost anything."""
-    return 1 / (1 - share) if share < 1 else float("inf")
+def _line(scored: Sequence[tuple[Cell, TaskScore]], dense: Mapping[str, TaskScore]) -> Line:
+    config, scores = scored[0][0].config, [score for _, score in scored]
+    seconds = [pair for score in scores for pair in score.row_seconds.values()]
+    steps = [step for _, step in seconds if step is not None]
+    bases = {} if config.policy == DENSE else dense
+    return Line(
+        policy=config.policy,
+        budget=config.budget,
+        unit="sublayers" if config.skip_sub_layer_num is not None else "layers",
+        skipped_share={
+            str(phase): mean(score.skipped_share[phase] for score in scores) for phase in Phase
+        },
+        ttft=statistics.median(first for first, _ in seconds),
+        per_token=statistics.median(steps) if steps else None,
+        tasks={score.task: _compared(cell, score, bases.get(score.task)) for cell, score in scored},
+    )
 
 
-def _seconds(score: TaskScore, what: str) -> dict[str, float]:
-    index = ("ttft", "per_token").index(what)
-    times = {row: pair[index] for row, pair in score.row_seconds.items()}
-    return {row: time for row, time in times.items() if time is not None}
+def _compared(cell: Cell, score: TaskScore, base: TaskScore | None) -> ComparedScore:
+    measured = read_perplexity(cell.config, score.task)
+    ends = paired_interval(score.row_scores, base.row_scores) if base else None
+    return ComparedScore(
+        **vars(score),
+        delta=score.score - base.score if base else None,
+        delta_interval=(100 * ends[0], 100 * ends[1]) if ends else None,
+        perplexity=float(measured["perplexity"]) if measured else None,
+    )
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values there are, None without any."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None

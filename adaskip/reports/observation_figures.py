@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from adaskip.reports.palette import COLOURS
+from adaskip.reports.figures import COLOURS
 from adaskip.runs.records import write_bytes
 
 # Dark and light colours in turns, so that neighbours differ in grey, too.

@@ -1,98 +1,49 @@
-"""The report of a sweep: one markdown text, one page, one JSON file, and the figures."""
+"""The report of a sweep: one JSON file, and the text, the page and the figures made from it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from adaskip.plan import Phase
-from adaskip.reports.comparison import Line, Table, collect
-from adaskip.reports.paper_tables import quality_grid, speed_grid
-from adaskip.reports.pictures import Picture, found_pictures
-from adaskip.reports.recipe import (
-    machines_grid,
-    profiles,
-    prompts_grid,
-    read_recipe,
-    settings_grid,
-)
-from adaskip.reports.tradeoff import draw_tradeoff
-from adaskip.runs.evaluation import notes_on
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pandas import DataFrame
+
+from adaskip.reports import sweep_tables
+from adaskip.reports.comparison import Report, collect, read_report
+from adaskip.reports.figures import as_data_uri
+from adaskip.reports.sweep_figures import draw_quality, draw_scores
+from adaskip.reports.sweep_tables import as_markdown
 from adaskip.runs.plans import SweepPlan
-from adaskip.runs.records import SCHEMA, Record, write_json, write_text
+from adaskip.runs.records import write_bytes, write_text
 
-CAPTION = (
+SCORES_CAPTION = (
     "Scores are LongBench's metric of the task × 100. Δ is the difference to the dense rows of the "
     "same sweep, with a 95 % paired bootstrap interval over rows (10,000 draws, seeded). "
     "Perplexity is that of the reference answers."
 )
-SPEED_CAPTION = (
-    "Skipped: share of all sublayers over all forwards. Times are medians over rows; speedups are "
-    "medians of the per-row ratio to dense, in brackets the bound by the count of skipped "
-    "sublayers. Dense and skipping rows are made minutes apart, so a machine that changes its pace "
-    "shows in them: `make speed` compares times within a round."
+WORK_CAPTION = (
+    "Skipped: share of all sublayers over all forwards. Times are medians over rows; rows of "
+    "different lines are made minutes apart, so their times say how long a sweep takes, not how "
+    "much faster a policy is. `make speed` times policies and dense within a round, beside the "
+    "ideal by measured times: docs/SPEED.md, results/speed."
 )
+# Folders beside a sweep's own, whose figures its report shows.
+_OTHERS = ("observations", "speed")
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything a report shows.
+class Picture:
+    """A PNG file and what to write beneath it."""
 
-    Attributes:
-        failures: what stopped the cells that failed, by label.
-        recipe: per run folder its record.
-        pictures: figures of other commands.
-        tradeoffs: per model its drawing of quality against speed.
-    """
-
-    plan: SweepPlan
-    tables: tuple[Table, ...]
-    failures: Mapping[str, str]
-    recipe: Mapping[str, Record]
-    pictures: tuple[Picture, ...]
-    tradeoffs: Mapping[str, str]
-
-    def tables_of(self, model: str) -> list[Table]:
-        """One model's tables, in the order of its experiments."""
-        return [table for table in self.tables if table.model == model]
-
-    def notes(self) -> list[str]:
-        """What must be said beside the tables."""
-        notes: list[str] = []
-        for table in self.tables:
-            for line in table.lines:
-                for score in line.scores.values():
-                    notes += notes_on(line.label, score)
-            notes += _session_notes(table)
-        notes += [f"FAILED: {label}: {error}" for label, error in self.failures.items()]
-        return list(dict.fromkeys(notes))
-
-
-def read_report(plan: SweepPlan, failures: Mapping[str, str]) -> Report:
-    """Scores every cell that has rows.
-
-    Raises:
-        RunError: a file is damaged.
-    """
-    tables = tuple(collect(plan))
-    drawn = {
-        model: draw_tradeoff([table for table in tables if table.model == model])
-        for model in plan.models
-    }
-    return Report(
-        plan,
-        tables,
-        failures,
-        read_recipe(plan),
-        tuple(found_pictures(plan.folder.parent, plan.models)),
-        {model: text for model, text in drawn.items() if text},
-    )
+    path: Path
+    caption: str
 
 
 def write_report(plan: SweepPlan, failures: Mapping[str, str]) -> str:
-    """Scores every cell that has rows, writes `report.md`, `.html`, `.json` and `.png`.
+    """Scores every cell that has rows, writes `report.json` and all that is made from it.
 
     Args:
         plan: the sweep.
@@ -104,103 +55,138 @@ def write_report(plan: SweepPlan, failures: Mapping[str, str]) -> str:
     Raises:
         RunError: a file is damaged or cannot be written.
     """
-    from adaskip.reports.figure import draw
-    from adaskip.reports.page import as_page
+    collect(plan, failures).save(plan.folder / "report.json")
+    return render(plan.folder)
 
-    report = read_report(plan, failures)
-    figure = plan.folder / "report.png"
-    draw(report.tables, figure)
-    for model, drawing in report.tradeoffs.items():
-        write_text(plan.folder / f"quality-{model}.svg", drawing + "\n")
-    write_text(plan.folder / "report.md", as_markdown(report) + "\n")
-    write_text(plan.folder / "report.html", as_page(report, figure) + "\n")
-    write_json(plan.folder / "report.json", as_json(report))
+
+def render(folder: Path) -> str:
+    """Writes `report.md`, `report.html` and the figures of a folder with a `report.json`.
+
+    Returns:
+        The tables as text.
+
+    Raises:
+        RunError: a file is missing, damaged or cannot be written.
+    """
+    report = read_report(folder / "report.json")
+    pictures = [*_draw(report, folder), *_found(report, folder.parent)]
+    write_text(folder / "report.md", text_of(report, pictures, folder) + "\n")
+    write_text(folder / "report.html", page_of(report, pictures) + "\n")
     return tables_text(report)
 
 
 def tables_text(report: Report) -> str:
     """All tables with what must be said beside them: what a sweep prints."""
-    parts = [f"# {report.plan.name}", CAPTION + " " + SPEED_CAPTION]
+    parts = [f"# {report.name}", SCORES_CAPTION + " " + WORK_CAPTION]
     for table in report.tables:
         parts.append(f"## {table.experiment}: {table.model}")
-        parts.append(quality_grid(table).markdown())
+        parts.append(as_markdown(sweep_tables.quality(table)))
         if table.lines:
-            parts.append(speed_grid(table).markdown())
-    notes = report.notes()
-    if notes:
-        parts.append("\n".join(f"- {note}" for note in notes))
-    return "\n\n".join(parts)
+            parts.append(as_markdown(sweep_tables.work(table)))
+    failed = [f"FAILED: {label}: {error}" for label, error in report.failures.items()]
+    notes = [f"- {note}" for note in (*report.notes, *failed)]
+    return "\n\n".join([*parts, "\n".join(notes)] if notes else parts)
 
 
-def as_markdown(report: Report) -> str:
-    """The tables, the figures and the recipe."""
-    parts = [tables_text(report), "## Figures"]
-    drawn = [
-        (f"quality-{model}.svg", f"Quality against speed of {model}") for model in report.tradeoffs
+def text_of(report: Report, pictures: Iterable[Picture], folder: Path) -> str:
+    """The tables, the figures and the recipe, as markdown to lie in `folder`."""
+    shown = [
+        f"![{one.caption}]({Path(os.path.relpath(one.path, folder)).as_posix()})"
+        for one in pictures
     ]
-    if any(table.lines for table in report.tables):
-        drawn.append(("report.png", "Scores and perplexity by task"))
-    drawn += [(_beside(report.plan.folder, item.path), item.caption) for item in report.pictures]
-    parts += [f"![{caption}]({path})" for path, caption in drawn] or ["None yet."]
-    parts += ["## Recipe", prompts_grid(report.recipe).markdown()]
-    used = profiles(report.recipe)
+    parts = [tables_text(report), "## Figures", *(shown or ["None yet."]), "## Recipe"]
+    parts.append(as_markdown(sweep_tables.prompts(report.recipe)))
+    used = sweep_tables.profiles(report.recipe)
     if used:
         parts.append(f"Importance profiles: {', '.join(used)}.")
-    parts += [settings_grid(report.recipe).markdown(), machines_grid(report.recipe).markdown()]
+    parts.append(as_markdown(sweep_tables.settings(report.recipe)))
+    parts.append(as_markdown(sweep_tables.machines(report.recipe)))
     return "\n\n".join(parts)
 
 
-def _beside(folder: Path, path: Path) -> str:
-    """The way from the report to a figure next to its folder."""
-    return f"../{path.relative_to(folder.parent).as_posix()}"
+def page_of(report: Report, pictures: Iterable[Picture]) -> str:
+    """The same as one HTML page that needs nothing else: no network, no script, no font.
+
+    Raises:
+        RunError: a figure is damaged.
+    """
+    environment = Environment(
+        loader=PackageLoader("adaskip.reports", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["anchor"] = _anchor
+    environment.filters["header_groups"] = _header_groups
+    environment.filters["data_uri"] = as_data_uri
+    return environment.get_template("page.html.jinja").render(
+        report=report,
+        models=list(dict.fromkeys(table.model for table in report.tables)),
+        facts=_facts(report),
+        pictures=list(pictures),
+        tables=sweep_tables,
+        scores_caption=SCORES_CAPTION,
+        work_caption=WORK_CAPTION,
+    )
 
 
-def _session_notes(table: Table) -> list[str]:
-    """Times compare within one process; says where they do not."""
-    sessions = {name for line in table.lines for s in line.scores.values() for name in s.sessions}
-    if len(sessions) < 2:
-        return []
+def _facts(report: Report) -> dict[str, str]:
+    """What stands at the head of the page."""
+    lines = [line for table in report.tables for line in table.lines]
+    return {
+        "models": ", ".join(dict.fromkeys(table.model for table in report.tables)),
+        "experiments": ", ".join(dict.fromkeys(table.experiment for table in report.tables)),
+        "cells with results": f"{sum(len(line.tasks) for line in lines)} of {report.n_cells}",
+        "failed": str(len(report.failures)),
+        "run": " to ".join(sweep_tables.days(report.recipe)) or "not yet",
+    }
+
+
+def _draw(report: Report, folder: Path) -> list[Picture]:
+    """Draws the sweep's own figures into its folder."""
+    drawn: list[Picture] = []
+
+    def keep(name: str, picture: bytes | None, caption: str) -> None:
+        if picture is not None:
+            write_bytes(folder / name, picture)
+            drawn.append(Picture(folder / name, caption))
+
+    for model, tables in groupby(report.tables, lambda table: table.model):
+        caption = f"Quality of {model} against the share of skipped sublayers, by budget"
+        keep(f"quality-{model}.png", draw_quality([*tables]), caption)
+    scores = draw_scores(report.tables)
+    keep("report.png", scores, "Scores (one standard error) and perplexity by task")
+    return drawn
+
+
+def _found(report: Report, results: Path) -> list[Picture]:
+    """The observation and speed figures of the report's models, in order of name."""
+    models = {table.model for table in report.tables}
     return [
-        f"{table.experiment}: rows come from {len(sessions)} processes; speedups compare times "
-        "across them and are less certain."
+        Picture(path, _heading(path.with_suffix(".md")))
+        for folder in _OTHERS
+        for path in sorted((results / folder).glob("*.png"))
+        if any(model in path.stem for model in models)
     ]
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    """Everything the tables show, with the score of every row, and where it comes from."""
-    return {
-        "schema": SCHEMA,
-        "name": report.plan.name,
-        "failures": dict(report.failures),
-        "recipe": dict(report.recipe),
-        "tables": [
-            {
-                "model": table.model,
-                "experiment": table.experiment,
-                "lines": [_line_json(table, line) for line in table.lines],
-            }
-            for table in report.tables
-        ],
-    }
+def _heading(text: Path) -> str:
+    """The heading of a markdown file; without one its name."""
+    if text.is_file():
+        for line in text.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("#"):
+                return line.lstrip("# ").strip()
+    return text.stem.replace("-", " ").replace("_", " ")
 
 
-def _line_json(table: Table, line: Line) -> dict[str, Any]:
-    return {
-        "policy": line.policy,
-        "budget": line.budget,
-        "unit": line.unit,
-        "skipped_share": {str(phase): line.share(phase) for phase in Phase},
-        "ttft": line.median("ttft"),
-        "per_token": line.median("per_token"),
-        "ttft_speedup": line.speedup(table.dense, "ttft"),
-        "per_token_speedup": line.speedup(table.dense, "per_token"),
-        "tasks": {
-            task: {
-                **score.as_dict(),
-                "delta": table.delta(line, task),
-                "delta_interval": table.interval(line, task),
-                "perplexity": line.perplexity.get(task),
-            }
-            for task, score in line.scores.items()
-        },
-    }
+def _header_groups(frame: DataFrame) -> Sequence[tuple[str, int]]:
+    """The names above a frame's columns and how many columns each spans; empty without any."""
+    if frame.columns.nlevels == 1:
+        return []
+    names = frame.columns.get_level_values(0)
+    return [(name, len([*columns])) for name, columns in groupby(names)]
+
+
+def _anchor(name: str) -> str:
+    return "".join(char if char.isalnum() else "-" for char in name.lower())

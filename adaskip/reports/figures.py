@@ -1,0 +1,97 @@
+"""What all figures share: a colour and a marker per policy, the canvas, the legend, the PNG."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from adaskip.errors import RunError
+
+# Okabe and Ito's palette, told apart by colour-blind readers.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+# They serve those who tell no colours apart.
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+# Of a figure within a page: pixels and colours that no eye misses.
+EMBEDDED_WIDTH = 1400
+EMBEDDED_COLOURS = 64
+
+
+def policy_colour(policy: str) -> str:
+    """The colour of a registered policy, the same in every figure."""
+    return COLOURS[_number(policy) % len(COLOURS)]
+
+
+def policy_marker(policy: str) -> str:
+    """The marker of a registered policy, the same in every figure of points."""
+    return MARKERS[_number(policy) % len(MARKERS)]
+
+
+def canvas(
+    n_rows: int, n_columns: int, *, width: float, height: float, **options: Any
+) -> tuple[Any, Any]:
+    """An empty matplotlib figure that needs no display, and its axes.
+
+    Args:
+        n_rows: rows of axes.
+        n_columns: columns of axes.
+        width: of the whole figure, in inches.
+        height: likewise.
+        **options: of matplotlib's `subplots`.
+
+    Returns:
+        The figure, and an array of axes `[n_rows, n_columns]`, open at the top and on the right.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, **options)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def add_legend(figure: Any, axes: Any) -> None:
+    """One legend below all axes, in which every label stands once."""
+    found: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=len(found), frameon=False
+    )
+
+
+def as_png(figure: Any, *, dpi: int = 200) -> bytes:
+    """A matplotlib figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def as_data_uri(path: Path) -> str:
+    """A PNG file as an address that holds the picture itself, made small for a page.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+            small.thumbnail((EMBEDDED_WIDTH, 10 * EMBEDDED_WIDTH))
+    except OSError as error:
+        raise RunError(f"The figure {path} cannot be read: {error}.") from error
+    buffer = io.BytesIO()
+    small.quantize(EMBEDDED_COLOURS).save(buffer, format="png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _number(policy: str) -> int:
+    from adaskip.policies import POLICIES
+
+    return list(POLICIES).index(policy)
