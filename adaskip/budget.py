@@ -36,7 +36,7 @@ def sublayers_for(
         AdaskipError: the ratio is no number from 1 up or cannot be reached, times and importance
             are of different models, or `select` is unknown.
 
-    Source: AdaSkip (arXiv 2501.02336), acceleration ratio; METHOD, "Budget".
+    Source: AdaSkip (arXiv 2501.02336), acceleration ratio; METHOD, "Budget by acceleration ratio".
     """
     if select not in SELECTS:
         raise unknown_name("select", str(select), SELECTS)

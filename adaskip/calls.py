@@ -20,8 +20,8 @@ _FIXED = "Use a policy with a fixed plan (AdaSkip: online=False)."
 def cache_of(call: dict[str, Any], config: PretrainedConfig) -> Cache | None:
     """The forward's cache, or None if it is to run without.
 
-    Where the model would make its own, it is made here and added to `call`: stand-ins have to be
-    in it before the forward begins.
+    Where the model would make its own, it is made here and added to `call`: the skipped-cache
+    placeholders have to be in it before the forward begins.
 
     Raises:
         UnsupportedCallError: `past_key_values` is not a transformers cache.
@@ -146,7 +146,7 @@ def refuse_early_exit_draft(generation_config: GenerationConfig) -> None:
 
 
 def refuse_continuous_batching(*args: object, **kwargs: object) -> None:
-    """Stands in for `generate_batch`.
+    """Takes the place of `generate_batch`, and refuses.
 
     Raises:
         UnsupportedCallError: always. Its forwards hold prompts and decode steps side by side.

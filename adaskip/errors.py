@@ -19,7 +19,7 @@ class UnsupportedCallError(AdaskipError):
 
 
 class CacheHoleError(AdaskipError):
-    """Attention was asked to run in a request that skipped it: its KV cache has a hole there."""
+    """Attention was asked to run in a request that skipped it: its keys and values are missing."""
 
 
 class ProfileError(AdaskipError):

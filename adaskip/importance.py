@@ -25,7 +25,7 @@ _COLUMNS = ("similarity", "gain_norm", "gain_token")
 
 @dataclass(frozen=True)
 class Importance:
-    """What the warm-up requests told about each sublayer of one model.
+    """What the warm-up prompts told about each sublayer of one model.
 
     Attributes:
         similarity: IO similarity, mean over requests of the mean over tokens. High means
@@ -33,7 +33,7 @@ class Importance:
         gain_norm: output norm / input norm over a whole request, mean over requests.
         gain_token: median over tokens of the per-token ratio, mean over requests.
         fingerprint: tells the model apart; see `model_fingerprint`.
-        n_requests: warm-up requests.
+        n_requests: warm-up prompts, each sequence of a batch being one.
         n_tokens: their real tokens altogether.
         source: what the warm-up prompts were, for the record.
 

@@ -1,8 +1,9 @@
 """The KV cache of a request in which some attention is skipped.
 
 transformers reads the cached length, and with it positions and masks, from the first cache layer.
-A skipped attention never writes to its layer, so that layer's length would be wrong: a placeholder
-takes its place, holds no tensors of its own, and remembers how many tokens have passed.
+A skipped attention never writes to its layer, so that layer's length would be wrong: a
+skipped-cache placeholder takes its place, holds no tensors of its own, and remembers how many
+tokens have passed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from adaskip.errors import CacheHoleError, UnsupportedCallError
 
 
 class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Takes the place of the cache layer of a skipped attention sublayer.
+    """The skipped-cache placeholder: takes the place of the cache layer of a skipped attention.
 
     The layer it replaces is kept: empty where the whole request is skipped, with the prompt's keys
     and values where only decoding is. Lengths and mask sizes are the replaced layer's own formulas
@@ -62,7 +63,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return getattr(self.replaced, name)
 
     @property
-    def has_hole(self) -> bool:
+    def lacks_tokens(self) -> bool:
         """Whether keys and values of earlier tokens are missing."""
         return self.length > self.kept or not self._in_order
 
@@ -78,7 +79,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        """True: there is nothing to be allocated."""
+        """True: the placeholder has no tensors to be allocated."""
         return True
 
     @property
@@ -114,7 +115,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.replaced.get_max_cache_shape()  # type: ignore[no-any-return]
 
     def lazy_initialization(self, *states: Tensor) -> None:
-        """Nothing to allocate."""
+        """Allocates nothing: the placeholder has no tensors."""
 
     def update(self, *states: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends to the replaced layer, if it has seen every token so far.
@@ -122,8 +123,8 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         Raises:
             CacheHoleError: the keys and values of earlier tokens do not exist.
         """
-        if self.has_hole:
-            raise hole(self._index)
+        if self.lacks_tokens:
+            raise hole_error(self._index)
         updated: tuple[Tensor, Tensor] = self.replaced.update(*states, **kwargs)
         self.advance(states[0].shape[-2])
         self.kept = self.length
@@ -136,7 +137,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.position.add_(tokens)
 
     def reset(self) -> None:
-        """Begins a new request."""
+        """Empties it for a new request."""
         self.replaced.reset()
         self.length = self.kept = 0
         self._in_order = True
@@ -154,7 +155,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.kept = self.length
 
     # What the replaced layer still holds can be read again only if the cache is cut back to it, so
-    # moving it about would be work for a skipped sublayer: it is given up in place of that.
+    # moving it about would be work for a skipped sublayer: it is given up.
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Gives up what is kept, or reorders it where it is still in use."""
         self._move("reorder_cache", beam_idx)
@@ -168,16 +169,16 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._move("batch_select_indices", indices)
 
     def _move(self, name: str, argument: Any) -> None:
-        if not self.has_hole:
+        if not self.lacks_tokens:
             getattr(self.replaced, name)(argument)
         elif self.kept:
             self._in_order = False
 
     def activate_past_recording(self) -> None:
-        """Nothing to record."""
+        """Records nothing: the placeholder has no past of its own."""
 
     def offload(self) -> None:
-        """Nothing to move."""
+        """Moves nothing: the placeholder has no tensors."""
 
     def prefetch(self) -> None:
         """Fetches the next layer that holds something: it is the one needed next."""
@@ -185,7 +186,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.following.prefetch()
 
 
-def hole(layer: int) -> CacheHoleError:
+def hole_error(layer: int) -> CacheHoleError:
     """The error for attention that is to run again in a request that skipped it."""
     return CacheHoleError(
         f"Attention of layer {layer} was skipped earlier in this request, so its KV cache lacks "
@@ -235,7 +236,7 @@ def refuse_short(cache: Cache, n_layers: int) -> None:
 
 
 def prepare(cache: Cache, layers: Iterable[int], length: int, devices: Sequence[Any]) -> None:
-    """Puts placeholders in for the given attention layers, and takes all others out.
+    """Puts skipped-cache placeholders in for the given attention layers, and takes all others out.
 
     Args:
         cache: the request's cache.
@@ -249,8 +250,8 @@ def prepare(cache: Cache, layers: Iterable[int], length: int, devices: Sequence[
     wanted = set(layers)
     placed = {i: x for i, x in enumerate(cache.layers) if isinstance(x, SkippedCacheLayer)}
     for index, placeholder in placed.items():
-        if placeholder.has_hole and index not in wanted:
-            raise hole(index)
+        if placeholder.lacks_tokens and index not in wanted:
+            raise hole_error(index)
     for index, placeholder in placed.items():
         if length == 0 or index not in wanted:
             cache.layers[index] = placeholder.replaced

@@ -34,7 +34,7 @@ class ImportanceRecorder:
         self._tokens: list[Tensor] = []
 
     def watch(self, step: Step) -> frozenset[Span]:
-        """Attention and FFN, in prefill."""
+        """Attention and FFN of every layer, in prefill; nothing in decode steps."""
         wanted: frozenset[Span] = frozenset({"attn", "ffn"})
         return wanted if step.phase is Phase.PREFILL else frozenset()
 
@@ -137,7 +137,7 @@ def learn_importance(
     Args:
         model: a causal language model of a supported family.
         prompts: input ids [batch, tokens], or mappings with `input_ids` and `attention_mask`;
-            METHOD takes 20 of more than 4,000 words.
+            METHOD, "Policies" takes 20 of more than 4,000 words.
         source: what the prompts are, kept in the profile.
         progress: whether to show a progress bar.
 

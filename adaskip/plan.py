@@ -38,9 +38,8 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 class Phase(StrEnum):
     """The part of a request a forward belongs to.
 
-    A request begins with the first forward on an empty KV cache. Every forward before its first
-    decode step is prefill (one or more chunks); a decode step is one new token per sequence on a
-    non-empty cache.
+    Every forward of a request before its first decode step is prefill (one or more chunks); a
+    decode step is one new token per sequence. METHOD, "Phases" says how they are told apart.
     """
 
     PREFILL = "prefill"
@@ -94,7 +93,7 @@ class Sublayer:
         object.__setattr__(self, "layer", int(self.layer))
 
     def __lt__(self, other: Sublayer) -> bool:
-        """Depth order: by layer, attention before FFN (the order of ties in METHOD)."""
+        """Depth order: by layer, attention before FFN (METHOD, "Policies" breaks ties so)."""
         return self.position < other.position
 
     @property

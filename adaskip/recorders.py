@@ -199,7 +199,7 @@ class TokenStatistics:
         self.squares: Tensor | None = None
 
     def watch(self, step: Step) -> frozenset[Span]:
-        """Its parts, in its phase."""
+        """The parts it was made for, in the phase it was made for."""
         return self._spans if self._phase in (None, step.phase) else frozenset()
 
     def observe(self, step: Step, stats: StepStats) -> None:

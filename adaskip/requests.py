@@ -5,6 +5,7 @@ would cost a device read. Whoever knows the phase says it: `generate()` through
 `adaskip.generating`, a hand-written loop through `Session.prefill()` and `Session.decode()`. Where
 nobody says it, it is guessed: one token on a non-empty cache is a decode step, and so is everything
 after the first decode step, until the cache is cut back into the prompt; all else is prefill.
+METHOD, "Phases" has the whole rule.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Request:
         prompt: tokens per sequence its cache had seen at the end of prefill.
         decoded: decode steps taken so far.
         prefill_plan: what its prefill skipped.
-        prepared: the plan its cache has placeholders for; None if it has not been looked through.
+        prepared: the plan whose skipped-cache placeholders its cache has; None if it has not been
+            looked through.
     """
 
     number: int

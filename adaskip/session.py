@@ -193,7 +193,7 @@ class Session:
         return cache
 
     def _after(self, cache: Cache | None) -> None:
-        """Moves the placeholders on, and hands out the statistics."""
+        """Moves the skipped-cache placeholders on, and hands out the statistics."""
         assert self.step is not None  # noqa: S101 - set by _before of this same forward
         if cache is not None and self.plan.layers("attn"):
             kvcache.advance(cache, self.step.tokens)

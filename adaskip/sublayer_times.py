@@ -45,7 +45,7 @@ class SublayerTimes:
         return sum(self.seconds[sublayer] for sublayer in skipped)
 
     def speedup(self, skipped: Collection[Sublayer]) -> float:
-        """`T / (T - sum of skipped sublayers' times)`: METHOD, "Budget"."""
+        """`T / (T - sum of skipped sublayers' times)`: METHOD, "Budget by acceleration ratio"."""
         return self.total / (self.total - self.saved(skipped))
 
     def as_dict(self) -> dict[str, Any]:

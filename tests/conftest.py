@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and the shared material where it is present."""
+"""Tiny random models of every family, and where the tests' data lie."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
+# Figures of the released code; their README says what they are.
+GOLDEN = ROOT / "tests" / "golden"
+# What may not be copied into the repository: rows of LongBench.
 SHARED = ROOT.parent / "shared"
 
 N_LAYERS = 4
@@ -71,10 +74,3 @@ def reset_empties() -> bool:
     cache.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
     cache.reset()
     return cache.get_seq_length() == 0
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip("the shared material (../shared) is not here")
-    return SHARED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from run_fixtures import save_checkpoint
+from test_layers import ORDER
 
 import adaskip
 
@@ -72,3 +74,81 @@ def test_scripts_are_thin() -> None:
         assert scripts, folder
         for script in scripts:
             assert len(script.read_text(encoding="utf-8").splitlines()) <= 25, script
+
+
+CITING = [
+    path
+    for folder in ("adaskip", "configs", "tests", "speed", "observations", "eval")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".yaml")
+]
+
+
+def headings(name: str) -> set[str]:
+    """The headings of a document, at any level."""
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    return set(re.findall(r"^#+ (.+)$", text, flags=re.M))
+
+
+def test_what_comments_cite_is_written_down() -> None:
+    """`METHOD, "Policies"` is a heading of docs/METHOD.md, `TRAPS 14` an item of docs/TRAPS.md."""
+    items = set(
+        re.findall(r"^(\d+)\. ", (ROOT / "docs/TRAPS.md").read_text(encoding="utf-8"), flags=re.M)
+    )
+    wrong, n_cited = [], 0
+    for path in CITING:
+        text = path.read_text(encoding="utf-8")
+        for heading in re.findall(r'METHOD,\s+"([^"]+)"', text):
+            n_cited += 1
+            if heading not in headings("METHOD"):
+                wrong.append(f"{path.relative_to(ROOT)}: METHOD has no {heading!r}")
+        for number in re.findall(r"TRAPS (\d+)", text):
+            n_cited += 1
+            if number not in items:
+                wrong.append(f"{path.relative_to(ROOT)}: TRAPS has no {number}")
+    assert n_cited > 20
+    assert wrong == []
+
+
+def test_what_documents_name_is_there() -> None:
+    """Files by their path; functions, classes and tests as `path.py:name`."""
+    wrong = []
+    for document in ("docs/METHOD.md", "docs/TRAPS.md", "docs/GLOSSARY.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for path, name in re.findall(r"`((?:\w+/)*\w+\.py)(?:::?([\w.]+))?`", text):
+            found = [base / path for base in (ROOT, ROOT / "adaskip", ROOT / "tests")]
+            found = [file for file in found if file.is_file()]
+            if not found:
+                wrong.append(f"{document}: there is no {path}")
+            elif name and not defines(found[0], name):
+                wrong.append(f"{document}: {path} defines no {name}")
+    assert wrong == []
+
+
+def test_every_word_of_the_glossary_has_its_module() -> None:
+    text = (ROOT / "docs/GLOSSARY.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if row[0].strip() not in ("word", "---")]
+    words = [row[0].strip() for row in rows]
+    assert len(words) > 40
+    assert len(set(words)) == len(words)
+    assert [row for row in rows if not (ROOT / row[-1].strip(" `")).is_file()] == []
+
+
+def test_the_house_has_the_packages_there_are() -> None:
+    """In CONTRIBUTING.md and in the tree of README.md, from the bottom up."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `adaskip/(\w+)/`", text, flags=re.M) == list(ORDER[1:])
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What is where")[2]
+    assert re.findall(r"^  (\w+)/", tree, flags=re.M) == list(ORDER[1:])
+
+
+def defines(path: Path, name: str) -> bool:
+    """Whether a file defines a function or class, or a class's method as `Class.method`."""
+    scope: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        node = next((n for n in scope if getattr(n, "name", None) == part), None)
+        if node is None:
+            return False
+        scope = getattr(node, "body", [])
+    return True

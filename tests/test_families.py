@@ -356,7 +356,7 @@ def test_a_hidden_state_per_layer_remains() -> None:
     assert torch.equal(states[2], states[3])
 
 
-def test_beams_and_batch_changes_reach_the_stand_in() -> None:
+def test_beams_and_batch_changes_reach_the_placeholder() -> None:
     model = tiny_model("llama")
     cache = DynamicCache()
     with skipping(model, FixedSkipping(PLAN)):

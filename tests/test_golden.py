@@ -1,6 +1,6 @@
 """Replays the recorded figures of the released research code through the public API.
 
-The figures are described in the shared material's golden/README.md. Where we differ on purpose
+The figures are described in tests/golden/README.md. Where we differ on purpose
 (docs/FIDELITY.md), the case is replayed against the variant that shows the intended behaviour, or
 the difference itself is asserted.
 """
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
+from hashlib import sha256
 from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import GOLDEN
+from golden_checkpoints import digest, golden_checkpoint, weights, weights_recipe
 from safetensors.torch import load_file
 
 from adaskip import (
@@ -35,7 +36,6 @@ from adaskip import (
 )
 from adaskip.recorders import StepStats, TokenStatistics
 
-GOLDEN = SHARED / "golden"
 N_LAYERS = 8
 LOGITS, STATISTICS = 2e-4, 2e-6
 SCOPES = {"Prefill": "prefill", "Decode": "decode", "E2E": "e2e"}
@@ -45,12 +45,30 @@ VARIANTS = {("SD", "E2E"): ["isolated"], ("ADA", "Prefill"): ["upstream"]}
 ADA_ONLINE = {"upstream": False, "threshold_kept_isolated": True}
 
 
+def recorded() -> dict[str, str]:
+    """SHA-256 of every file that was recorded, by its name."""
+    lines = (GOLDEN / "SHA256SUMS").read_text().splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def test_the_recordings_are_all_here_and_unchanged() -> None:
+    found = {name: sha256((GOLDEN / name).read_bytes()).hexdigest() for name in recorded()}
+    assert found == recorded()
+
+
+@pytest.mark.parametrize("family", ["llama", "vicuna", "internlm"])
+def test_the_checkpoints_are_bit_by_bit_those_recorded_on(family: str) -> None:
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("on this processor torch's random numbers differ in their last bits")
+    assert digest(weights(family)) == weights_recipe(family)["sha256"]
+
+
 def cases() -> list[Any]:
     """Every case that is comparable, with a readable id."""
     found = []
-    for path in sorted(GOLDEN.glob("*-*.json")):
-        content = json.loads(path.read_text())
-        if not isinstance(content, list) or path.stem.endswith("observation"):
+    for name in recorded():
+        content = json.loads((GOLDEN / name).read_text()) if name.endswith(".json") else None
+        if not isinstance(content, list) or name.endswith("observation.json"):
             continue
         for case in content:
             allowed = VARIANTS.get((case["policy"], case["experiment"]))
@@ -58,33 +76,14 @@ def cases() -> list[Any]:
                 allowed = list(ADA_ONLINE)
             if allowed is not None and case["variant"] not in allowed:
                 continue
-            name = [case["family"], case["experiment"], case["policy"], str(case["budget"])]
-            found.append(pytest.param(case, id="-".join([*name, case["variant"]])))
+            what = [case["family"], case["experiment"], case["policy"], str(case["budget"])]
+            found.append(pytest.param(case, id="-".join([*what, case["variant"]])))
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _present(shared: Path) -> None:
-    """The golden figures are part of the shared material."""
 
 
 @cache
 def model(family: str) -> Any:
-    # The InternLM checkpoint with plain rotary embeddings shares its weights with another one.
-    if family == "internlm-origin":
-        return load_model(str(internlm_origin()), dtype="float32", device="cpu")
-    return load_model(str(GOLDEN / f"tiny-{family}"), dtype="float32", device="cpu")
-
-
-@cache
-def internlm_origin() -> Path:
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="internlm-origin"))
-    config = GOLDEN / "tiny-internlm-origin" / "config.json"
-    (folder / "config.json").write_bytes(config.read_bytes())
-    (folder / "model.safetensors").symlink_to(GOLDEN / "tiny-internlm" / "model.safetensors")
-    return folder
+    return load_model(str(golden_checkpoint(family)), dtype="float32", device="cpu")
 
 
 @cache
@@ -219,7 +218,7 @@ def check_importance(case: dict[str, Any], policy: AdaSkip) -> None:
         assert policy.threshold == pytest.approx(golden["extra_skip_threshold"], abs=STATISTICS)
 
 
-@pytest.mark.parametrize("case", cases() if GOLDEN.is_dir() else [])
+@pytest.mark.parametrize("case", cases())
 def test_replay(case: dict[str, Any]) -> None:
     policy = policy_of(case)
     if case["policy"] == "US" and N_LAYERS % case["budget"]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import GOLDEN, check_golden, needs_golden
+from golden_checkpoints import golden_checkpoint
+from test_models import check_golden
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from adaskip.errors import AdaskipError, UnsupportedCallError, UnsupportedModelError
@@ -143,22 +144,17 @@ def test_weights_must_be_complete(folder: Path, written: bool, read: bool, messa
         load_model(folder, device="cpu")
 
 
-@needs_golden
-def test_golden_answers(tmp_path: Path):
-    for source in ("tiny-internlm-origin/config.json", "tiny-internlm/model.safetensors"):
-        shutil.copy(GOLDEN / source, tmp_path)
-    model = load_model(tmp_path, device="cpu")
+def test_golden_answers():
+    model = load_model(golden_checkpoint("internlm-origin"), device="cpu")
     check_golden(model, "internlm-origin")
     model(torch.ones(1, 600, dtype=torch.long))  # "origin" has no limit
 
 
-@needs_golden
-def test_dynamic_and_default_rotary_agree_within_the_exact_range(tmp_path: Path):
-    dynamic = load_model(GOLDEN / "tiny-internlm", device="cpu")
-    for source in ("tiny-internlm-origin/config.json", "tiny-internlm/model.safetensors"):
-        shutil.copy(GOLDEN / source, tmp_path)
+def test_dynamic_and_default_rotary_agree_within_the_exact_range():
+    dynamic = load_model(golden_checkpoint("internlm"), device="cpu")
+    plain = load_model(golden_checkpoint("internlm-origin"), device="cpu")
     ids = torch.arange(3, 67)[None]
-    assert torch.equal(dynamic(ids).logits, load_model(tmp_path, device="cpu")(ids).logits)
+    assert torch.equal(dynamic(ids).logits, plain(ids).logits)
 
 
 def test_forward_refuses_more_than_the_exact_range(model: PreTrainedModel):

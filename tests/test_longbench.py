@@ -11,11 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import SHARED
 
 from adaskip.errors import AdaskipError, DataError
 from adaskip.tasks.longbench import Row, load_rows, task_names, task_spec
 
-REAL = Path(__file__).parents[1].parent / "shared/data/longbench"
+REAL = SHARED / "data/longbench"
 PROTOCOL = REAL.parent / "longbench_protocol.json"
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import GOLDEN
+from golden_checkpoints import golden_checkpoint
 from safetensors.torch import load_file
 from transformers import (
     GPTNeoXConfig,
@@ -22,9 +24,6 @@ from adaskip.errors import AdaskipError, UnsupportedModelError
 from adaskip.models import loading as models, spec as modelspec
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.loading import load_model, load_tokenizer, model_names, model_spec, random_model
-
-GOLDEN = Path(__file__).parents[1] / ".." / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden is absent")
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
@@ -289,10 +288,9 @@ def test_a_folder_without_tokenizer(folder: Path):
         load_tokenizer(folder)
 
 
-@needs_golden
 @pytest.mark.parametrize("family", ["llama", "vicuna"])
 def test_old_configurations_give_the_golden_answers(family: str):
-    model = load_model(GOLDEN / f"tiny-{family}", device="cpu")
+    model = load_model(golden_checkpoint(family), device="cpu")
     rope = model.config.rope_parameters
     expected = {"llama": ("default", 5e5, None), "vicuna": ("linear", 1e4, 4.0)}[family]
     assert (rope["rope_type"], rope["rope_theta"], rope.get("factor")) == expected

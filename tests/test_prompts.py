@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from conftest import SHARED
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -14,7 +15,7 @@ from adaskip.tasks import prompts
 from adaskip.tasks.longbench import Row, build_prompt, load_rows, postprocess, task_names, task_spec
 from adaskip.tasks.prompts import prompt_template, stop_token_ids
 
-REAL = Path(__file__).parents[1].parent / "shared/data/longbench"
+REAL = SHARED / "data/longbench"
 SPECIALS = ("<unk>", "<s>", "</s>", "<user>", "<bot>")
 IDS = {name: number for number, name in enumerate(SPECIALS)}
 NEWLINE = len(SPECIALS)

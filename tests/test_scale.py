@@ -128,7 +128,7 @@ def test_a_second_launch_on_the_same_name_is_refused(place: Workplace) -> None:
         done = launch(TORCHRUN, ["prefill/run_llama.py", *options, "--tasks", "trec"])
     assert done.returncode != 0
     assert "error: Another process is working on" in done.stderr
-    assert "error: The first process failed: Another process" in done.stderr
+    assert "error: The main process failed: Another process" in done.stderr
     assert not list(folder.glob("*.jsonl*"))
 
 

@@ -1,7 +1,7 @@
 """The processes one command was started as, by torchrun or `accelerate launch`; usually one.
 
 They share a results folder. Rows are divided between them; what must happen once happens on the
-first. Control messages go over gloo, which needs no device.
+main process, which is the one of rank 0. Control messages go over gloo, which needs no device.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Team:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes records and talks to the user."""
+        """Whether this is the main process, which writes records and talks to the user."""
         return self.rank == 0
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """Runs an action on the first process; all get its result, or its error.
+        """Runs an action on the main process; all get its result, or its error.
 
         Raises:
-            RunError: the action raised an `AdaskipError` on the first process.
+            RunError: the action raised an `AdaskipError` on the main process.
             RuntimeError: it raised anything else there.
         """
         if self.world == 1:
@@ -61,7 +61,7 @@ class Team:
         if error is not None:
             raise error
         if told[1] is not None:
-            raise _error(f"The first process failed: {told[1]}", told[2])
+            raise _error(f"The main process failed: {told[1]}", told[2])
         result: T = told[0]
         return result
 
@@ -113,7 +113,7 @@ class Team:
 
     @contextlib.contextmanager
     def first_ahead(self, wanted: bool = True) -> Iterator[None]:
-        """A part the first process goes through before the others: what it leaves, they find."""
+        """A part the main process goes through before the others: what it leaves, they find."""
         wanted = wanted and self.world > 1
         if wanted and not self.is_first:
             _collectives().barrier()

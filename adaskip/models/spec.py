@@ -85,7 +85,7 @@ def model_source(name: str) -> str:
 
 
 def read_model_config(source: str) -> dict[str, Any]:
-    """The content of a model's `config.json`."""
+    """What a model's `config.json` holds."""
     try:
         raw, _ = PretrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:

@@ -22,7 +22,7 @@ from adaskip.sublayer_times import SublayerTimes
 
 @dataclass
 class _Window:
-    """What one request has shown while decoding, and what came of it.
+    """What one request has shown in its first decode steps, and what is skipped because of it.
 
     Attributes:
         plan: what its decode steps skip.
@@ -122,7 +122,7 @@ class AdaSkip(SkipPolicy):
         self.importance.check_model(model)
 
     def chosen(self) -> tuple[Sublayer, ...]:
-        """The offline sublayers, by the budget."""
+        """The sublayers that are skipped at every step, by budget and offline importance."""
         if self.acceleration is None or self.times is None:
             return self.importance.ranking()[: self.n_skip]
         return sublayers_for(self.importance, self.times, self.acceleration, self.select)
