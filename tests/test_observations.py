@@ -253,6 +253,10 @@ def test_figures_are_small_and_complete(tmp_path: Path) -> None:
     assert width >= 900
     assert height >= 900
     assert len(data) < 150_000
+    # An odd number of panels in two columns.
+    one = Panel("one", "x", "y", curves)
+    draw([[one, one], [one]], path)
+    assert struct.unpack(">II", path.read_bytes()[16:24])[0] > width
 
 
 def test_an_axis_ends_above_outliers() -> None:
