@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from adaskip.errors import AdaskipError, DataError
-from adaskip.tasks.longbench import Row, load_rows, task_names, task_spec
+from adaskip.tasks.longbench import load_rows
+from adaskip.tasks.spec import Row, task_names, task_spec
 
 REAL = Path(__file__).parents[1].parent / "shared/data/longbench"
 PROTOCOL = REAL.parent / "longbench_protocol.json"

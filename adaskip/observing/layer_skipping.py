@@ -27,7 +27,7 @@ from adaskip.runs.records import write_json
 from adaskip.runs.runconfig import RunConfig
 from adaskip.session import skipping
 from adaskip.tasks.prompts import postprocess
-from adaskip.tasks.spec import Row, task_spec
+from adaskip.tasks.spec import Row
 
 DENSE, HIGHEST, LOWEST = "nothing", "highest similarity", "lowest similarity"
 
@@ -141,7 +141,7 @@ def _score(config: RunConfig, bench: Bench, rows: Sequence[Row], policy: FixedSk
                 stop = bench.stop_rule(config, row.task)
                 made = generate_greedy(bench.model, [bench.prompt(config, row).input_ids], stop)
                 text = str(bench.tokenizer.decode(list(made.tokens[0]), skip_special_tokens=True))
-                answer = postprocess(text, task_spec(row.task), bench.spec.answer_end)
+                answer = postprocess(text, bench.spec.answer_end)
                 values.append(score(row.task, answer, row.answers, row.all_classes))
         return values
 

@@ -1,7 +1,4 @@
-"""Loads LongBench's rows: from the hub copy, from local jsonl files, or from the original zip.
-
-The names other modules need to turn a row into a prompt are re-exported here.
-"""
+"""Loads LongBench's rows: from the hub copy, from local jsonl files, or from the original zip."""
 
 from __future__ import annotations
 
@@ -17,21 +14,7 @@ from typing import Any, Literal
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, DataError
 from adaskip.tasks.packaged import optional_module
-from adaskip.tasks.prompts import Prompt, build_prompt, postprocess, prompt_template, stop_token_ids
-from adaskip.tasks.spec import Row, TaskSpec, task_names, task_spec
-
-__all__ = [
-    "Prompt",
-    "Row",
-    "TaskSpec",
-    "build_prompt",
-    "load_rows",
-    "postprocess",
-    "prompt_template",
-    "stop_token_ids",
-    "task_names",
-    "task_spec",
-]
+from adaskip.tasks.spec import Row, TaskSpec, task_spec
 
 logger = logging.getLogger(__name__)
 
