@@ -37,7 +37,7 @@ from adaskip.observing.stability import chosen, overlap, resampled, stability
 from adaskip.plan import KINDS, Phase, all_sublayers
 from adaskip.recorders import Span
 from adaskip.reports.observation_figures import Curve, Panel, draw
-from adaskip.reports.observations import SHOWN
+from adaskip.reports.observations import PANELS, TABLES, TITLES
 from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.records import read_rows
 from adaskip.runs.runconfig import RunConfig
@@ -261,9 +261,9 @@ def test_published_similarities_give_the_published_numbers(
 def test_published_numbers_give_the_published_tables(name: str) -> None:
     text = (ROOT / "results" / "observations" / f"{name}-smollm2.md").read_text(encoding="utf-8")
     title, _, tables = text.strip().split("\n\n", 2)
-    assert title == f"# {SHOWN[name].title}"
-    assert SHOWN[name].tables(published(name)) == tables
-    assert all(panel.curves for panel in SHOWN[name].panels("smollm2", published(name)))
+    assert title == f"# {TITLES[name]}"
+    assert TABLES[name](published(name)) == tables
+    assert all(panel.curves for panel in PANELS[name]("smollm2", published(name)))
 
 
 def test_the_chosen_sublayers() -> None:

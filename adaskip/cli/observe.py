@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from adaskip.cli.run import Parser, add_run_options, guarded, say
@@ -16,7 +17,7 @@ from adaskip.observing.analysis import Numbers, observed
 from adaskip.observing.layer_skipping import skip_layers
 from adaskip.observing.recording import OpenBench
 from adaskip.observing.stability import measured_stability
-from adaskip.reports.observations import SHOWN, write_observation
+from adaskip.reports.observations import TITLES, write_observation
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve
 from adaskip.sweep import Benches
@@ -28,21 +29,14 @@ DATA_OPTIONS = (
 )
 
 
-class _Chosen:
-    """Passes on to a parser those run options alone that have one of the given names."""
-
-    def __init__(self, parser: argparse.ArgumentParser, names: Collection[str]) -> None:
-        self._parser = parser
-        self._names = names
-
-    def add_argument(self, *flags: str, **settings: Any) -> None:
-        if settings["dest"] in self._names:
-            self._parser.add_argument(*flags, **settings)
-
-
 def add_options(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
     """Adds the run options of these names."""
-    add_run_options(cast(argparse.ArgumentParser, _Chosen(parser, names)))
+
+    def add_argument(*flags: str, **settings: Any) -> None:
+        if settings["dest"] in names:
+            parser.add_argument(*flags, **settings)
+
+    add_run_options(cast(argparse.ArgumentParser, SimpleNamespace(add_argument=add_argument)))
 
 
 def facts(observation: str, model: str) -> tuple[str, ...]:
@@ -107,7 +101,7 @@ def _measured(observation: str, config: RunConfig, open_bench: OpenBench, scores
 
 
 def _parser(observation: str) -> Parser:
-    parser = Parser(description=f"{SHOWN[observation].title}.", allow_abbrev=False)
+    parser = Parser(description=f"{TITLES[observation]}.", allow_abbrev=False)
     parser.add_argument(
         "--model",
         nargs="+",

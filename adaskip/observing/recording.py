@@ -207,14 +207,8 @@ def _finished(header: Record, n_rows: int, limit: int | None) -> bool:
 def _warmup_rows(config: RunConfig, task: str, bench: Bench, n: int) -> list[Row]:
     """Prompts apart from the test rows where the task has a split for them."""
     if task_spec(task).offline:
-        return sample_rows(
-            task,
-            bench.tokenizer,
-            split="warmup",
-            n=n,
-            tokens=config.sample_tokens,
-            seed=config.seed,
-        )
+        size = {"n": n, "tokens": config.sample_tokens, "seed": config.seed}
+        return sample_rows(task, bench.tokenizer, split="warmup", **size)
     rows = bench.rows(config, task)[:n]
     if len(rows) < n:
         raise DataError(f"{task} has {len(rows)} rows, {n} are needed; use other tasks (--tasks).")

@@ -73,11 +73,8 @@ def overlap(one: Floats, other: Floats, n_skip: int) -> dict[str, float]:
     """
     common = (chosen(one, n_skip) & chosen(other, n_skip)).sum(axis=-1) / n_skip
     low, high = np.quantile(common, [0.025, 0.975])
-    return {
-        "mean": round(float(common.mean()), 4),
-        "low": round(float(low), 4),
-        "high": round(float(high), 4),
-    }
+    values = {"mean": common.mean(), "low": low, "high": high}
+    return {name: round(float(value), 4) for name, value in values.items()}
 
 
 def stability(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from adaskip.observing.analysis import Numbers, stand_in
 from adaskip.observing.layer_skipping import DENSE, HIGHEST, LOWEST
@@ -15,6 +15,13 @@ from adaskip.runs.records import SCHEMA, environment, write_json, write_text
 from adaskip.runs.runconfig import RunConfig
 from adaskip.tables import MISSING, markdown_table, number
 
+TITLES = {
+    "ob0": "Skipping the layers of highest and of lowest IO similarity",
+    "ob1": "Observation 1: the IO similarity of whole layers",
+    "ob2": "Observation 2: the IO similarity of attention and of FFN sublayers",
+    "ob3": "Observation 3: the IO similarity in prefill and in decode",
+    "stability": "How stable the chosen sublayers are",
+}
 _NAMES: Mapping[Span, str] = {"attn": "attention", "ffn": "FFN", "layer": "layer"}
 _SIMILARITY = "IO similarity (cosine)"
 
@@ -25,7 +32,7 @@ def write_observation(
     """Writes the JSON, the figure and the tables of all models together.
 
     Args:
-        observation: a key of `SHOWN`.
+        observation: a key of `TITLES`.
         command: what was called, to be written down.
         configs: one per model.
         found: per model what its measurement returned, in the same order.
@@ -36,11 +43,10 @@ def write_observation(
     Raises:
         RunError: a file cannot be written.
     """
-    shown = SHOWN[observation]
     stem = Path(configs[0].results_dir) / f"{observation}-{'-'.join(found)}"
     content = {
         "schema": SCHEMA,
-        "observation": shown.title,
+        "observation": TITLES[observation],
         "command": command,
         "settings": configs[0].settings(),
         "environment": environment(str(configs[0].device)),
@@ -48,11 +54,11 @@ def write_observation(
     }
     write_json(stem.with_name(f"{stem.name}.json"), content)
     text = "\n\n".join(
-        f"**{model}**{_stand_ins(observation, config.tasks)}\n\n{shown.tables(numbers)}"
+        f"**{model}**{_stand_ins(observation, config.tasks)}\n\n{TABLES[observation](numbers)}"
         for config, (model, numbers) in zip(configs, found.items(), strict=True)
     )
-    write_text(stem.with_name(f"{stem.name}.md"), f"# {shown.title}\n\n{text}\n")
-    columns = [shown.panels(model, numbers) for model, numbers in found.items()]
+    write_text(stem.with_name(f"{stem.name}.md"), f"# {TITLES[observation]}\n\n{text}\n")
+    columns = [PANELS[observation](model, numbers) for model, numbers in found.items()]
     rows, width = _grid(columns, wide=observation in ("ob0", "stability"))
     draw(rows, stem.with_name(f"{stem.name}.png"), width=width)
     return f"{text}\n\nWritten: {stem}.json, .md and .png."
@@ -250,32 +256,15 @@ def _shares(
     return Panel(title, x_label, label, tuple(curves), names, bounds=(0.48, 1.02))
 
 
-class Shown(NamedTuple):
-    """An observation's title, the tables of one model's numbers, and its panels from the top."""
-
-    title: str
-    tables: Callable[[Numbers], str]
-    panels: Callable[[str, Numbers], list[Panel]]
-
-
-SHOWN: Mapping[str, Shown] = {
-    "ob0": Shown(
-        "Skipping the layers of highest and of lowest IO similarity",
-        _skipping_table,
-        _skipping_panels,
-    ),
-    "ob1": Shown(
-        "Observation 1: the IO similarity of whole layers", _similarity_tables, _layers_panels
-    ),
-    "ob2": Shown(
-        "Observation 2: the IO similarity of attention and of FFN sublayers",
-        _similarity_tables,
-        _kinds_panels,
-    ),
-    "ob3": Shown(
-        "Observation 3: the IO similarity in prefill and in decode",
-        _similarity_tables,
-        _phases_panels,
-    ),
-    "stability": Shown("How stable the chosen sublayers are", _stability_table, _stability_panels),
+TABLES: Mapping[str, Callable[[Numbers], str]] = {
+    "ob0": _skipping_table,
+    **dict.fromkeys(("ob1", "ob2", "ob3"), _similarity_tables),
+    "stability": _stability_table,
+}
+PANELS: Mapping[str, Callable[[str, Numbers], list[Panel]]] = {
+    "ob0": _skipping_panels,
+    "ob1": _layers_panels,
+    "ob2": _kinds_panels,
+    "ob3": _phases_panels,
+    "stability": _stability_panels,
 }
