@@ -170,7 +170,7 @@ class ScoreLog:
             (self.unscored if complete else self.partly)[reasons[0]] += 1
 
     def message(self) -> str | None:
-        """One sentence for a report, or None if every prediction was compared with everything."""
+        """One sentence on them; None if every prediction was compared with everything."""
         parts = []
         for counts, outcome in (
             (self.unscored, "could not be scored and count 0"),

@@ -14,7 +14,8 @@ import pytest
 from conftest import SHARED
 
 from adaskip.errors import AdaskipError, DataError
-from adaskip.tasks.longbench import Row, load_rows, task_names, task_spec
+from adaskip.tasks.longbench import load_rows
+from adaskip.tasks.spec import Row, task_names, task_spec
 
 REAL = SHARED / "data/longbench"
 PROTOCOL = REAL.parent / "longbench_protocol.json"

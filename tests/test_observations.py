@@ -7,11 +7,13 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import N_LAYERS
+from conftest import N_LAYERS, ROOT
 from test_recorders import residuals
 from tiny_bench import TinyBench, tiny_rows
 from torch.nn.functional import cosine_similarity
@@ -19,13 +21,23 @@ from torch.nn.functional import cosine_similarity
 from adaskip import RunError
 from adaskip.cli.observe import configured, observation_main
 from adaskip.configuration import read_config
+from adaskip.observing import analysis, similarities as similarities_module
+from adaskip.observing.analysis import (
+    VIEWS,
+    agreement,
+    between_tasks,
+    kinds_summary,
+    phases_summary,
+    spread,
+)
 from adaskip.observing.layer_skipping import HIGHEST, LOWEST, choices, layer_similarity
-from adaskip.observing.numbers import agreement, kinds_summary, phases_summary, spread
 from adaskip.observing.recording import observe_requests, observe_task
-from adaskip.observing.similarities import SPANS, Moments, Similarities
+from adaskip.observing.similarities import SPANS, from_rows, layers
 from adaskip.observing.stability import chosen, overlap, resampled, stability
 from adaskip.plan import KINDS, Phase, all_sublayers
+from adaskip.recorders import Span
 from adaskip.reports.observation_figures import Curve, Panel, draw
+from adaskip.reports.observations import PANELS, TABLES, TITLES
 from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.records import read_rows
 from adaskip.runs.runconfig import RunConfig
@@ -53,29 +65,38 @@ def never(config: RunConfig) -> TinyBench:
     raise AssertionError("the model is not needed")
 
 
-def moments(*values: float) -> Moments:
-    return Moments(len(values), sum(values), sum(v * v for v in values))
+def sums(values: list[list[float]]) -> list[list[float]]:
+    """`[total, squares]` of each layer's values."""
+    return [[sum(layer), sum(value * value for value in layer)] for layer in values]
 
 
-def similarities(attn: list[float], ffn: list[float], shift: float = 0.0) -> Similarities:
+def similarities(attn: list[float], ffn: list[float], shift: float = 0.0) -> pd.DataFrame:
     """One token per phase; decode is `shift` higher."""
     phases = {
         phase: {
-            "attn": [moments(a + plus) for a in attn],
-            "ffn": [moments(f + plus) for f in ffn],
-            "layer": [moments(a * f) for a, f in zip(attn, ffn, strict=True)],
+            "count": 1,
+            "attn": sums([[a + plus] for a in attn]),
+            "ffn": sums([[f + plus] for f in ffn]),
+            "layer": sums([[a * f] for a, f in zip(attn, ffn, strict=True)]),
         }
-        for phase, plus in ((Phase.PREFILL, 0.0), (Phase.DECODE, shift))
+        for phase, plus in (("prefill", 0.0), ("decode", shift))
     }
-    return Similarities("m", "t", ("1",), phases)
+    return from_rows([{"id": "1", "sums": phases}])
 
 
-def test_moments() -> None:
-    both = moments(0.5, 1.0) + moments(0.0)
-    assert both == Moments(3, 1.5, 1.25)
-    assert both.mean == 0.5
-    assert both.deviation == pytest.approx((1 / 6) ** 0.5)
-    assert moments(0.3, 0.3, 0.3).deviation == pytest.approx(0, abs=1e-8)
+def test_every_token_weighs_the_same() -> None:
+    def row(name: str, prefill: list[float], decode: list[float]) -> dict[str, object]:
+        phases = {"prefill": prefill, "decode": decode}
+        kept = {p: {"count": len(v), "attn": sums([v])} for p, v in phases.items()}
+        return {"id": name, "sums": kept}
+
+    seen = from_rows([row("a", [0.5, 1.0], [0.0]), row("b", [0.3, 0.3, 0.3], [])])
+    prefill = layers(seen, "attn", Phase.PREFILL).loc[0]
+    assert (prefill["count"], prefill["mean"]) == (5, pytest.approx(0.48))
+    both = layers(seen[seen["id"] == "a"], "attn").loc[0]
+    assert both.tolist() == [3, 0.5, pytest.approx((1 / 6) ** 0.5)]
+    flat = layers(seen[seen["id"] == "b"], "attn").loc[0]
+    assert flat["std"] == pytest.approx(0, abs=1e-8)
 
 
 def test_similarities_equal_a_direct_computation(
@@ -101,14 +122,14 @@ def test_similarities_equal_a_direct_computation(
                     values.setdefault((phase, span, layer), []).append(part)
     for (phase, span, layer), parts in values.items():
         expected = torch.cat(parts).double()
-        cell = found.layers(span, Phase(phase))[layer]  # type: ignore[arg-type]
-        assert cell.count == len(expected)
-        assert cell.mean == pytest.approx(expected.mean().item(), abs=1e-5)
-        assert cell.deviation == pytest.approx(expected.std(correction=0).item(), abs=1e-4)
-    assert found.layers("attn", Phase.DECODE)[0].count == 3 * 9
-    # Every token weighs the same: the phases are pooled by tokens, not averaged.
-    pooled = found.layers("ffn")[1]
-    assert pooled.count == sum(found.layers("ffn", phase)[1].count for phase in Phase)
+        cell = layers(found, span, Phase(phase)).loc[layer]  # type: ignore[arg-type]
+        assert cell["count"] == len(expected)
+        assert cell["mean"] == pytest.approx(expected.mean().item(), abs=1e-5)
+        assert cell["std"] == pytest.approx(expected.std(correction=0).item(), abs=1e-4)
+    assert layers(found, "attn", Phase.DECODE)["count"][0] == 3 * 9
+    # The phases are pooled by tokens, not averaged.
+    pooled = layers(found, "ffn")["count"]
+    assert pooled[1] == sum(layers(found, "ffn", phase)["count"][1] for phase in Phase)
 
 
 class Interrupted(TinyBench):
@@ -137,15 +158,13 @@ def test_an_interrupted_recording_goes_on(
     resumed = observe_task(config, "sample_qa", lambda _: bench)
     other = make_config(results_dir=str(tmp_path / "other"))
     whole = observe_task(other, "sample_qa", lambda _: bench)
-    assert resumed.ids == whole.ids
-    for span in SPANS:
-        for a, b in zip(resumed.layers(span), whole.layers(span), strict=True):
-            assert a.count == b.count
-            assert a.total == pytest.approx(b.total, rel=1e-12)
+    assert set(whole["span"]) == set(SPANS)
+    pd.testing.assert_frame_equal(resumed, whole, rtol=1e-12)
     # Finished: neither model nor rows are needed; fewer rows are there as well.
-    assert observe_task(config, "sample_qa", never) == resumed
-    assert observe_task(make_config(limit=2), "sample_qa", never) == resumed
-    assert len(observe_task(make_config(limit=4), "sample_qa", lambda _: bench).ids) == 4
+    assert observe_task(config, "sample_qa", never).equals(resumed)
+    assert observe_task(make_config(limit=2), "sample_qa", never).equals(resumed)
+    more = observe_task(make_config(limit=4), "sample_qa", lambda _: bench)
+    assert more["id"].nunique() == 4
     with pytest.raises(RunError, match="seed: 2025 then, 1 now"):
         observe_task(make_config(seed=1), "sample_qa", never)
 
@@ -168,19 +187,25 @@ def test_requests_are_recorded_as_importance_is_learned(
     assert observe_requests(config, "sample_qa", never, 2) == found[:2]
 
 
+def curve(*values: float) -> pd.Series:
+    return pd.Series(values, index=pd.RangeIndex(len(values), name="layer"))
+
+
 def test_numbers() -> None:
-    a, b = [moments(v) for v in (0.1, 0.8, 0.9, 0.7)], [moments(v) for v in (0.2, 0.9, 0.8, 0.7)]
-    found = spread(a)
+    a, b = curve(0.1, 0.8, 0.9, 0.7), curve(0.2, 0.9, 0.8, 0.7)
+    found = spread(pd.DataFrame({"mean": a, "std": 0.5}))
     assert (found["min"], found["min_layer"], found["max"], found["max_layer"]) == (0.1, 0, 0.9, 2)
     assert found["mean"] == 0.625
-    found = agreement([a], [b])
+    found = agreement(a, b)
     assert found["mean_difference"] == 0.025
     assert found["largest_difference"] == 0.1
     # Ranks 0 2 3 1 and 0 3 2 1: 1 - 6 * (0 + 1 + 1 + 0) / (4 * 15).
     assert found["spearman"] == pytest.approx(0.8)
     # 0.8 0.9 0.7 and 0.9 0.8 0.7: covariance 0.005 of variances 0.01.
     assert found["pearson_without_layer_0"] == pytest.approx(0.5)
-    assert agreement([a], [[moments(0.5)] * 4])["pearson"] is None
+    assert agreement(a, curve(0.5, 0.5, 0.5, 0.5))["pearson"] is None
+    # Two layers: one is left beside layer 0.
+    assert agreement(a[:2], b[:2])["pearson_without_layer_0"] is None
 
 
 def test_summaries() -> None:
@@ -196,7 +221,7 @@ def test_summaries() -> None:
 
 def test_layers_are_chosen_by_prefill_similarity() -> None:
     one = similarities([0.9, 0.5, 0.7, 0.8], [1.0, 1.0, 1.0, 1.0], shift=-0.9)
-    assert layer_similarity([one, one]) == pytest.approx([0.9, 0.5, 0.7, 0.8])
+    assert layer_similarity({"a": one, "b": one}) == pytest.approx([0.9, 0.5, 0.7, 0.8])
     made = choices([0.9, 0.5, 0.7, 0.8], [1, 3, 5])
     assert [(choice.side, choice.layers) for choice in made[1:]] == [
         (HIGHEST, (0,)),
@@ -204,6 +229,41 @@ def test_layers_are_chosen_by_prefill_similarity() -> None:
         (HIGHEST, (0, 3, 2)),
         (LOWEST, (1, 2, 3)),
     ]
+
+
+def published(name: str) -> dict[str, Any]:
+    """What a published observation says of its model."""
+    path = ROOT / "results" / "observations" / f"{name}-smollm2.json"
+    models: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["models"]
+    return models["smollm2"]
+
+
+@pytest.mark.parametrize("name", ["ob1", "ob2", "ob3"])
+def test_published_similarities_give_the_published_numbers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = published(name)
+
+    def kept(task: str, span: Span, phase: Phase | None = None) -> pd.DataFrame:
+        columns = pd.DataFrame(part["tasks"][task]["similarity"][phase or "all"][span])
+        return columns.rename_axis("layer")
+
+    for module in (analysis, similarities_module):
+        monkeypatch.setattr(module, "layers", kept)
+    for task, found in part["tasks"].items():
+        assert VIEWS[name].summary(task) == found["summary"]
+    if name != "ob3":  # of which the pooled columns are not published, nor a second task
+        tasks = {task: task for task in part["tasks"]}
+        assert between_tasks(tasks, VIEWS[name].spans) == part["between_tasks"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_numbers_give_the_published_tables(name: str) -> None:
+    text = (ROOT / "results" / "observations" / f"{name}-smollm2.md").read_text(encoding="utf-8")
+    title, _, tables = text.strip().split("\n\n", 2)
+    assert title == f"# {TITLES[name]}"
+    assert TABLES[name](published(name)) == tables
+    assert all(panel.curves for panel in PANELS[name]("smollm2", published(name)))
 
 
 def test_the_chosen_sublayers() -> None:
@@ -253,6 +313,10 @@ def test_figures_are_small_and_complete(tmp_path: Path) -> None:
     assert width >= 900
     assert height >= 900
     assert len(data) < 150_000
+    # An odd number of panels in two columns.
+    one = Panel("one", "x", "y", curves)
+    draw([[one, one], [one]], path)
+    assert struct.unpack(">II", path.read_bytes()[16:24])[0] > width
 
 
 def test_an_axis_ends_above_outliers() -> None:

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from adaskip.errors import AdaskipError, DataError
 from adaskip.tasks import prompts
-from adaskip.tasks.longbench import Row, build_prompt, load_rows, postprocess, task_names, task_spec
-from adaskip.tasks.prompts import prompt_template, stop_token_ids
+from adaskip.tasks.longbench import load_rows
+from adaskip.tasks.prompts import build_prompt, postprocess, prompt_template, stop_token_ids
+from adaskip.tasks.spec import Row, task_names, task_spec
 
 REAL = SHARED / "data/longbench"
 SPECIALS = ("<unk>", "<s>", "</s>", "<user>", "<bot>")
@@ -178,9 +179,8 @@ def test_only_samsum_stops_at_a_newline(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def test_the_answer_ends_at_the_models_mark() -> None:
-    spec = task_spec("triviaqa")
-    assert postprocess("Paris<eoa>\n<|User|>: x<eoa>", spec, "<eoa>") == "Paris"
-    assert postprocess("\nParis\nmore", spec, None) == "\nParis\nmore"
+    assert postprocess("Paris<eoa>\n<|User|>: x<eoa>", "<eoa>") == "Paris"
+    assert postprocess("\nParis\nmore", None) == "\nParis\nmore"
 
 
 @pytest.mark.parametrize("task", ["multi_news", "multifieldqa_zh"])

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from adaskip.errors import AdaskipError, DataError
 from adaskip.tasks import documents as documents_module, sample
 from adaskip.tasks.documents import SPLITS, Document, Question, documents
-from adaskip.tasks.longbench import Row, build_prompt, task_names, task_spec
-from adaskip.tasks.sample import RECIPES, sample_rows
+from adaskip.tasks.prompts import build_prompt
+from adaskip.tasks.sample import SAMPLE_TASKS, sample_rows
+from adaskip.tasks.spec import Row, task_names, task_spec
 from adaskip.tasks.words import english_tokens
 
 try:
@@ -39,7 +40,7 @@ def count(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
 
 def gold(row: Row, split: str = "test") -> Document:
     """The document whose question the row asks."""
-    pool = documents(RECIPES[row.task].source, split)  # type: ignore[arg-type]
+    pool = documents(SAMPLE_TASKS[row.task].source, split)  # type: ignore[arg-type]
     return next(
         document
         for document in pool
@@ -93,7 +94,7 @@ def test_no_test_document_is_read_in_warm_up(tokenizer: PreTrainedTokenizerFast,
         rows = sample_rows(task, tokenizer, split=split, n=10, tokens=1000)
         contexts = "\n".join(row.context for row in rows)
         assert all(gold(row, split).text in contexts for row in rows)
-        texts = [d.text for d in documents(RECIPES[task].source, other) if len(d.text) > 200]
+        texts = [d.text for d in documents(SAMPLE_TASKS[task].source, other) if len(d.text) > 200]
         assert len(texts) > 10
         assert not [text for text in texts if text in contexts]
 

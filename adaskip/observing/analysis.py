@@ -1,28 +1,23 @@
-"""What the paper's three observations show of recorded similarities: one `View` each."""
+"""The numbers by which the paper's three observations are judged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from adaskip.configuration import read_config
-from adaskip.observing.numbers import (
-    Numbers,
-    as_text,
-    between_tasks,
-    columns,
-    kinds_summary,
-    layers_summary,
-    means,
-    phases_summary,
-)
-from adaskip.observing.similarities import Moments, Similarities
+from adaskip.observing.recording import OpenBench, observe_tasks
+from adaskip.observing.similarities import layers, means
 from adaskip.plan import KINDS, Phase
 from adaskip.recorders import Span
-from adaskip.reports.observation_figures import Curve, Panel
+from adaskip.runs.runconfig import RunConfig
 
-NAMES: Mapping[Span, str] = {"attn": "attention", "ffn": "FFN", "layer": "layer"}
+# How many sublayers the agreement of two rankings looks at: the paper's smallest budget.
+TOP = 8
+Numbers = dict[str, Any]
 
 
 def stand_in(observation: str, task: str) -> str | None:
@@ -31,111 +26,144 @@ def stand_in(observation: str, task: str) -> str | None:
     return dict(zip(facts["sample_tasks"], facts["tasks"], strict=True)).get(task)
 
 
-def task_label(observation: str, task: str) -> str:
-    """How figures call a task."""
-    other = stand_in(observation, task)
-    return task if other is None else f"{task} (stand-in for {other})"
+def spread(curve: pd.DataFrame) -> Numbers:
+    """A curve over depth, of `layers`, in a few numbers; `std` is over layers."""
+    mean = curve["mean"]
+    return {
+        "mean": _rounded(mean.mean()),
+        "std": _rounded(mean.std(ddof=0)),
+        "min": _rounded(mean.min()),
+        "min_layer": int(mean.idxmin()),
+        "max": _rounded(mean.max()),
+        "max_layer": int(mean.idxmax()),
+        "mean_std_over_tokens": _rounded(curve["std"].mean()),
+    }
 
 
-@dataclass(frozen=True)
-class View:
-    """One observation: what it looks at, the numbers it states, the panels it draws.
+def agreement(one: pd.Series, other: pd.Series) -> Numbers:
+    """How far two sets of curves agree: correlations of values and ranks, and distances.
 
-    Attributes:
-        name: "ob1" to "ob3".
-        spans: the parts of a layer in its JSON.
-        phases: likewise; None for all tokens together.
-        summary: the numbers of one task.
-        panels: the panels of one model, from the top.
+    Layer 0 stands apart so far that it alone can make a correlation: it is also left out.
+
+    Args:
+        one: a similarity per `layer`, of one curve or more.
+        other: likewise, with the same index; differences are `other - one`.
     """
+    inner = one.index.get_level_values("layer") > 0
+    ranks = (each.rank(method="first") for each in (one, other))
+    difference = other - one
+    return {
+        "pearson": _correlation(one, other),
+        "pearson_without_layer_0": _correlation(one[inner], other[inner]),
+        "spearman": _correlation(*ranks),
+        "mean_difference": _rounded(difference.mean()),
+        "largest_difference": _rounded(difference.abs().max()),
+    }
 
-    name: str
+
+def _correlation(one: pd.Series, other: pd.Series) -> float | None:
+    """Pearson's; None where a curve is flat or has one point."""
+    found = one.corr(other, min_periods=2)
+    return None if pd.isna(found) else _rounded(found)
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 4)
+
+
+def _top(seen: pd.DataFrame, phase: Phase | None = None) -> list[tuple[int, str]]:
+    """Layer and kind of the `TOP` sublayers of highest similarity; ties by depth."""
+    by_depth = means(seen, KINDS, phase).swaplevel().sort_index()
+    return [*by_depth.sort_values(ascending=False, kind="stable").index[:TOP]]
+
+
+def _layers_summary(seen: pd.DataFrame) -> Numbers:
+    """Observation 1: how much the layers differ."""
+    return {"layer": spread(layers(seen, "layer"))}
+
+
+def kinds_summary(seen: pd.DataFrame) -> Numbers:
+    """Observation 2: how attention and FFN differ."""
+    attn, ffn = (layers(seen, kind) for kind in KINDS)
+    return {
+        "attn": spread(attn),
+        "ffn": spread(ffn),
+        "attn / ffn": agreement(attn["mean"], ffn["mean"]),
+        "layers where attention is higher": int((attn["mean"] > ffn["mean"]).sum()),
+        f"attention among the top {TOP}": sum(kind == "attn" for _, kind in _top(seen)),
+    }
+
+
+def phases_summary(seen: pd.DataFrame) -> Numbers:
+    """Observation 3: how prefill and decode differ."""
+    summary: Numbers = {}
+    for kind in KINDS:
+        curves = [layers(seen, kind, phase) for phase in Phase]
+        for phase, curve in zip(Phase, curves, strict=True):
+            summary[f"{kind} {phase}"] = spread(curve)
+        summary[f"{kind} prefill / decode"] = agreement(*(curve["mean"] for curve in curves))
+    summary["all prefill / decode"] = agreement(*(means(seen, KINDS, phase) for phase in Phase))
+    common = set.intersection(*({*_top(seen, phase)} for phase in Phase))
+    summary[f"common among the top {TOP}"] = len(common)
+    return summary
+
+
+class View(NamedTuple):
+    """What an observation looks at: parts of a layer, phases (None: all tokens), and a summary."""
+
     spans: tuple[Span, ...]
     phases: tuple[Phase | None, ...]
-    summary: Callable[[Similarities], Numbers]
-    panels: Callable[[str, Sequence[Similarities]], list[Panel]]
-
-    def as_json(self, seen: Sequence[Similarities]) -> dict[str, Any]:
-        """Per task mean, standard deviation and count per sublayer; the summaries."""
-        return {
-            "tasks": {
-                each.task: {
-                    "stands_in_for": stand_in(self.name, each.task),
-                    "prompts": len(each.ids),
-                    "summary": self.summary(each),
-                    "similarity": {
-                        phase or "all": {
-                            span: columns(each.layers(span, phase)) for span in self.spans
-                        }
-                        for phase in self.phases
-                    },
-                }
-                for each in seen
-            },
-            "between_tasks": between_tasks(seen, self.spans),
-        }
-
-    def text(self, seen: Sequence[Similarities]) -> str:
-        """The summaries as tables."""
-        summaries = {each.task: self.summary(each) for each in seen}
-        return as_text(summaries, between_tasks(seen, self.spans))
-
-
-def _curve(label: str, moments: Sequence[Moments], style: int, **look: Any) -> Curve:
-    return Curve(label, range(len(moments)), means(moments), style, **look)
-
-
-def _panel(title: str, curves: Iterator[Curve], what: str = "IO similarity (cosine)") -> Panel:
-    return Panel(title, "layer index", what, tuple(curves))
-
-
-def _layers_panels(model: str, seen: Sequence[Similarities]) -> list[Panel]:
-    curves = (
-        _curve(task_label("ob1", each.task), each.layers("layer"), style)
-        for style, each in enumerate(seen)
-    )
-    return [_panel(f"{model}: whole layers", curves)]
-
-
-def _kinds_panels(model: str, seen: Sequence[Similarities]) -> list[Panel]:
-    curves = (
-        _curve(
-            f"{NAMES[kind]}, {task_label('ob2', each.task)}",
-            each.layers(kind),
-            2 * (index // 2) + style,
-            dashed=index % 2 == 1,
-        )
-        for style, kind in enumerate(KINDS)
-        for index, each in enumerate(seen)
-    )
-    return [_panel(f"{model}: attention and FFN sublayers", curves)]
-
-
-def _phases_panels(model: str, seen: Sequence[Similarities]) -> list[Panel]:
-    panels = []
-    for kind in KINDS:
-        for each in seen:
-            curves = []
-            for style, phase in enumerate(Phase):
-                moments = each.layers(kind, phase)
-                curves.append(
-                    _curve(
-                        f"{phase} (band: ± 1 standard deviation over tokens)",
-                        moments,
-                        style,
-                        dashed=phase is Phase.DECODE,
-                        low=[m.mean - m.deviation for m in moments],
-                        high=[m.mean + m.deviation for m in moments],
-                        band=True,
-                    )
-                )
-            title = f"{model}: {NAMES[kind]}, {task_label('ob3', each.task)}"
-            panels.append(_panel(title, iter(curves)))
-    return panels
+    summary: Callable[[pd.DataFrame], Numbers]
 
 
 VIEWS: Mapping[str, View] = {
-    "ob1": View("ob1", ("layer",), (None,), layers_summary, _layers_panels),
-    "ob2": View("ob2", KINDS, (None,), kinds_summary, _kinds_panels),
-    "ob3": View("ob3", KINDS, tuple(Phase), phases_summary, _phases_panels),
+    "ob1": View(("layer",), (None,), _layers_summary),
+    "ob2": View(KINDS, (None,), kinds_summary),
+    "ob3": View(KINDS, tuple(Phase), phases_summary),
 }
+
+
+def observed(observation: str, config: RunConfig, open_bench: OpenBench) -> Numbers:
+    """What an observation says of one model, as its JSON has it.
+
+    Args:
+        observation: a key of `VIEWS`.
+        config: resolved.
+        open_bench: loads the model; not called if everything is recorded.
+
+    Returns:
+        `tasks`: per task the mean, standard deviation and count per layer, and their summary.
+        `between_tasks`: how far the curves of two tasks agree.
+
+    Raises:
+        AdaskipError: the data, the model or an earlier record does not fit.
+    """
+    view, seen = VIEWS[observation], observe_tasks(config, open_bench)
+    return {
+        "tasks": {
+            task: {
+                "stands_in_for": stand_in(observation, task),
+                "prompts": frame["id"].nunique(),
+                "summary": view.summary(frame),
+                "similarity": {
+                    phase or "all": {
+                        span: _columns(layers(frame, span, phase)) for span in view.spans
+                    }
+                    for phase in view.phases
+                },
+            }
+            for task, frame in seen.items()
+        },
+        "between_tasks": between_tasks(seen, view.spans),
+    }
+
+
+def between_tasks(seen: Mapping[str, pd.DataFrame], spans: Sequence[Span]) -> Numbers:
+    """How far the curves of two tasks agree, per pair of tasks."""
+    curves = {task: means(frame, spans) for task, frame in seen.items()}
+    return {f"{a} / {b}": agreement(curves[a], curves[b]) for a, b in combinations(curves, 2)}
+
+
+def _columns(curve: pd.DataFrame) -> Numbers:
+    columns: Numbers = curve[["mean", "std", "count"]].round(7).to_dict("list")
+    return columns

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tqdm import tqdm
 
 from adaskip.configuration import read_config
 from adaskip.metrics import score
 from adaskip.models.processes import team
-from adaskip.observing.analysis import task_label
-from adaskip.observing.recording import OpenBench, begun, opened
-from adaskip.observing.similarities import Similarities
+from adaskip.observing.recording import OpenBench, begun, observe_tasks, opened
+from adaskip.observing.similarities import layers
 from adaskip.plan import Phase, whole_layers
 from adaskip.policies import FixedSkipping
-from adaskip.reports.observation_figures import Curve, Panel
 from adaskip.runs.bench import Bench
 from adaskip.runs.generation import generate_greedy
 from adaskip.runs.parts import locked
@@ -28,9 +26,8 @@ from adaskip.runs.perplexity import shared_perplexity
 from adaskip.runs.records import write_json
 from adaskip.runs.runconfig import RunConfig
 from adaskip.session import skipping
-from adaskip.tables import MISSING, markdown_table, number
 from adaskip.tasks.prompts import postprocess
-from adaskip.tasks.spec import Row, task_spec
+from adaskip.tasks.spec import Row
 
 DENSE, HIGHEST, LOWEST = "nothing", "highest similarity", "lowest similarity"
 
@@ -43,10 +40,40 @@ class Choice:
     layers: tuple[int, ...]
 
 
-def layer_similarity(seen: Sequence[Similarities]) -> list[float]:
+def skip_layers(config: RunConfig, open_bench: OpenBench, *, scores: bool) -> dict[str, Any]:
+    """Skips the layers of highest and of lowest similarity of one model.
+
+    Args:
+        config: resolved.
+        open_bench: loads the model; not called if everything is measured.
+        scores: also generate answers and score them.
+
+    Returns:
+        `choices`: what was skipped. `tasks`: per task what came of each choice. `similarity`: of
+        every whole layer.
+
+    Raises:
+        AdaskipError: the data, the model or an earlier record does not fit.
+    """
+    facts = read_config("observations.yaml")
+    similarity = layer_similarity(observe_tasks(config, open_bench))
+    made = choices(similarity, facts["skipped_layers"])
+    few = dataclasses.replace(config, limit=config.limit or facts["perplexity_rows"])
+    found = {task: measure(few, task, made, open_bench, scores=scores) for task in config.tasks}
+    return {
+        "choices": [{"side": c.side, "layers": sorted(c.layers)} for c in made],
+        "tasks": {
+            task: [each | {"perplexity": _perplexity(each)} for each in measured]
+            for task, measured in found.items()
+        },
+        "similarity": [round(value, 7) for value in similarity],
+    }
+
+
+def layer_similarity(seen: Mapping[str, pd.DataFrame]) -> list[float]:
     """IO similarity of every whole layer in prefill, over the tokens of all tasks."""
-    columns = zip(*(each.layers("layer", Phase.PREFILL) for each in seen), strict=True)
-    return [reduce(add, moments).mean for moments in columns]
+    means: list[float] = layers(pd.concat(seen), "layer", Phase.PREFILL)["mean"].tolist()
+    return means
 
 
 def choices(similarity: Sequence[float], counts: Sequence[int]) -> list[Choice]:
@@ -114,7 +141,7 @@ def _score(config: RunConfig, bench: Bench, rows: Sequence[Row], policy: FixedSk
                 stop = bench.stop_rule(config, row.task)
                 made = generate_greedy(bench.model, [bench.prompt(config, row).input_ids], stop)
                 text = str(bench.tokenizer.decode(list(made.tokens[0]), skip_special_tokens=True))
-                answer = postprocess(text, task_spec(row.task), bench.spec.answer_end)
+                answer = postprocess(text, bench.spec.answer_end)
                 values.append(score(row.task, answer, row.answers, row.all_classes))
         return values
 
@@ -122,62 +149,5 @@ def _score(config: RunConfig, bench: Bench, rows: Sequence[Row], policy: FixedSk
     return round(100 * math.fsum(values) / len(values), 2)
 
 
-def perplexity_of(measured: Mapping[str, float]) -> float:
-    """The perplexity in one measurement."""
+def _perplexity(measured: Mapping[str, float]) -> float:
     return math.exp(min(measured["nll"] / measured["tokens"], 700.0))
-
-
-def table(made: Sequence[Choice], measured: Mapping[str, Sequence[dict[str, float]]]) -> str:
-    """One line per choice: perplexity per task, its ratio to the dense one's, scores if any."""
-    header = ["skipped", "layers"]
-    for task in measured:
-        header += [f"{task} perplexity", "x dense"]
-        header += [f"{task} score"] if "score" in measured[task][0] else []
-    lines = []
-    for index, choice in enumerate(made):
-        layers = ", ".join(map(str, sorted(choice.layers))) or MISSING
-        line = [f"{len(choice.layers)} of {choice.side}" if choice.layers else DENSE, layers]
-        for found in measured.values():
-            value = perplexity_of(found[index])
-            line += [_short(value), _short(value / perplexity_of(found[0]))]
-            line += [number(found[index]["score"])] if "score" in found[0] else []
-        lines.append(line)
-    return markdown_table(header, lines)
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
-
-
-def panels(
-    model: str, made: Sequence[Choice], measured: Mapping[str, Sequence[dict[str, float]]]
-) -> list[Panel]:
-    """One panel per task: perplexity against the number of layers skipped."""
-    drawn = []
-    for task, found in measured.items():
-        curves = []
-        for style, side in enumerate((HIGHEST, LOWEST)):
-            points = [
-                (len(choice.layers), perplexity_of(each))
-                for choice, each in zip(made, found, strict=True)
-                if choice.side in (DENSE, side)
-            ]
-            x, y = zip(*points, strict=True)
-            curves.append(Curve(f"layers of {side} skipped", x, y, style, dashed=style == 1))
-        title, label = f"{model}: {task_label('ob0', task)}", "perplexity of references (log)"
-        ticks = {float(n): str(n) for n in sorted({len(choice.layers) for choice in made})}
-        drawn.append(Panel(title, "whole layers skipped", label, tuple(curves), ticks, log=True))
-    return drawn
-
-
-def as_json(
-    made: Sequence[Choice], measured: Mapping[str, Sequence[dict[str, float]]]
-) -> dict[str, Any]:
-    """What was skipped and what came of it."""
-    return {
-        "choices": [{"side": c.side, "layers": sorted(c.layers)} for c in made],
-        "tasks": {
-            task: [each | {"perplexity": perplexity_of(each)} for each in found]
-            for task, found in measured.items()
-        },
-    }

@@ -1,4 +1,4 @@
-"""Records IO similarities prompt by prompt into resumable JSON files, for the observations."""
+"""Records IO similarities prompt by prompt into resumable files, for the observations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -14,7 +15,7 @@ from adaskip.errors import DataError, RunError
 from adaskip.learning import record_prompts
 from adaskip.models.internlm import check_prompt_length
 from adaskip.models.processes import team
-from adaskip.observing.similarities import SPANS, Similarities
+from adaskip.observing.similarities import SPANS, from_rows
 from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
 from adaskip.recorders import TokenStatistics
@@ -38,7 +39,12 @@ from adaskip.tasks.spec import Row, task_spec
 OpenBench = Callable[[RunConfig], Bench]
 
 
-def observe_task(config: RunConfig, task: str, open_bench: OpenBench) -> Similarities:
+def observe_tasks(config: RunConfig, open_bench: OpenBench) -> dict[str, pd.DataFrame]:
+    """Records all tasks of a configuration; per task what `observe_task` returns."""
+    return {task: observe_task(config, task, open_bench) for task in config.tasks}
+
+
+def observe_task(config: RunConfig, task: str, open_bench: OpenBench) -> pd.DataFrame:
     """Records the similarities of a task's prompts in prefill and in their first decode steps.
 
     Every prompt is followed by as many new tokens as METHOD says, also where the answer would have
@@ -48,6 +54,9 @@ def observe_task(config: RunConfig, task: str, open_bench: OpenBench) -> Similar
         config: resolved; `results_dir` is where `similarity/` is kept.
         task: one of its tasks.
         open_bench: loads the model; not called if nothing is missing.
+
+    Returns:
+        The sums of every prompt, as `similarities.from_rows` has them.
 
     Raises:
         AdaskipError: the data, the model or an earlier record does not fit.
@@ -72,7 +81,7 @@ def observe_task(config: RunConfig, task: str, open_bench: OpenBench) -> Similar
         lambda bench: bench.rows(config, task),
         observe,
     )
-    return Similarities.from_rows(config.name, task, rows)
+    return from_rows(rows)
 
 
 def observe_requests(
@@ -156,7 +165,7 @@ def _recorded(
 def opened(
     config: RunConfig, open_bench: OpenBench, rows_of: Callable[[Bench], Sequence[Row]]
 ) -> tuple[Bench, Sequence[Row]]:
-    """Model and rows, loaded by the first process before the others: what it leaves, they find."""
+    """Model and rows, loaded by the main process before the others: what it leaves, they find."""
     group = team()
     with group.together(), group.first_ahead():
         bench = open_bench(config)
@@ -198,14 +207,8 @@ def _finished(header: Record, n_rows: int, limit: int | None) -> bool:
 def _warmup_rows(config: RunConfig, task: str, bench: Bench, n: int) -> list[Row]:
     """Prompts apart from the test rows where the task has a split for them."""
     if task_spec(task).offline:
-        return sample_rows(
-            task,
-            bench.tokenizer,
-            split="warmup",
-            n=n,
-            tokens=config.sample_tokens,
-            seed=config.seed,
-        )
+        size = {"n": n, "tokens": config.sample_tokens, "seed": config.seed}
+        return sample_rows(task, bench.tokenizer, split="warmup", **size)
     rows = bench.rows(config, task)[:n]
     if len(rows) < n:
         raise DataError(f"{task} has {len(rows)} rows, {n} are needed; use other tasks (--tasks).")

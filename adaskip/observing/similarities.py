@@ -1,81 +1,58 @@
-"""IO similarities averaged over tokens, by model, task, phase and part of a layer."""
+"""IO similarities of layers and sublayers, averaged over tokens."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any
+
+import pandas as pd
 
 from adaskip.plan import Phase
 from adaskip.recorders import Span
 
 SPANS: tuple[Span, ...] = ("attn", "ffn", "layer")
+_SUMS = ["count", "total", "squares"]
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Mean and spread of a similarity over tokens, kept as sums so that they can be added.
+def from_rows(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The sums that `recording` kept of a task's prompts, as one frame.
 
-    Attributes:
-        count: tokens.
-        total: sum of their similarities; `squares`: of the squares.
+    Args:
+        rows: `id`, and `sums`: per phase a `count` of tokens, and per part of a layer
+            `[total, squares]` of their similarities for each layer.
+
+    Returns:
+        A row per prompt (`id`), `phase`, `span` and `layer`, with `count`, `total`, `squares`.
     """
-
-    count: int
-    total: float
-    squares: float
-
-    @property
-    def mean(self) -> float:
-        """Every token weighs the same."""
-        return self.total / self.count
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation over tokens."""
-        return math.sqrt(max(self.squares / self.count - self.mean**2, 0.0))
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.count + other.count, self.total + other.total, self.squares + other.squares
-        )
+    cells = [
+        (row["id"], phase, span, layer, sums["count"], *pair)
+        for row in rows
+        for phase, sums in row["sums"].items()
+        for span in SPANS
+        for layer, pair in enumerate(sums.get(span, ()))
+    ]
+    return pd.DataFrame(cells, columns=["id", "phase", "span", "layer", *_SUMS])
 
 
-@dataclass(frozen=True)
-class Similarities:
-    """What the prompts of one task told about one model.
+def layers(seen: pd.DataFrame, span: Span, phase: Phase | None = None) -> pd.DataFrame:
+    """Similarity by depth, every token weighing the same.
 
-    Attributes:
-        ids: the rows seen.
-        phases: per phase and part of a layer, one entry per layer.
+    Args:
+        seen: of `from_rows`, or several of them below each other.
+        span: the part of a layer.
+        phase: prefill or decode; None for all tokens together.
+
+    Returns:
+        Per layer the `count` of tokens, and `mean` and `std` of their similarities.
     """
-
-    model: str
-    task: str
-    ids: tuple[str, ...]
-    phases: dict[Phase, dict[Span, list[Moments]]]
-
-    def layers(self, span: Span, phase: Phase | None = None) -> list[Moments]:
-        """By depth, in one phase or over all tokens."""
-        if phase is not None:
-            return self.phases[phase][span]
-        both = (self.phases[each][span] for each in Phase)
-        return [prefill + decode for prefill, decode in zip(*both, strict=True)]
-
-    @staticmethod
-    def from_rows(model: str, task: str, rows: Sequence[Mapping[str, Any]]) -> Similarities:
-        """From the rows `recording` keeps: per phase a count, and `[total, squares]`s by layer."""
-        phases: dict[Phase, dict[Span, list[Moments]]] = {phase: {} for phase in Phase}
-        for phase, spans in phases.items():
-            sums = [row["sums"][phase] for row in rows]
-            for span in SPANS:
-                columns = zip(*(_moments(each, span) for each in sums if span in each), strict=True)
-                spans[span] = [reduce(add, column) for column in columns]
-        return Similarities(model, task, tuple(str(row["id"]) for row in rows), phases)
+    phases = [phase] if phase else [*Phase]
+    wanted = seen[(seen["span"] == span) & seen["phase"].isin(phases)]
+    sums = wanted.groupby("layer")[_SUMS].sum()
+    mean = sums["total"] / sums["count"]
+    variance = (sums["squares"] / sums["count"] - mean**2).clip(lower=0)
+    return pd.DataFrame({"count": sums["count"], "mean": mean, "std": variance**0.5})
 
 
-def _moments(sums: Mapping[str, Any], span: Span) -> list[Moments]:
-    return [Moments(sums["count"], *pair) for pair in sums[span]]
+def means(seen: pd.DataFrame, spans: Sequence[Span], phase: Phase | None = None) -> pd.Series:
+    """The mean similarity by `span` and `layer`; arguments as for `layers`."""
+    return pd.concat({span: layers(seen, span, phase)["mean"] for span in spans}, names=["span"])

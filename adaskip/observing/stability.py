@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -9,11 +10,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adaskip.configuration import read_config
+from adaskip.observing.recording import OpenBench, observe_requests
 from adaskip.plan import all_sublayers
-from adaskip.reports.observation_figures import Curve, Panel
+from adaskip.runs.runconfig import RunConfig
 
 RESAMPLES = 2000
 Floats = npt.NDArray[np.float64]
+
+
+def measured_stability(config: RunConfig, open_bench: OpenBench) -> dict[str, Any]:
+    """What `stability` returns, for one model and the tasks of a configuration.
+
+    Raises:
+        AdaskipError: the data, the model or an earlier record does not fit.
+    """
+    facts = read_config("observations.yaml")
+    prompts, most = facts["warmup_prompts"], max(facts["warmup_prompts"])
+    config = dataclasses.replace(config, limit=most)
+    requests = {t: observe_requests(config, t, open_bench, most) for t in config.tasks}
+    return stability(requests, prompts, facts["chosen_sublayers"], config.seed)
 
 
 def chosen(similarity: Floats, n_skip: int) -> npt.NDArray[np.bool_]:
@@ -57,11 +73,8 @@ def overlap(one: Floats, other: Floats, n_skip: int) -> dict[str, float]:
     """
     common = (chosen(one, n_skip) & chosen(other, n_skip)).sum(axis=-1) / n_skip
     low, high = np.quantile(common, [0.025, 0.975])
-    return {
-        "mean": round(float(common.mean()), 4),
-        "low": round(float(low), 4),
-        "high": round(float(high), 4),
-    }
+    values = {"mean": common.mean(), "low": low, "high": high}
+    return {name: round(float(value), 4) for name, value in values.items()}
 
 
 def stability(
@@ -70,7 +83,7 @@ def stability(
     budgets: Sequence[int],
     seed: int,
 ) -> dict[str, Any]:
-    """The report on one model.
+    """How stable the chosen sublayers of one model are.
 
     Args:
         requests: per warm-up task, the similarity of every sublayer in every prompt.
@@ -124,49 +137,3 @@ def _between(arrays: Mapping[str, Floats], n_skip: int, n: int, seed: int) -> di
         pair = overlap(draws[a][0], draws[b][1], n_skip)
         found[f"{a} / {b}"] = pair | {"all_prompts": whole["mean"]}
     return found
-
-
-def panels(model: str, report: Mapping[str, Any]) -> list[Panel]:
-    """One panel per warm-up task, and one of the overlap between tasks."""
-    drawn = []
-    for task, budgets in report["by_prompts"].items():
-        curves = []
-        for style, (budget, by_prompts) in enumerate(budgets.items()):
-            curves.append(
-                _curve(f"{budget} sublayers chosen", [*by_prompts.values()], style, joined=True)
-            )
-        ticks = {float(i): n for i, n in enumerate(next(iter(budgets.values())))}
-        title = f"{model}: against all {report['prompts'][task]} prompts, {task}"
-        drawn.append(_panel(title, "warm-up prompts", curves, ticks))
-    pairs = [*next(iter(report["between_tasks"].values()))]
-    curves = [
-        _curve(f"{budget} sublayers chosen", [*found.values()], style, joined=False)
-        for style, (budget, found) in enumerate(report["between_tasks"].items())
-    ]
-    short = {float(i): " / ".join(map(_short, pair.split(" / "))) for i, pair in enumerate(pairs)}
-    title = f"{model}: between warm-up tasks, {max(report['prompts'].values())} prompts each"
-    drawn.append(_panel(title, "pair of tasks", curves, short))
-    return drawn
-
-
-def _short(task: str) -> str:
-    """The beginning of a task's name, for a tick."""
-    name = task.removeprefix("sample_")
-    return name if len(name) <= 5 else f"{name[:5]}."
-
-
-def _panel(title: str, x_label: str, curves: Sequence[Curve], ticks: Mapping[float, str]) -> Panel:
-    """A panel of shares, all on one scale."""
-    return Panel(
-        title, x_label, "share of the same sublayers", tuple(curves), ticks, bounds=(0.48, 1.02)
-    )
-
-
-def _curve(label: str, found: Sequence[Mapping[str, float]], style: int, *, joined: bool) -> Curve:
-    # Side by side, so that whiskers do not hide one another.
-    x = [index + 0.12 * (style - 1) for index in range(len(found))]
-    mean, low, high = ([each[key] for each in found] for key in ("mean", "low", "high"))
-    # The mean of shares near 1 can lie below its own lower quantile: whiskers cannot be negative.
-    low = [min(a, b) for a, b in zip(low, mean, strict=True)]
-    high = [max(a, b) for a, b in zip(high, mean, strict=True)]
-    return Curve(label, x, mean, style, low=low, high=high, joined=joined)

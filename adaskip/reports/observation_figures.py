@@ -74,10 +74,10 @@ def draw(
     """Draws rows of panels with one legend below, as PNG.
 
     Args:
-        grid: the panels, all rows of one length.
+        grid: the panels; rows may be shorter than the first.
         path: the file.
         width: of a panel, in inches.
-        height: likewise.
+        height: of a panel, in inches.
 
     Raises:
         RunError: the file cannot be written.
@@ -92,7 +92,9 @@ def draw(
     axes = figure.subplots(len(grid), n_columns, squeeze=False)
     handles: dict[str, Any] = {}
     for row, row_axes in zip(grid, axes, strict=True):
-        for panel, axis in zip(row, row_axes, strict=True):
+        for axis in row_axes[len(row) :]:
+            axis.remove()
+        for panel, axis in zip(row, row_axes, strict=False):
             _draw_panel(axis, panel)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)

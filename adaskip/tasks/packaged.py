@@ -12,7 +12,7 @@ from adaskip.errors import AdaskipError, DataError
 
 
 def optional_module(name: str, distribution: str) -> ModuleType:
-    """Import a module that only the experiments need, keeping its import-time warnings quiet.
+    """Import a module that only runs and their scores need, keeping its import-time warnings quiet.
 
     Args:
         name: what to import, e.g. `"rouge_score.rouge_scorer"`.

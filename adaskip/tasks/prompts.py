@@ -159,16 +159,14 @@ def stop_token_ids(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return (int(tokenizer.encode("\n", add_special_tokens=False)[-1]),)
 
 
-def postprocess(prediction: str, spec: TaskSpec, answer_end: str | None) -> str:
+def postprocess(prediction: str, answer_end: str | None) -> str:
     """The answer within a decoded continuation: cut at the model's end mark (InternLM's `<eoa>`).
 
-    The first-line rule of `spec.first_line_only` belongs to scoring, so that a stored prediction is
-    complete.
+    The first-line rule of `TaskSpec.first_line_only` belongs to scoring, so that a stored
+    prediction is complete.
 
     Args:
         prediction: decoded new tokens; special tokens skipped or not.
-        spec: its task.
         answer_end: the model's `ModelSpec.answer_end`, or None.
     """
-    del spec  # no task has a rule of its own beyond the model's; part of the interface
     return prediction.partition(answer_end)[0] if answer_end else prediction

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import threading
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from adaskip.tasks.packaged import optional_module
 
 Failure = Literal["empty text", "only dots", "empty reference", "too long for rouge's recursion"]
-FAILURES: tuple[Failure, ...] = get_args(Failure)
 
 
 class Unscorable(Exception):  # noqa: N818 - an outcome that is counted, not an error
@@ -61,9 +60,10 @@ def official_rouge(prediction: str, reference: str) -> float:
         Unscorable: one text is empty or nothing but dots, or the pair is so long that `rouge`
             exceeds Python's recursion limit (near 1,200 words without a dot; TRAPS 14).
     """
-    for text, empty in ((prediction, FAILURES[0]), (reference, FAILURES[2])):
-        if not text.strip("."):
-            raise Unscorable("only dots" if text and text is prediction else empty)
+    if not prediction.strip("."):
+        raise Unscorable("only dots" if prediction else "empty text")
+    if not reference.strip("."):
+        raise Unscorable("empty reference")
     _official_scorer()  # a missing package is the caller's error, to be raised on its own thread
     try:
         return _in_fresh_stack(prediction, reference)

