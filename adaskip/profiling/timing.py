@@ -5,9 +5,8 @@ The device is synchronized around whole phases, never within.
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from adaskip.growing_cache import GrowingCache, kv_tensors
-from adaskip.plan import Phase, SkipPlan
+from adaskip.plan import Phase
 
 MakeCache = Callable[[PreTrainedModel], Cache]
 
@@ -168,34 +167,3 @@ def time_request(
     times = run_phases(input_ids.device, lambda: choose(model, input_ids), step, go_on)
     held = sum(tensor.nbytes for tensor in kv_tensors(cache))
     return RequestTimes(times.ttft, times.decode / n_steps, held, torch.cat(taken, dim=1))
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of repeated measurements, in the unit of the values."""
-
-    median: float
-    q1: float
-    q3: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of one value or more."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0], 1)
-        q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(statistics.median(values), q1, q3, len(values))
-
-
-def kv_bytes(config: Any, plan: SkipPlan, tokens: int, batch: int, itemsize: int) -> int:
-    """Bytes of keys and values after `tokens` tokens under a plan that is in force throughout.
-
-    `2 * batch * KV heads * head_dim * tokens * itemsize` per attention that is not skipped. For
-    models without sliding windows.
-    """
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    n_running = text.num_hidden_layers - len(plan.layers("attn"))
-    return int(2 * batch * heads * width * tokens * itemsize * n_running)
