@@ -25,11 +25,12 @@ from adaskip import (
 )
 from adaskip.cli.speed import speed_main, with_options
 from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
-from adaskip.profiling import memory
+from adaskip.profiling import memory, timing
 from adaskip.profiling.clock import SublayerClock
 from adaskip.profiling.interleaving import Spread
 from adaskip.profiling.timing import RequestTimes, dynamic_cache, time_request
 from adaskip.reports.speed import as_markdown, draw
+from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.speedtest.benchmark import SpeedTest
 from adaskip.speedtest.budget_check import Budget
 from adaskip.speedtest.cases import Case, CaseRun, make_cases, run_case
@@ -79,6 +80,22 @@ def test_chooses_the_tokens_of_generate(plan: SkipPlan | None) -> None:
     assert torch.equal(times.tokens, expected[:, 12:])
     assert times.ttft > 0
     assert times.per_token > 0
+
+
+def test_runs_and_speed_tests_wait_for_the_device_around_phases_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids = tiny_model("llama"), prompt(12, batch=2)
+    events: list[str] = []
+    monkeypatch.setattr(timing, "synchronize", lambda device: events.append("wait"))
+    model.register_forward_pre_hook(lambda *_: events.append("forward"))
+    tokens = time_request(model, ids, 3).tokens
+    expected = ["wait", "forward", "wait", "forward", "forward", "forward", "wait"]
+    assert events == expected
+    events.clear()
+    stop = StopRule(frozenset(), max_new_tokens=4)
+    assert generate_greedy(model, ids.tolist(), stop).tokens == tuple(map(tuple, tokens.tolist()))
+    assert events == expected
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -129,7 +129,7 @@ def _refuse_too_large(
     if free is not None and needed > 0.9 * free:
         raise AdaskipError(
             f"The weights of {name} take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on "
-            f"{device}; measure fewer layers (--layers N) or use --dtype bfloat16."
+            f"{device}; measure fewer layers (--layers N), or in bfloat16."
         )
 
 
