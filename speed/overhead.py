@@ -10,7 +10,7 @@ from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is loaded
-    from adaskip.speedtest.overhead import OVERHEAD
-    from adaskip.speedtest.study import study_main
+    from adaskip.cli.speed import speed_main
+    from adaskip.speedtest.overhead import Overhead
 
-    sys.exit(study_main(OVERHEAD))
+    sys.exit(speed_main(Overhead()))

@@ -10,6 +10,7 @@ from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is loaded
-    from adaskip.speedtest.config import speed_main
+    from adaskip.cli.speed import speed_main
+    from adaskip.speedtest.benchmark import SpeedTest
 
-    sys.exit(speed_main("internlm", contexts=(512, 2048, 8000)))
+    sys.exit(speed_main(SpeedTest(model_name="internlm", contexts=(512, 2048, 8000))))

@@ -10,7 +10,7 @@ from adaskip.waiting import wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is loaded
-    from adaskip.speedtest.study import study_main
-    from adaskip.speedtest.waiting_check import WAITING
+    from adaskip.cli.speed import speed_main
+    from adaskip.speedtest.waiting_check import Waiting
 
-    sys.exit(study_main(WAITING))
+    sys.exit(speed_main(Waiting()))

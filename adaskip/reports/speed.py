@@ -1,99 +1,98 @@
-"""The table and the figure of a speed test, made from its JSON record."""
+"""Tables and figures of speed measurements, made from their JSON records."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from adaskip.plan import KINDS, Phase
 from adaskip.policies import POLICIES
 from adaskip.profiling.interleaving import Ratio
 from adaskip.reports.figures import policy_colour
-from adaskip.runs.records import read_json, write_bytes, write_text
 from adaskip.tables import MISSING, markdown_table, number
 
 MARKERS = ("o", "s", "^", "D", "v")
 _APART = 0.03  # of a doubling of the context
+FRACTION = "fraction of the ideal saving"
 CAPTION = (
     "Every case once per round, in random order, in one process; times are medians over rounds, "
     "quartiles in brackets. Speedup: against the dense line of the same round, the median over "
-    "rounds; in parentheses the ideal one, at which skipped sublayers cost nothing. Kept: measured "
-    "saving / ideal saving, its 95 % interval in brackets (of fewer than 6 rounds the lowest and "
-    "the highest). `stock`: the model as transformers runs it, on its DynamicCache; `dense`: the "
-    "same on a GrowingCache, which all lines below it use; `compiled` lines use a static cache and "
-    "are compared with `dense compiled`. Skipped: attention + FFN sublayers at the last step."
+    "rounds; in parentheses the ideal one, at which skipped sublayers cost nothing. Fraction of "
+    "the ideal saving: measured / ideal, its 95 % interval in brackets (of fewer than 6 rounds the "
+    "lowest and the highest). `stock`: the model as transformers runs it, on its DynamicCache; "
+    "`dense`: the same on a GrowingCache, which all lines below it use; `compiled` lines use a "
+    "static cache and are compared with `dense compiled`. Skipped: attention + FFN sublayers at "
+    "the last step."
 )
 
 
-def write_speed_report(path: Path) -> str:
-    """Writes the table and the figure beside a record; returns the table.
+def as_markdown(kind: str, title: str, record: Mapping[str, Any]) -> str:
+    """The report of a measurement, with what it was measured on.
 
-    Raises:
-        RunError: the record is damaged, or a file cannot be written.
+    Args:
+        kind: "speed", "overhead", "budget" or "waiting".
+        title: its heading.
+        record: the content of its JSON file.
     """
-    record = read_json(path)
-    text = as_markdown(record, path.stem)
-    write_text(path.with_suffix(".md"), text + "\n")
-    figure = draw(record)
-    if figure is not None:
-        write_bytes(path.with_suffix(".png"), figure)
-    return text
+    parts = _speed(record) if kind == "speed" else [_about_study(record), _TABLES[kind](record)]
+    return "\n\n".join([f"# {title}", *parts])
 
 
-def as_markdown(record: Mapping[str, Any], title: str) -> str:
-    """All points as one table, with what it was measured on."""
-    settings, environment = record["settings"], record["environment"]
+def _speed(record: Mapping[str, Any]) -> list[str]:
+    """A speed test: all points as one table, with what the sublayers take below it."""
+    settings, points = record["settings"], record["points"]
+    weights = "random weights" if settings["weights"] is None else settings["weights"] + " weights"
     lines = [
-        f"# {title}",
-        f"{settings['model_name']}, "
-        f"{'random weights' if settings['weights'] is None else settings['weights'] + ' weights'}, "
-        f"{settings['dtype']}, {settings['hardware']}; torch {environment['torch']}, transformers "
-        f"{environment['transformers']}; {settings['new_tokens']} decode steps; commit "
-        f"{environment['commit']}.",
+        f"{settings['model_name']}, {weights}, {settings['dtype']}, {settings['hardware']}; "
+        f"{_versions(record)}; {settings['new_tokens']} decode steps.",
         CAPTION,
     ]
-    rates = record.get("rates")
+    rates = next((point["rates"] for point in points if point.get("rates")), None)
     if rates:
         lines.append(
             f"Measured rates: {rates['bytes_per_second'] / 1e12:.2f} TB/s, "
-            f"{rates['operations_per_second'] / 1e12:.0f} TFLOP/s. Floor: measured time / the time "
-            "its bytes and operations need at those rates."
+            f"{rates['operations_per_second'] / 1e12:.0f} TFLOP/s. Roofline ratio: measured time "
+            "/ the time its bytes and operations need at those rates."
         )
-    header = ["case", "tokens", "batch", "skipped", "TTFT ms", "speedup", "kept"]
-    header += ["ms/token", "speedup", "kept", "peak GB", "KV MB"]
-    header += ["floor prefill", "floor decode"] if rates else []
-    rows = [
-        _row(point, case, with_floor=bool(rates))
-        for point in record["points"]
-        for case in point["cases"]
-    ]
-    lines.append(markdown_table(header, rows))
-    lines += list(_shares(record["points"]))
-    return "\n\n".join(lines)
+    header = ["case", "tokens", "batch", "skipped", "TTFT ms", "speedup", FRACTION]
+    header += ["ms/token", "speedup", FRACTION, "peak GB", "KV MB"]
+    header += ["prefill roofline ratio", "decode roofline ratio"] if rates else []
+    rows = [_case(p, case, roofline=bool(rates)) for p in points for case in p["cases"]]
+    return [*lines, markdown_table(header, rows), *_shares(points)]
 
 
-def _row(point: Mapping[str, Any], case: Mapping[str, Any], *, with_floor: bool) -> list[str]:
-    cells = [
-        case["label"],
-        str(point["context"]),
-        str(point["batch"]),
-        f"{case['skipped_attn']}+{case['skipped_ffn']}",
-    ]
+def _versions(record: Mapping[str, Any]) -> str:
+    made_in = record["environment"]
+    return (
+        f"torch {made_in['torch']}, transformers {made_in['transformers']}, "
+        f"commit {made_in['commit']}"
+    )
+
+
+def _milliseconds(spread: Mapping[str, Any]) -> str:
+    """Median and quartiles."""
+    median, q1, q3 = (1000 * spread[key] for key in ("median", "q1", "q3"))
+    return f"{median:.1f} [{q1:.1f}–{q3:.1f}]"
+
+
+def _case(point: Mapping[str, Any], case: Mapping[str, Any], *, roofline: bool) -> list[str]:
+    skipped = f"{case['skipped_attn']}+{case['skipped_ffn']}"
+    cells = [case["label"], str(point["context"]), str(point["batch"]), skipped]
     for phase in Phase:
         own = case[str(phase)]
-        median, q1, q3 = (1000 * own[key] for key in ("median", "q1", "q3"))
+        fraction = own["saving_ratio"]
         cells += [
-            f"{median:.1f} [{q1:.1f}–{q3:.1f}]",
+            _milliseconds(own),
             f"{own['speedup']['median']:.3f} ({own['ideal_speedup']:.3f})",
-            MISSING if own["saving_ratio"] is None else Ratio(**own["saving_ratio"]).text(2),
+            MISSING if fraction is None else Ratio(**fraction).text(2),
         ]
     peak = case["peak_bytes"]
     cells += [MISSING if peak is None else number(peak / 1e9), number(case["kv_bytes"] / 1e6)]
-    if with_floor:
-        cells += [number(case[str(phase)]["floor_ratio"]) for phase in Phase]
+    if roofline:
+        cells += [number(case[str(phase)].get("roofline_ratio")) for phase in Phase]
     return cells
 
 
@@ -112,6 +111,68 @@ def _shares(points: Iterable[Mapping[str, Any]]) -> Iterable[str]:
             shares = [f"{100 * sum(times[kind]) / times['total']:.1f}" for kind in KINDS]
             parts.append(f"{phase}: {', '.join(each)} ms each; shares {' + '.join(shares)} %")
         yield f"{where}: {'; '.join(parts)}"
+
+
+def _about_study(record: Mapping[str, Any]) -> str:
+    settings = record["settings"]
+    weights = "its own" if settings["real"] else "random"
+    return (
+        f"{settings['model']}, {weights} weights, {settings['hardware']}; {_versions(record)}; "
+        f"{settings['rounds']} rounds of requests with {settings['new_tokens']} decode steps. "
+        "Ratios are medians over rounds with their 95 % interval (docs/SPEED.md)."
+    )
+
+
+def _compared(record: Mapping[str, Any], first: str, key: str | None, added: str | None) -> str:
+    """Times by phase and their ratios to a baseline.
+
+    Args:
+        record: of a study.
+        first: heading of the labels.
+        key: what tells points apart besides the context.
+        added: what a row says of a phase besides its times.
+    """
+    rows = []
+    for point in record["points"]:
+        for row in point["rows"]:
+            cells = [row["label"], str(point["context"]), *([str(point[key])] if key else [])]
+            for phase in Phase:
+                own = row.get(str(phase))
+                cells.append(_milliseconds(own) if own else MISSING)
+                cells.append(Ratio(**own["ratio"]).text(3) if own else MISSING)
+                cells += [number(own and own[added])] if added else []
+            rows.append(cells)
+    of_phase = ["ratio", *([added] if added else [])]
+    header = [first, "tokens", *([key] if key else []), "prefill ms", *of_phase]
+    return markdown_table([*header, "ms/token", *of_phase], rows)
+
+
+def _budget(record: Mapping[str, Any]) -> str:
+    """The ratios asked for, predicted and measured; the last column is in percentage points."""
+    header = ["phase", "tokens", "select", "asked", "attn+ffn", "predicted", "measured", "off"]
+    # Records of version 0.1.0 have all rows in one list.
+    rows = [row for point in record.get("points", [record]) for row in point["rows"]]
+    cells = [
+        [
+            row["phase"],
+            str(row["context"]),
+            row["select"],
+            number(row["asked"]),
+            f"{row['attn']}+{row['ffn']}",
+            number(row["predicted"], 3),
+            Ratio(**row["measured"]).text(3),
+            number(row["off_points"], 1, signed=True),
+        ]
+        for row in rows
+    ]
+    return markdown_table(header, cells)
+
+
+_TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "overhead": partial(_compared, first="case", key=None, added="goal"),
+    "budget": _budget,
+    "waiting": partial(_compared, first="waiting", key="busy", added=None),
+}
 
 
 def draw(record: Mapping[str, Any]) -> bytes | None:

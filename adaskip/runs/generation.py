@@ -1,8 +1,7 @@
-"""Greedy generation with the times of its two phases: one function each for prefill and decode."""
+"""Greedy answers to a batch of prompts: padding, stop rules, and the times of the two phases."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaskip.growing_cache import GrowingCache
-from adaskip.profiling.timing import synchronize
+from adaskip.profiling.timing import next_logits, run_phases
 
 Prompts = Sequence[Sequence[int]]
 
@@ -33,15 +32,6 @@ class Generated:
     ttft: float
     per_token: float | None
     total: float
-
-
-@dataclass
-class _State:
-    """A batch under way: cache, mask (None for a single row), position of each row's last token."""
-
-    cache: GrowingCache
-    mask: Tensor | None
-    positions: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -74,86 +64,80 @@ def generate_greedy(
         stop: when an answer ends.
         pad_id: token that fills shorter prompts, masked out.
     """
-    synchronize(model.device)
-    start = time.perf_counter()
-    chosen, state = _prefill(model, prompts, stop, pad_id)
-    steps = [chosen.tolist()]
-    first = time.perf_counter()
-    open_rows = [token not in stop.token_ids for token in steps[0]]
-    while any(open_rows) and len(steps) < stop.max_new_tokens:
-        chosen = _decode(model, chosen, open_rows, state, stop, len(steps))
-        steps.append(chosen.tolist())
-        open_rows = [
-            is_open and token not in stop.token_ids
-            for is_open, token in zip(open_rows, steps[-1], strict=True)
-        ]
-    synchronize(model.device)
-    end = time.perf_counter()
-    answers = [_until_stop(column, stop.token_ids) for column in zip(*steps, strict=True)]
+    request = _Request(model, prompts, stop, pad_id)
+    times = run_phases(model.device, request.prefill, request.decode, request.go_on)
+    answers = [_until_stop(column, stop.token_ids) for column in zip(*request.steps, strict=True)]
+    n_decoded = len(request.steps) - 1
     return Generated(
         tokens=tuple(answer for answer, _ in answers),
         n_generated=tuple(count for _, count in answers),
-        ttft=first - start,
-        per_token=(end - first) / (len(steps) - 1) if len(steps) > 1 else None,
-        total=end - start,
+        ttft=times.ttft,
+        per_token=times.decode / n_decoded if n_decoded else None,
+        total=times.total,
     )
 
 
-def _prefill(
-    model: PreTrainedModel, prompts: Prompts, stop: StopRule, pad_id: int
-) -> tuple[Tensor, _State]:
-    """The first token of every row, `[batch]`, and the state to go on from."""
-    longest = max(len(prompt) for prompt in prompts)
-    padded = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    ids = torch.tensor(padded, device=model.device)
-    # With room for the whole answer, no decode step copies the context.
-    state = _State(GrowingCache(model.config, room=stop.max_new_tokens), None, None)
-    # A mask of ones alone would cost kernels that need none their fast path; a batch has one even
-    # without padding, because its finished rows become padding.
-    if len(prompts) > 1:
-        real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        state.mask = torch.tensor(real, device=model.device)
-        state.positions = (state.mask.cumsum(-1) - 1).clamp(min=0)
-    logits = _forward(model, ids, state)
-    return _choose(logits, stop, n_before=0), state
+class _Request:
+    """A batch of prompts under way.
 
+    Attributes:
+        cache: its keys and values, with room for the whole answer: no decode step copies them.
+        mask: ones for real tokens, `[batch, tokens so far]`; None for a single row.
+        positions: of the tokens of the last forward, `[batch, tokens]`; None without a mask.
+        steps: the token of every row, forward by forward.
+        open_rows: per row whether its answer goes on.
+    """
 
-def _decode(
-    model: PreTrainedModel,
-    chosen: Tensor,
-    open_rows: Sequence[bool],
-    state: _State,
-    stop: StopRule,
-    n_before: int,
-) -> Tensor:
-    """The next token of every row, `[batch]`; a finished row's is masked out as padding."""
-    if state.mask is not None and state.positions is not None:
-        added = torch.tensor(open_rows, device=chosen.device, dtype=state.mask.dtype)
-        state.mask = torch.cat([state.mask, added[:, None]], dim=1)
-        state.positions = state.positions[:, -1:] + 1
-    return _choose(_forward(model, chosen[:, None], state), stop, n_before)
+    def __init__(
+        self, model: PreTrainedModel, prompts: Prompts, stop: StopRule, pad_id: int
+    ) -> None:
+        self._model, self._prompts, self._stop, self._pad_id = model, prompts, stop, pad_id
+        self.cache = GrowingCache(model.config, room=stop.max_new_tokens)
+        self.mask: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.steps: list[list[int]] = []
+        self.open_rows = [True] * len(prompts)
 
+    def prefill(self) -> Tensor:
+        """The first token of every row, `[batch]`."""
+        device = self._model.device
+        longest = max(map(len, self._prompts))
+        missing = [longest - len(prompt) for prompt in self._prompts]
+        pairs = list(zip(missing, self._prompts, strict=True))
+        padded = [[self._pad_id] * n + list(prompt) for n, prompt in pairs]
+        ids = torch.tensor(padded, device=device)
+        # A mask of ones alone would cost kernels that need none their fast path; a batch has one
+        # even without padding, because its finished rows become padding.
+        if len(self._prompts) > 1:
+            real = [[0] * n + [1] * len(prompt) for n, prompt in pairs]
+            self.mask = torch.tensor(real, device=device)
+            self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        return self._choose(ids)
 
-def _forward(model: PreTrainedModel, ids: Tensor, state: _State) -> Tensor:
-    """Logits of the last position, `[batch, vocabulary]`."""
-    output = model(
-        input_ids=ids,
-        attention_mask=state.mask,
-        position_ids=state.positions,
-        past_key_values=state.cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits: Tensor = output.logits[:, -1]
-    return logits
+    def decode(self, chosen: Tensor) -> Tensor:
+        """The next token of every row, `[batch]`; a finished row's is masked out as padding."""
+        if self.mask is not None and self.positions is not None:
+            added = torch.tensor(self.open_rows, device=chosen.device, dtype=self.mask.dtype)
+            self.mask = torch.cat([self.mask, added[:, None]], dim=1)
+            self.positions = self.positions[:, -1:] + 1
+        return self._choose(chosen[:, None])
 
+    def go_on(self, chosen: Tensor) -> bool:
+        """Notes the tokens of a forward; returns whether any row's answer goes on."""
+        self.steps.append(chosen.tolist())
+        self.open_rows = [
+            is_open and token not in self._stop.token_ids
+            for is_open, token in zip(self.open_rows, self.steps[-1], strict=True)
+        ]
+        return any(self.open_rows) and len(self.steps) < self._stop.max_new_tokens
 
-def _choose(logits: Tensor, stop: StopRule, n_before: int) -> Tensor:
-    """The most likely token per row, `[batch]`."""
-    if n_before < stop.min_new_tokens and stop.token_ids:
-        logits = logits.clone()
-        logits[:, sorted(stop.token_ids)] = float("-inf")
-    return logits.argmax(-1)
+    def _choose(self, ids: Tensor) -> Tensor:
+        """The most likely token per row, `[batch]`."""
+        logits = next_logits(self._model, ids, self.cache, self.mask, self.positions)
+        if len(self.steps) < self._stop.min_new_tokens and self._stop.token_ids:
+            logits = logits.clone()
+            logits[:, sorted(self._stop.token_ids)] = float("-inf")
+        return logits.argmax(-1)
 
 
 def _until_stop(column: Sequence[int], stop_ids: Collection[int]) -> tuple[tuple[int, ...], int]:

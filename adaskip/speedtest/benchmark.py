@@ -3,209 +3,190 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import override
 
-from adaskip.errors import AdaskipError, RunError
+from adaskip.errors import AdaskipError, refuse_below_one
 from adaskip.learning import learn_importance
-from adaskip.models.devices import resolve_device, resolve_dtype
-from adaskip.models.loading import load_model, random_model
+from adaskip.models.devices import resolve_dtype
 from adaskip.plan import Phase
+from adaskip.policies import POLICIES, policy_class
 from adaskip.profiling import memory
-from adaskip.profiling.calibration import hardware, random_prompt
+from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.clock import ClockedRequests
-from adaskip.profiling.interleaving import by_turns
+from adaskip.profiling.interleaving import MIN_ROUNDS, by_turns
 from adaskip.profiling.timing import RequestTimes
-from adaskip.runs.records import SCHEMA, environment, read_json, write_json, writing
-from adaskip.speedtest.cases import BASELINES, DENSE, Case, CaseRun, make_cases, run_case
-from adaskip.speedtest.config import DEFAULT_WEIGHTS, SpeedConfig
-from adaskip.speedtest.roofline import Rates, measured_rates
-from adaskip.speedtest.stats import Measured, Point, case_record, checked_kv, compiled_times
+from adaskip.speedtest.cases import BASELINES, DENSE, Case, make_cases, run_case
+from adaskip.speedtest.measurement import Measurement, option
+from adaskip.speedtest.record import Key, Point
+from adaskip.speedtest.roofline import Rates, measured_rates, operation_counter
+from adaskip.speedtest.stats import Measured, add_rooflines, case_records, checked_kv
 
 logger = logging.getLogger(__name__)
 WARMUP_TOKENS = 256
-# How lines are compared.
-METHOD = "round by round"
-OLD = ".old.json"
 
 
-def run_speed(config: SpeedConfig) -> Path:
-    """Measures what is not measured yet; returns the path of the JSON record.
+def _all_policies() -> tuple[str, ...]:
+    """Those that skip whole layers first."""
+    return tuple(sorted(POLICIES, key=lambda name: POLICIES[name].budget))
 
-    Raises:
-        AdaskipError: an option is wrong, or the model does not fit into memory.
-        RunError: the record on disk is of other settings, or cannot be written.
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedTest(Measurement):
+    """Times prefill and decode, dense and with sublayers skipped.
+
+    Attributes:
+        minutes: about how long it may take in all, the same for every point. A point takes at
+            least `MIN_ROUNDS` rounds, and one to warm up.
     """
-    config.check()
-    device = resolve_device(config.device)
-    name = config.name or f"{config.model_name}-{device.type}"
-    path = Path(config.results_dir) / f"{name}.json"
-    record = _open_record(config, path, device)
-    done = {(point["context"], point["batch"]) for point in record["points"]}
-    points = [(c, b) for b in config.batches for c in config.contexts if (c, b) not in done]
-    if not points:
-        return path
-    if config.keep_memory and device.type == "cpu" and not memory.keep_freed_memory():
-        logger.warning("Freed memory cannot be kept here: page faults are part of the times.")
-    model = _model(config, device)
-    importance = learn_importance(model, [random_prompt(model, WARMUP_TOKENS)], source="random ids")
-    cases = make_cases(
-        importance,
-        config.policies,
-        config.budgets,
-        n_steps=config.new_tokens,
-        compiled=config.compiled,
+
+    kind: ClassVar[str] = "speed"
+    title: ClassVar[str] = "Prefill and decode, dense and with sublayers skipped"
+    free = Measurement.free | {"batches", "rounds", "minutes", "allow_pickle"}
+
+    model_name: str
+    weights: str | None = option(
+        None,
+        "real weights: 'default' for the model's own, or a folder or hub id (default: random ones "
+        "of its shape, nothing is downloaded)",
     )
-    rates = measured_rates(device)
-    record["rates"] = None if rates is None else asdict(rates)
-    seconds = 60 * config.minutes / len(points)
-    for context, batch in points:
-        record["points"].append(_point(model, cases, config, context, batch, seconds, rates))
-        record["points"].sort(key=lambda p: (p["batch"], p["context"]))
-        write_json(path, record)
-    return path
-
-
-def _open_record(config: SpeedConfig, path: Path, device: torch.device) -> dict[str, Any]:
-    """The record on disk, if it may be continued, or a new one.
-
-    A record that other code or another machine made is not continued but put aside, so that the
-    same command measures in every checkout, whatever results came with it.
-    """
-    settings = config.settings() | {"hardware": hardware(device), "method": METHOD}
-    settings["dtype"] = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
-    new = {
-        "schema": SCHEMA,
-        "settings": settings,
-        "environment": environment(device.type),
-        "points": [],
-    }
-    if not path.exists():
-        return new
-    old = read_json(path)
-    if config.resume and _origin(old) == _origin(new):
-        other = [key for key, value in settings.items() if old["settings"].get(key) != value]
-        if other:
-            raise RunError(
-                f"{path} was measured with another {other[0]} "
-                f"({old['settings'].get(other[0])!r}, now {settings[other[0]]!r}); give a "
-                "--name, or --no-resume to measure anew."
-            )
-        return old
-    kept = path.with_suffix(OLD)
-    with writing(kept):
-        path.replace(kept)
-    logger.info("Measuring anew; the record that was there is kept as %s", kept)
-    return new
-
-
-def _origin(record: Mapping[str, Any]) -> list[object]:
-    """What made a record: hardware, method, versions and code."""
-    settings, made_in = record["settings"], record["environment"]
-    versions = [made_in.get(name) for name in ("torch", "transformers", "commit")]
-    return [settings.get("hardware"), settings.get("method"), *versions]
-
-
-def _model(config: SpeedConfig, device: torch.device) -> PreTrainedModel:
-    kwargs: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
-    if config.weights is not None:
-        own = config.weights == DEFAULT_WEIGHTS
-        name = config.model_name if own else config.weights
-        return load_model(name, allow_pickle=config.allow_pickle, **kwargs)
-    with torch.device("meta"):
-        shape = random_model(config.model_name, device="meta", n_layers=config.layers)
-    needed = (
-        sum(p.numel() for p in shape.parameters()) * resolve_dtype(config.dtype, device).itemsize
+    contexts: tuple[int, ...] = option((512, 1024, 2048, 4096), "prompt lengths in tokens")
+    batches: tuple[int, ...] = option((1,), "batch sizes")
+    policies: tuple[str, ...] = field(
+        default_factory=_all_policies, metadata={"help": "policies to measure"}
     )
-    free = memory.available_bytes(device)
-    if free is not None and needed > 0.9 * free:
-        raise AdaskipError(
-            f"The weights of {config.model_name} take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB "
-            f"are free on {device}; measure fewer layers (--layers N) or use --dtype bfloat16."
+    budgets: tuple[int, ...] = option(
+        (4, 8, 16), "sublayers to skip; policies that count whole layers skip half as many"
+    )
+    rounds: int = option(15, "requests per case at most")
+    minutes: float = option(
+        10.0, f"about how long to measure; a point takes {MIN_ROUNDS} rounds at least"
+    )
+    compiled: bool = option(False, "also measure compiled decoding on a static cache")
+    keep_memory: bool = option(
+        True, "keep freed memory in the process (CPU): no page faults within the times"
+    )
+    dtype: str | None = option(
+        None, "float32, bfloat16 or float16 (default: bfloat16 on CUDA, else float32)"
+    )
+    allow_pickle: bool = option(
+        False, "also read weights from .bin files: pickles, of which torch reads tensors only"
+    )
+
+    @property
+    @override
+    def source(self) -> tuple[str, str | None]:
+        return self.model_name, self.weights
+
+    @override
+    def keys(self) -> list[Key]:
+        return [{"batch": b, "context": c} for b in self.batches for c in self.contexts]
+
+    @override
+    def check(self) -> None:
+        super().check()
+        refuse_below_one({"batches": min(self.batches)})
+        for name in self.policies:
+            policy_class(name)
+        if not 0 <= self.minutes < math.inf:
+            raise AdaskipError(f"--minutes is {self.minutes}; it must be a number, 0 or more.")
+
+    @override
+    def settings(self, device: torch.device) -> dict[str, Any]:
+        dtype = str(resolve_dtype(self.dtype, device)).removeprefix("torch.")
+        return super().settings(device) | {"dtype": dtype}
+
+    @override
+    def points(self, missing: Sequence[Key]) -> Iterator[Point]:
+        model = self.open(
+            dtype=self.dtype, allow_pickle=self.allow_pickle, keep_memory=self.keep_memory
         )
-    return random_model(config.model_name, n_layers=config.layers, **kwargs)
+        prompts = [random_prompt(model, WARMUP_TOKENS)]
+        importance = learn_importance(model, prompts, source="random ids")
+        cases = make_cases(
+            importance,
+            self.policies,
+            self.budgets,
+            n_steps=self.new_tokens,
+            compiled=self.compiled,
+        )
+        rates = measured_rates(model.device)
+        seconds = 60 * self.minutes / len(missing)
+        for key in missing:
+            context, batch = key["context"], key["batch"]
+            try:
+                ids = random_prompt(model, context, batch)
+                point = self.measure_point(model, cases, ids, seconds, rates)
+            except torch.OutOfMemoryError:
+                logger.warning("Out of memory at %d tokens, batch %d: left out", context, batch)
+                torch.cuda.empty_cache()
+                point = {"error": "out of memory", "cases": []}
+            yield point
 
+    def measure_point(
+        self,
+        model: PreTrainedModel,
+        cases: Sequence[Case],
+        ids: Tensor,
+        seconds: float,
+        rates: Rates | None,
+    ) -> Point:
+        """All cases on the same prompts: a round to warm up, then rounds that count.
 
-def _point(
-    model: PreTrainedModel,
-    cases: Sequence[Case],
-    config: SpeedConfig,
-    context: int,
-    batch: int,
-    seconds: float,
-    rates: Rates | None,
-) -> dict[str, Any]:
-    """`measure_point`, or a note that the device is too small for it."""
-    try:
-        return measure_point(model, cases, config, context, batch, seconds, rates)
-    except torch.OutOfMemoryError:
-        logger.warning("Out of memory at %d tokens, batch %d: left out", context, batch)
-        torch.cuda.empty_cache()
-        return {"context": context, "batch": batch, "error": "out of memory", "cases": []}
+        Args:
+            model: outside of `skipping(...)`.
+            cases: what is compared.
+            ids: the prompts: [batch, tokens].
+            seconds: about how long it may take.
+            rates: of a CUDA device, for the roofline; None for others.
 
-
-def measure_point(
-    model: PreTrainedModel,
-    cases: Sequence[Case],
-    config: SpeedConfig,
-    context: int,
-    batch: int,
-    seconds: float,
-    rates: Rates | None,
-) -> dict[str, Any]:
-    """All cases at one context length and batch size: a round to warm up, then rounds that count.
-
-    Raises:
-        RunError: a case holds other keys and values than it must.
-    """
-    ids = random_prompt(model, context, batch)
-    start = time.perf_counter()
-    measured = {case.label: _first(model, case, ids, config) for case in cases}
-    clock = ClockedRequests(model, ids, config.new_tokens)
-    clock.warm_up()
-    kinds: dict[str, Callable[[], RequestTimes]] = {
-        case.label: partial(_request, model, case, ids, config.new_tokens) for case in cases
-    }
-    rounds = by_turns(
-        kinds | {"clocked": clock.request},
-        rounds=config.rounds,
-        baselines=[label for label in BASELINES if label in kinds],
-        seconds=seconds - (time.perf_counter() - start),
-        title=f"{context} tokens x {batch}",
-    )
-    for taken in rounds:
-        for label, own in measured.items():
-            own.add(taken[label])
-    times = {phase: clock.times(phase, measured[DENSE].seconds(phase)) for phase in Phase}
-    decode = compiled_times(measured, times[Phase.DECODE]) if config.compiled else None
-    point = Point(context, batch, config.new_tokens, rates)
-    lines = [
-        case_record(model, case, measured, times, decode, point) for case in cases if case.measured
-    ]
-    return {
-        "context": context,
-        "batch": batch,
-        "sublayers": {str(phase): value.as_dict() for phase, value in times.items()},
-        "cases": lines,
-    }
+        Raises:
+            RunError: a case holds other keys and values than it must.
+        """
+        start, n_steps = time.perf_counter(), self.new_tokens
+        measured = {c.label: _first(model, c, ids, n_steps, count=rates is not None) for c in cases}
+        clock = ClockedRequests(model, ids, n_steps)
+        clock.warm_up()
+        kinds = {case.label: partial(_request, model, case, ids, n_steps) for case in cases}
+        turns = by_turns(
+            kinds | {"clocked": clock.request},
+            rounds=self.rounds,
+            baselines=[label for label in BASELINES if label in kinds],
+            seconds=seconds - (time.perf_counter() - start),
+            title=f"{ids.shape[1]} tokens x {ids.shape[0]}",
+        )
+        for taken in turns:
+            for label, own in measured.items():
+                own.add(taken[label])
+        times = {phase: clock.times(phase, measured[DENSE].seconds(phase)) for phase in Phase}
+        lines = case_records(cases, measured, times)
+        if rates is not None:
+            add_rooflines(lines, model, measured, rates)
+        sublayers = {str(phase): value.as_dict() for phase, value in times.items()}
+        return {"rates": rates and asdict(rates), "sublayers": sublayers, "cases": lines}
 
 
 def _request(model: PreTrainedModel, case: Case, ids: Tensor, n_steps: int) -> RequestTimes:
     return run_case(model, case, ids, n_steps).times
 
 
-def _first(model: PreTrainedModel, case: Case, ids: Tensor, config: SpeedConfig) -> Measured:
-    """The request that warms up: memory, keys and values, and what was skipped."""
+def _first(
+    model: PreTrainedModel, case: Case, ids: Tensor, n_steps: int, *, count: bool
+) -> Measured:
+    """The request that warms up: memory, keys and values, what is skipped, operations."""
+    # A compiled step would not be compiled while its operations are counted.
+    counter = operation_counter() if count and not case.compiled else None
     memory.reset_peak(model.device)
-    run: CaseRun = run_case(model, case, ids, config.new_tokens, look=True)
+    run = run_case(model, case, ids, n_steps, look=True, counter=counter)
     peak = memory.peak_bytes(model.device)
-    formula = checked_kv(model, case, run, ids.shape[1], ids.shape[0], config.new_tokens)
-    return Measured(run.plans, peak, run.times.kv_bytes, formula, run.times.tokens)
+    checked_kv(model, case, run, ids.shape[1], ids.shape[0])
+    return Measured(run, peak)

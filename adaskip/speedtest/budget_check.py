@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
-from statistics import median
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import override
 
-from adaskip.budget import SELECTS, Select
-from adaskip.importance import Importance
+from adaskip.budget import SELECTS, check_acceleration
 from adaskip.learning import learn_importance
 from adaskip.plan import Phase
 from adaskip.policies import AdaSkip
 from adaskip.profiling.calibration import measure_sublayers, random_prompt
-from adaskip.profiling.interleaving import Ratio, by_turns
+from adaskip.profiling.interleaving import Ratio, by_turns, per_round
 from adaskip.profiling.timing import RequestTimes, growing_cache, time_request
 from adaskip.session import skipping
-from adaskip.speedtest.study import Content, Study
-from adaskip.sublayer_times import SublayerTimes
-from adaskip.tables import markdown_table, number
+from adaskip.speedtest.measurement import Row, Study, option
+from adaskip.speedtest.record import Key, Point
 
 _WARMUP_TOKENS = 256
 
 
+@dataclass(frozen=True, kw_only=True)
+class Budget(Study):
+    """Whether a budget that is given as an acceleration is kept."""
+
+    kind: ClassVar[str] = "budget"
+    title: ClassVar[str] = "Predicted and measured ratio of AdaSkip(acceleration=...)"
+
+    contexts: tuple[int, ...] = option((1024, 4096), "prompt lengths in tokens")
+    rounds: int = option(5, "requests of each kind that count")
+    ratios: tuple[float, ...] = option((1.15, 1.3), "accelerations to ask for")
+
+    @override
+    def check(self) -> None:
+        super().check()
+        for ratio in self.ratios:
+            check_acceleration(ratio)
+
+    @override
+    def points(self, missing: Sequence[Key]) -> Iterator[Point]:
+        model = self.open()
+        counts = {"n_steps": self.new_tokens, "rounds": self.rounds}
+        for key in missing:
+            yield {"rows": check_budgets(model, key["context"], self.ratios, **counts)}
+
+
 def check_budgets(
     model: PreTrainedModel, context: int, ratios: Sequence[float], *, n_steps: int, rounds: int
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Predicts from sublayer times measured first, then measures dense and skipped by turns.
 
     Args:
@@ -46,10 +68,10 @@ def check_budgets(
         model, context, n_steps=n_steps, make_cache=growing_cache, progress=True
     )
     policies = [
-        (phase, _policy(importance, times[phase], ratio, select))
+        (phase, AdaSkip(importance, acceleration=ratio, times=times[phase], select=s, online=False))
         for phase in Phase
         for ratio in ratios
-        for select in SELECTS
+        for s in SELECTS
     ]
     ids = random_prompt(model, context)
     names = ["dense", *(f"{phase} {p.acceleration} {p.select}" for phase, p in policies)]
@@ -60,14 +82,11 @@ def check_budgets(
     for warm_up in kinds.values():
         warm_up()
     taken = list(by_turns(kinds, rounds=rounds, baselines=["dense"], title=f"{context} tokens"))
+    seconds = {phase: partial(RequestTimes.seconds, phase=phase) for phase in Phase}
     return [
-        _row(phase, policy, [[r[label] for r in taken] for label in ("dense", name)])
+        _row(phase, policy, *(per_round(taken, label, seconds[phase]) for label in ("dense", name)))
         for name, (phase, policy) in zip(names[1:], policies, strict=True)
     ]
-
-
-def _policy(importance: Importance, times: SublayerTimes, ratio: float, select: Select) -> AdaSkip:
-    return AdaSkip(importance, acceleration=ratio, times=times, select=select, online=False)
 
 
 def _request(
@@ -80,14 +99,11 @@ def _request(
         return time_request(model, ids, steps, make_cache=growing_cache)
 
 
-def _row(
-    phase: Phase, policy: AdaSkip, rounds: Sequence[Sequence[Sequence[RequestTimes]]]
-) -> dict[str, Any]:
-    """Predicted and measured ratio; `rounds`: requests of each round, dense and with the policy."""
+def _row(phase: Phase, policy: AdaSkip, dense: Sequence[float], own: Sequence[float]) -> Row:
+    """Predicted and measured ratio; seconds of each round, dense and with the policy."""
     chosen, times = policy.chosen(), policy.times
     assert times is not None  # noqa: S101 - given above
     predicted = times.speedup(chosen)
-    dense, own = ([median(t.seconds(phase) for t in each) for each in kind] for kind in rounds)
     measured = Ratio.paired(dense, own)
     return {
         "phase": str(phase),
@@ -100,48 +116,3 @@ def _row(
         "measured": asdict(measured),
         "off_points": 100 * (measured.median - predicted),
     }
-
-
-def _measure(model: PreTrainedModel, given: argparse.Namespace) -> Content:
-    counts = {"n_steps": given.new_tokens, "rounds": given.rounds}
-    found = (check_budgets(model, context, given.ratios, **counts) for context in given.contexts)
-    return {"rows": [row for rows in found for row in rows]}
-
-
-def _table(record: Mapping[str, Any]) -> str:
-    """The last column is in percentage points."""
-    header = ["phase", "tokens", "select", "asked", "attn+ffn", "predicted", "measured", "off"]
-    return markdown_table(
-        header,
-        [
-            [
-                row["phase"],
-                str(row["context"]),
-                row["select"],
-                number(row["asked"]),
-                f"{row['attn']}+{row['ffn']}",
-                number(row["predicted"], 3),
-                Ratio(**row["measured"]).text(3),
-                number(row["off_points"], 1, signed=True),
-            ]
-            for row in record["rows"]
-        ],
-    )
-
-
-def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--ratios", type=float, nargs="+", default=[1.15, 1.3], help="accelerations to ask for"
-    )
-
-
-BUDGET = Study(
-    name="budget",
-    description="Predicted and measured ratio of AdaSkip(acceleration=...)",
-    contexts=(1024, 4096),
-    new_tokens=16,
-    rounds=5,
-    measure=_measure,
-    table=_table,
-    options=_options,
-)

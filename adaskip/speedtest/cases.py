@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 from adaskip.errors import AdaskipError
 from adaskip.importance import Importance
@@ -16,11 +19,12 @@ from adaskip.plan import EMPTY_PLAN, Kind, SkipPlan, Sublayer
 from adaskip.policies import FixedSkipping, SkipPolicy, policy_class
 from adaskip.policies.factory import build_policy
 from adaskip.profiling.timing import RequestTimes, dynamic_cache, growing_cache, time_request
-from adaskip.session import Session, skipping
-from adaskip.speedtest.compiling import compiled_call
+from adaskip.session import skipping
 
 CacheName = Literal["dynamic", "growing", "static"]
 DENSE, DENSE_COMPILED = BASELINES = ("dense", "dense compiled")
+# Sets of skipped sublayers that one process may compile; torch's own limit is 8.
+_MAX_GRAPHS = 128
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,29 @@ def _without(kind: Kind, n_layers: int) -> SkipPolicy:
 
 @dataclass
 class CaseRun:
-    """One request of a case, with what each of its forwards skipped (if that was asked for)."""
+    """One request of a case.
+
+    Attributes:
+        times: how long it took, and its tokens.
+        context: prompt tokens.
+        plans: what each of its forwards skipped, the prefill first, if that was asked for.
+        operations: of each of its forwards, if they were counted.
+    """
 
     times: RequestTimes
+    context: int
     plans: list[SkipPlan]
+    operations: list[int] = field(default_factory=list)
 
 
 def run_case(
-    model: PreTrainedModel, case: Case, ids: Tensor, n_steps: int, *, look: bool = False
+    model: PreTrainedModel,
+    case: Case,
+    ids: Tensor,
+    n_steps: int,
+    *,
+    look: bool = False,
+    counter: FlopCounterMode | None = None,
 ) -> CaseRun:
     """Times one request.
 
@@ -126,12 +145,17 @@ def run_case(
         ids: the prompts: [batch, tokens].
         n_steps: decode steps.
         look: whether to note what is skipped; not while it counts.
+        counter: with `look`, counts operations; it makes the request slower.
     """
     plans: list[SkipPlan] = []
-    with _session(model, case) as session:
+    counts = [0]
+    patched = nullcontext() if case.policy is None else skipping(model, case.policy)
+    with patched as session, counter or nullcontext():
 
         def note() -> None:
             plans.append(EMPTY_PLAN if session is None else session.plan)
+            if counter is not None:
+                counts.append(counter.get_total_flops())
 
         times = time_request(
             model,
@@ -141,19 +165,32 @@ def run_case(
             decode=compiled_call(model) if case.compiled else None,
             after_forward=note if look else None,
         )
-    return CaseRun(times, plans)
-
-
-@contextmanager
-def _session(model: PreTrainedModel, case: Case) -> Iterator[Session | None]:
-    if case.policy is None:
-        yield None
-        return
-    with skipping(model, case.policy) as session:
-        yield session
+    return CaseRun(
+        times, ids.shape[1], plans, [after - before for before, after in pairwise(counts)]
+    )
 
 
 def _make_cache(case: Case, capacity: int) -> Callable[[PreTrainedModel], Any]:
     if case.cache == "static":
         return lambda model: StaticCache(config=model.config, max_cache_len=capacity)
     return dynamic_cache if case.cache == "dynamic" else growing_cache
+
+
+def compile_config(device: torch.device | str) -> CompileConfig:
+    """What `generate(cache_implementation="static", compile_config=...)` takes on a device.
+
+    CUDA graphs on a GPU; on a CPU, where `generate()` compiles only when told to, inductor.
+    """
+    mode: Any = "reduce-overhead" if torch.device(device).type == "cuda" else None
+    config = CompileConfig(fullgraph=False, mode=mode)
+    config._compile_all_devices = True  # type: ignore[assignment]
+    return config
+
+
+def compiled_call(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model compiled for decode steps, with room for a graph per set of skipped sublayers."""
+    import torch._dynamo.config as settings
+
+    settings.recompile_limit = max(settings.recompile_limit, _MAX_GRAPHS)
+    call: Callable[..., Any] = model.get_compiled_call(compile_config(model.device))
+    return call

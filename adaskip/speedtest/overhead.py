@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from statistics import median
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from adaskip.learning import ImportanceRecorder, learn_importance
 from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
 from adaskip.profiling.calibration import random_prompt
-from adaskip.profiling.interleaving import Ratio, by_turns
-from adaskip.profiling.timing import Spread, dynamic_cache, growing_cache, synchronize, time_request
+from adaskip.profiling.interleaving import by_turns
+from adaskip.profiling.timing import dynamic_cache, growing_cache, synchronize, time_request
 from adaskip.recorders import Recorder, TokenStatistics
 from adaskip.session import skipping
-from adaskip.speedtest.study import Content, Study
-from adaskip.tables import MISSING, markdown_table, number
+from adaskip.speedtest.measurement import Row, Seconds, Study, comparison, option
+from adaskip.speedtest.record import Key, Point
 
 # The highest ratio that counts as free, printed beside what was measured.
 GOALS = {
@@ -31,15 +30,33 @@ GOALS = {
     "learn_importance": (1.03, None),
     "growing cache": (1.01, 1.0),
 }
-BASELINES = ("stock", "prefill only")
+STOCK, PREFILLS = BASELINES = ("stock", "prefill only")
 N_PROMPTS = 2
-# Of prefill, and per decode step where there are any.
-Seconds = tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead(Study):
+    """What it costs to have adaskip at work without skipping anything."""
+
+    kind: ClassVar[str] = "overhead"
+    title: ClassVar[str] = "What patching, recording and learning cost"
+
+    contexts: tuple[int, ...] = option((512, 2048), "prompt lengths in tokens")
+    new_tokens: int = option(20, "decode steps per request")
+
+    @override
+    def points(self, missing: Sequence[Key]) -> Iterator[Point]:
+        model = self.open()
+        for key in missing:
+            rows = measure_overhead(
+                model, key["context"], n_steps=self.new_tokens, rounds=self.rounds
+            )
+            yield {"rows": rows}
 
 
 def measure_overhead(
     model: PreTrainedModel, context: int, *, n_steps: int, rounds: int
-) -> dict[str, Any]:
+) -> list[Row]:
     """Stock against patched with an empty plan, recording, and a growing cache; learning likewise.
 
     Args:
@@ -48,45 +65,28 @@ def measure_overhead(
         n_steps: decode steps per request.
         rounds: requests of each kind that count.
     """
-    ids = random_prompt(model, context)
+    device, ids = model.device, random_prompt(model, context)
     prompts = [random_prompt(model, context, seed=seed) for seed in range(N_PROMPTS)]
     kinds: dict[str, Callable[[], Seconds]] = {
-        "stock": lambda: _stock(model, ids, n_steps),
+        STOCK: lambda: _stock(model, ids, n_steps),
         "empty plan": lambda: _patched(model, ids, n_steps, []),
         "recording": lambda: _patched(
             model, ids, n_steps, [ImportanceRecorder(), TokenStatistics("ffn", phase="decode")]
         ),
         "growing cache": lambda: _stock(model, ids, n_steps, growing=True),
-        "prefill only": lambda: (_prefill(model, prompts),),
-        "learn_importance": lambda: (_learn(model, prompts),),
+        PREFILLS: lambda: _clocked(device, lambda: _prefill(model, prompts)),
+        "learn_importance": lambda: _clocked(device, lambda: learn_importance(model, prompts)),
     }
     for warm_up in kinds.values():
         warm_up()
-    rounds_ = list(by_turns(kinds, rounds=rounds, baselines=BASELINES, title=f"{context} tokens"))
-    return {"context": context, "rows": [_row(name, rounds_) for name in kinds]}
-
-
-def _row(name: str, rounds: Sequence[Mapping[str, Sequence[Seconds]]]) -> dict[str, Any]:
-    """Spreads of one kind, and its ratios to its baseline, round by round."""
-    stock, prefill_only = BASELINES
-    base = prefill_only if name in (prefill_only, "learn_importance") else stock
-    row: dict[str, Any] = {"label": name}
-    for index, phase in enumerate(Phase):
-        own, reference = (_per_round(rounds, kind, index) for kind in (name, base))
-        if own and reference:
-            row[str(phase)] = asdict(Spread.of(own)) | {
-                "ratio": asdict(Ratio.paired(own, reference)),
-                "goal": GOALS.get(name, (None, None))[index],
-            }
-    return row
-
-
-def _per_round(
-    rounds: Sequence[Mapping[str, Sequence[Seconds]]], name: str, index: int
-) -> list[float]:
-    """One phase's seconds of a kind, the median of each round; empty if it has no such phase."""
-    taken = [each[name] for each in rounds]
-    return [median(s[index] for s in each) for each in taken if len(each[0]) > index]
+    taken = list(by_turns(kinds, rounds=rounds, baselines=BASELINES, title=f"{context} tokens"))
+    learning = (PREFILLS, "learn_importance")
+    rows = [comparison(taken, k, PREFILLS if k in learning else STOCK) for k in kinds]
+    for row in rows:
+        for phase, goal in zip(Phase, GOALS.get(row["label"], (None, None)), strict=True):
+            if phase in row:
+                row[phase]["goal"] = goal
+    return rows
 
 
 def _stock(model: PreTrainedModel, ids: Tensor, n_steps: int, *, growing: bool = False) -> Seconds:
@@ -102,58 +102,17 @@ def _patched(
         return _stock(model, ids, n_steps)
 
 
-@torch.inference_mode()
-def _prefill(model: PreTrainedModel, prompts: Sequence[Tensor]) -> float:
-    """Prefilling the prompts as `learn_importance` does: base model, no cache."""
-    synchronize(model.device)
+def _clocked(device: torch.device, action: Callable[[], object]) -> Seconds:
+    synchronize(device)
     start = time.perf_counter()
+    action()
+    synchronize(device)
+    return (time.perf_counter() - start,)
+
+
+@torch.inference_mode()
+def _prefill(model: PreTrainedModel, prompts: Sequence[Tensor]) -> None:
+    """Prefills the prompts as `learn_importance` does: base model, no cache."""
     decoder: Any = model.base_model
     for prompt in prompts:
         decoder(input_ids=prompt, use_cache=False)
-    synchronize(model.device)
-    return time.perf_counter() - start
-
-
-def _learn(model: PreTrainedModel, prompts: Sequence[Tensor]) -> float:
-    synchronize(model.device)
-    start = time.perf_counter()
-    learn_importance(model, prompts)
-    synchronize(model.device)
-    return time.perf_counter() - start
-
-
-def _measure(model: PreTrainedModel, given: argparse.Namespace) -> Content:
-    return {
-        "points": [
-            measure_overhead(model, context, n_steps=given.new_tokens, rounds=given.rounds)
-            for context in given.contexts
-        ]
-    }
-
-
-def _table(record: Mapping[str, Any]) -> str:
-    """All context lengths."""
-    rows = []
-    for point in record["points"]:
-        for row in point["rows"]:
-            cells = [row["label"], str(point["context"])]
-            for phase in Phase:
-                own = row.get(str(phase))
-                spread = own and [1000 * own[key] for key in ("median", "q1", "q3")]
-                cells.append("{:.1f} [{:.1f}–{:.1f}]".format(*spread) if spread else MISSING)
-                cells.append(Ratio(**own["ratio"]).text(3) if own else MISSING)
-                cells.append(number(own and own["goal"]))
-            rows.append(cells)
-    header = ["case", "tokens", "prefill ms", "ratio", "goal", "ms/token", "ratio", "goal"]
-    return markdown_table(header, rows)
-
-
-OVERHEAD = Study(
-    name="overhead",
-    description="What patching, recording and learning cost",
-    contexts=(512, 2048),
-    new_tokens=20,
-    rounds=9,
-    measure=_measure,
-    table=_table,
-)

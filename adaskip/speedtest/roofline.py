@@ -1,22 +1,24 @@
-"""What a phase needs at least on a CUDA device: decode its bytes, prefill its operations.
+"""The roofline: what a forward takes at least on a CUDA device, by its operations and its bytes.
 
-The device's rates are measured, not taken from a data sheet.
+The device's rates are measured, not taken from a data sheet; operations are counted by torch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from adaskip.blocks import block_spec, bound_parts
 from adaskip.plan import SkipPlan, Sublayer, all_sublayers
 
+Shape = Sequence[int]
 _COPY_BYTES = 2 << 30
 _MATRIX = 8192
 
@@ -33,28 +35,13 @@ class Rates:
     bytes_per_second: float
     operations_per_second: float
 
-
-@dataclass(frozen=True)
-class Work:
-    """What one forward has to do.
-
-    Attributes:
-        operations: of its matrix products and attention, two per multiply-add.
-        bytes: weights and keys and values it reads.
-    """
-
-    operations: float
-    bytes: float
-
-    def floor(self, rates: Rates) -> float:
-        """Seconds below which it cannot be done: the slower of the two."""
-        return max(
-            self.operations / rates.operations_per_second, self.bytes / rates.bytes_per_second
-        )
+    def seconds(self, operations: float, n_bytes: float) -> float:
+        """What a forward of so many operations and bytes takes at least: the slower of the two."""
+        return max(operations / self.operations_per_second, n_bytes / self.bytes_per_second)
 
 
 def measured_rates(device: torch.device, *, repeats: int = 20) -> Rates | None:
-    """Measures a CUDA device; None for any other, whose caches make such a floor meaningless."""
+    """Measures a CUDA device; None for any other, whose caches let it read faster."""
     if device.type != "cuda":
         return None
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
@@ -81,72 +68,57 @@ def _best_seconds(action: Callable[[], object], device: torch.device, repeats: i
     return best
 
 
-def prefill_work(model: PreTrainedModel, plan: SkipPlan, tokens: int, batch: int) -> Work:
-    """One prefill forward with the logits of the last position, causal attention."""
-    weights = _weights(model, plan)
-    pairs = tokens * (tokens + 1) / 2
-    operations = (
-        2 * batch * tokens * (weights - _head(model))
-        + 2 * batch * _head(model)
-        + 4 * batch * pairs * _query_width(model) * _n_attention(model, plan)
+def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    """Operations of causal attention; a query that is as long as the keys sees half of them."""
+    n = query[-2]
+    full = int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    return full * (n + 1) // (2 * n) if n == key[-2] else full
+
+
+def operation_counter() -> FlopCounterMode:
+    """Counts the operations of forwards within it, two per multiply-add."""
+    aten = torch.ops.aten
+    kernels = (
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu,
     )
-    return Work(operations, weights * _itemsize(model))
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kernels, _attention))
 
 
-def decode_work(model: PreTrainedModel, plan: SkipPlan, past: int, batch: int) -> Work:
-    """One decode step on a cache of `past` tokens."""
-    weights = _weights(model, plan)
-    running = _n_attention(model, plan)
-    operations = 2 * batch * weights + 4 * batch * (past + 1) * _query_width(model) * running
-    kv = 2 * batch * (past + 1) * _kv_width(model) * running
-    return Work(operations, (weights + kv) * _itemsize(model))
+def forward_bytes(model: PreTrainedModel, plan: SkipPlan, held: int, batch: int) -> int:
+    """Bytes of weights that a forward multiplies with, and of keys and values it reads.
 
-
-def _weights(model: PreTrainedModel, plan: SkipPlan) -> int:
-    """Numbers in the matrices that a forward multiplies with, the head's included."""
+    Args:
+        model: its sublayers and the type of its weights.
+        plan: what the forward skips.
+        held: tokens in the cache that it reads; 0 for a prefill.
+        batch: sequences.
+    """
     layers: Any = model.base_model.layers
-    total = _head(model)
-    for sublayer in all_sublayers(len(layers)):
-        if sublayer not in plan:
-            total += _matrices(layers[sublayer.layer], sublayer)
-    return total
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    running = [s for s in all_sublayers(len(layers)) if s not in plan]
+    weights = head.weight.numel() + sum(_matrices(layers[s.layer], s) for s in running)
+    itemsize = model.dtype.itemsize
+    return int(weights * itemsize) + kv_bytes(model.config, plan, held, batch, itemsize)
 
 
 def _matrices(layer: Any, sublayer: Sublayer) -> int:
+    """Numbers in the matrices of a sublayer."""
     spec = block_spec(layer.self_attn.config.model_type)
     body, _, _ = bound_parts(layer, spec.attn if sublayer.kind == "attn" else spec.ffn)
     return sum(p.numel() for p in body.parameters() if p.ndim == 2)
 
 
-def _head(model: PreTrainedModel) -> int:
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return int(head.weight.numel())
+def kv_bytes(config: Any, plan: SkipPlan, tokens: int, batch: int, itemsize: int) -> int:
+    """Bytes of keys and values after `tokens` tokens under a plan that is in force throughout.
 
-
-def _n_attention(model: PreTrainedModel, plan: SkipPlan) -> int:
-    layers: Any = model.base_model.layers
-    return len(layers) - len(plan.layers("attn"))
-
-
-def _text(model: PreTrainedModel) -> Any:
-    return model.config.get_text_config(decoder=True)
-
-
-def _head_dim(model: PreTrainedModel) -> int:
-    config = _text(model)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(width)
-
-
-def _query_width(model: PreTrainedModel) -> int:
-    return int(_text(model).num_attention_heads) * _head_dim(model)
-
-
-def _kv_width(model: PreTrainedModel) -> int:
-    config = _text(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(heads) * _head_dim(model)
-
-
-def _itemsize(model: PreTrainedModel) -> int:
-    return int(model.dtype.itemsize)
+    `2 * batch * KV heads * head_dim * tokens * itemsize` per attention that is not skipped. For
+    models without sliding windows.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    n_running = text.num_hidden_layers - len(plan.layers("attn"))
+    return int(2 * batch * heads * width * tokens * itemsize * n_running)

@@ -1,4 +1,4 @@
-"""What the measured requests of a speed test say: speedups, their ideals, memory, floors."""
+"""What the measured requests of a speed test say: speedups, their ideals, memory, rooflines."""
 
 from __future__ import annotations
 
@@ -7,33 +7,17 @@ from dataclasses import asdict, dataclass, field
 from statistics import mean, median
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaskip.errors import RunError
-from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Sublayer
-from adaskip.profiling.interleaving import Ratio
-from adaskip.profiling.timing import RequestTimes, Spread, kv_bytes
+from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan
+from adaskip.profiling.interleaving import Ratio, Spread
+from adaskip.profiling.timing import RequestTimes
 from adaskip.speedtest.cases import DENSE_COMPILED, Case, CaseRun
-from adaskip.speedtest.roofline import Rates, decode_work, prefill_work
+from adaskip.speedtest.roofline import Rates, forward_bytes, kv_bytes
 from adaskip.sublayer_times import SublayerTimes
 
-
-@dataclass(frozen=True)
-class Point:
-    """Where a table's lines were measured.
-
-    Attributes:
-        context: prompt tokens.
-        batch: sequences.
-        n_steps: decode steps.
-        rates: of a CUDA device, None for others.
-    """
-
-    context: int
-    batch: int
-    n_steps: int
-    rates: Rates | None
+Line = dict[str, Any]
 
 
 @dataclass
@@ -41,19 +25,13 @@ class Measured:
     """The requests of one case at one context length and batch size.
 
     Attributes:
-        plans: what each forward skipped, the prefill first.
-        peak_bytes: peak memory, None if unknown.
-        kv_bytes: keys and values held at the end.
-        kv_formula: what they must be.
-        tokens: the tokens chosen: [batch, 1 + steps].
+        first: the request that warmed up, with what it skipped and held.
+        peak_bytes: its peak memory, None if unknown.
         ttft, per_token: seconds, one value per round.
     """
 
-    plans: list[SkipPlan]
+    first: CaseRun
     peak_bytes: int | None
-    kv_bytes: int
-    kv_formula: int
-    tokens: Tensor
     ttft: list[float] = field(default_factory=list)
     per_token: list[float] = field(default_factory=list)
 
@@ -68,27 +46,24 @@ class Measured:
 
     def plans_of(self, phase: Phase) -> list[SkipPlan]:
         """What the forwards of a phase skipped."""
-        return self.plans[:1] if phase is Phase.PREFILL else self.plans[1:]
+        plans = self.first.plans
+        return plans[:1] if phase is Phase.PREFILL else plans[1:]
 
 
-def checked_kv(
-    model: PreTrainedModel, case: Case, run: CaseRun, context: int, batch: int, n_steps: int
-) -> int:
+def checked_kv(model: PreTrainedModel, case: Case, run: CaseRun, context: int, batch: int) -> int:
     """The bytes of keys and values by formula.
 
     Raises:
         RunError: the cache holds something else.
     """
-    held = context + n_steps
-    # Attention that SkipDecode leaves out later has kept what it had when it last ran.
+    held = context + len(run.plans) - 1
     tokens_of = dict.fromkeys(range(model.config.num_hidden_layers), held)
-    if case.cache != "static":
-        for number, plan in reversed(list(enumerate(run.plans))):
-            for layer in plan.layers("attn"):
-                tokens_of[layer] = context + number - 1 if number else 0
-    else:
-        for layer in run.plans[0].layers("attn"):
-            tokens_of[layer] = 0
+    # Attention that SkipDecode leaves out later has kept what it had when it last ran; a static
+    # cache has room for all tokens from the first one that is kept.
+    plans = run.plans[:1] if case.cache == "static" else run.plans
+    for number, plan in reversed(list(enumerate(plans))):
+        for layer in plan.layers("attn"):
+            tokens_of[layer] = context + number - 1 if number else 0
     one = kv_bytes(model.config, EMPTY_PLAN, 1, batch, model.dtype.itemsize) // len(tokens_of)
     formula = one * sum(tokens_of.values())
     if formula != run.times.kv_bytes:
@@ -113,77 +88,94 @@ def compiled_times(measured: Mapping[str, Measured], eager: SublayerTimes) -> Su
     return SublayerTimes(total, seconds, Phase.DECODE, eager.context, eager.batch)
 
 
-def case_record(
-    model: PreTrainedModel,
-    case: Case,
-    measured: Mapping[str, Measured],
-    times: Mapping[Phase, SublayerTimes],
-    compiled: SublayerTimes | None,
-    point: Point,
-) -> dict[str, Any]:
-    """One case, ready for JSON; times in seconds."""
+def case_records(
+    cases: Sequence[Case], measured: Mapping[str, Measured], times: Mapping[Phase, SublayerTimes]
+) -> list[Line]:
+    """Every measured case, ready for JSON; times in seconds.
+
+    Args:
+        cases: all that took turns.
+        measured: their requests, by label.
+        times: what the sublayers take in eager forwards.
+    """
+    compiled = dict(times)
+    if DENSE_COMPILED in measured:
+        compiled[Phase.DECODE] = compiled_times(measured, times[Phase.DECODE])
+    shown = [case for case in cases if case.measured]
+    return [_line(case, measured, compiled if case.compiled else times) for case in shown]
+
+
+def _line(
+    case: Case, measured: Mapping[str, Measured], times: Mapping[Phase, SublayerTimes]
+) -> Line:
     own, baseline = measured[case.label], measured[case.baseline]
-    record: dict[str, Any] = {
+    last = own.first.plans[-1]
+    return {
         "label": case.label,
         "policy": None if case.policy is None else repr(case.policy),
         "cache": case.cache,
         "compiled": case.compiled,
-        "skipped_attn": len(own.plans[-1].layers("attn")),
-        "skipped_ffn": len(own.plans[-1].layers("ffn")),
+        "skipped_attn": len(last.layers("attn")),
+        "skipped_ffn": len(last.layers("ffn")),
         "peak_bytes": own.peak_bytes,
-        "kv_bytes": own.kv_bytes,
-        "kv_formula_bytes": own.kv_formula,
+        "kv_bytes": own.first.times.kv_bytes,
         "same_tokens_as_eager": _same_tokens(case, measured),
+        **{str(phase): phase_record(own, baseline, times[phase], phase) for phase in Phase},
     }
-    for phase in Phase:
-        of_phase = (
-            compiled if compiled and case.compiled and phase is Phase.DECODE else times[phase]
-        )
-        record[str(phase)] = _phase_record(own, baseline, of_phase, phase)
-        if point.rates is not None:
-            plan = own.plans_of(phase)[-1]
-            past = point.context + point.n_steps // 2
-            work = (
-                prefill_work(model, plan, point.context, point.batch)
-                if phase is Phase.PREFILL
-                else decode_work(model, plan, past, point.batch)
-            )
-            floor = work.floor(point.rates)
-            record[str(phase)] |= {"floor": floor, "floor_ratio": _median(own, phase) / floor}
-    return record
 
 
-def _phase_record(
+def add_rooflines(
+    lines: Sequence[Line], model: PreTrainedModel, measured: Mapping[str, Measured], rates: Rates
+) -> None:
+    """Adds to each phase the seconds it takes at least, and the ratio of the measured time to them.
+
+    Operations are counted in eager forwards; a compiled case has those of its eager one.
+    """
+    for line in lines:
+        own = measured[line["label"]]
+        batch, n_tokens = own.first.times.tokens.shape
+        context = own.first.context
+        held = [0, *range(context + 1, context + n_tokens)]
+        counts = measured[eager_label(line["label"])].first.operations
+        least = [
+            rates.seconds(operations, forward_bytes(model, plan, tokens, batch))
+            for operations, plan, tokens in zip(counts, own.first.plans, held, strict=True)
+        ]
+        for phase, roofline in zip(Phase, (least[0], mean(least[1:])), strict=True):
+            ratio = median(own.seconds(phase)) / roofline
+            line[str(phase)] |= {"roofline": roofline, "roofline_ratio": ratio}
+
+
+def phase_record(
     own: Measured, baseline: Measured, times: SublayerTimes, phase: Phase
 ) -> dict[str, Any]:
-    """Times of a phase, its speedup over the baseline, the ideal one, and how near they are.
+    """Times of a phase, its speedup, the ideal one, and the fraction of the ideal saving.
 
-    Compared with the baseline of the same round, round by round.
+    Compared with the baseline of the same round, round by round. Ideal: by what the skipped
+    sublayers were measured to take. The fraction is under `saving_ratio`.
     """
     # SkipDecode skips more from step to step.
-    saved = mean(times.saved(_sublayers(plan)) for plan in own.plans_of(phase))
+    saved = mean(times.saved(plan.gains) for plan in own.plans_of(phase))
     share = saved / times.total
     pairs = list(zip(own.seconds(phase), baseline.seconds(phase), strict=True))
-    kept = [(1 - a / b) / share for a, b in pairs] if share else []
+    fractions = [(1 - a / b) / share for a, b in pairs] if share else []
     return asdict(Spread.of(own.seconds(phase))) | {
         "rounds": [round(seconds, 7) for seconds in own.seconds(phase)],
         "speedup": asdict(Ratio.of([b / a for a, b in pairs])),
         "ideal_speedup": 1 / (1 - share),
-        "saving_ratio": asdict(Ratio.of(kept)) if kept else None,
+        "saving_ratio": asdict(Ratio.of(fractions)) if fractions else None,
     }
+
+
+def eager_label(label: str) -> str:
+    """The label of the eager case that a compiled one belongs to; an eager one's own."""
+    return label.removesuffix(" compiled")
 
 
 def _same_tokens(case: Case, measured: Mapping[str, Measured]) -> bool | None:
     """Whether a compiled case chose the tokens of its eager one; None where that is no question."""
-    eager = case.label.removesuffix(" compiled")
+    eager = eager_label(case.label)
     if not case.compiled or eager not in measured:
         return None
-    return bool((measured[case.label].tokens == measured[eager].tokens).all())
-
-
-def _median(measured: Measured, phase: Phase) -> float:
-    return median(measured.seconds(phase))
-
-
-def _sublayers(plan: SkipPlan) -> list[Sublayer]:
-    return list(plan)
+    tokens, expected = (measured[label].first.times.tokens for label in (case.label, eager))
+    return bool((tokens == expected).all())

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import ClassVar
 
-from transformers import PreTrainedModel
+from typing_extensions import override
 
 from adaskip.errors import RunError
-from adaskip.plan import Phase
 from adaskip.profiling.calibration import random_prompt
-from adaskip.profiling.interleaving import Ratio, by_turns
-from adaskip.profiling.timing import Spread, growing_cache, time_request
-from adaskip.speedtest.opening import open_model
-from adaskip.speedtest.study import Content, Study
-from adaskip.tables import markdown_table
+from adaskip.profiling.interleaving import by_turns
+from adaskip.profiling.timing import time_request
+from adaskip.speedtest.measurement import Row, Seconds, Study, comparison, option
+from adaskip.speedtest.record import Key, Point
 from adaskip.waiting import POLICY, SPINS
 
 # libgomp's own default is 300,000 spins, passive threads make none.
@@ -38,34 +34,52 @@ BASELINE = "default"
 _ROOT = str(Path(__file__).parents[2])
 _SERVE = "import sys; from adaskip.speedtest.waiting_check import serve; serve(sys.argv[1])"
 _BUSY = "while True: pass"
-# Of prefill, and per decode step.
-Seconds = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting(Study):
+    """How fast requests are when waiting threads spin, and when they sleep."""
+
+    kind: ClassVar[str] = "waiting"
+    title: ClassVar[str] = "What it costs to let OpenMP's threads sleep while they wait"
+    free = Study.free | {"busy"}
+
+    new_tokens: int = option(32, "decode steps per request")
+    rounds: int = option(15, "requests of each kind that count")
+    busy: tuple[int, ...] = option((0,), "neighbours that compute all the time")
+
+    @override
+    def keys(self) -> list[Key]:
+        return [{"context": c, "busy": busy} for c in self.contexts for busy in self.busy]
+
+    @override
+    def points(self, missing: Sequence[Key]) -> Iterator[Point]:
+        for key in missing:
+            yield {"rows": measure_waiting(self, key["context"], key["busy"])}
 
 
 def serve(options: str) -> None:
     """Runs in a process of its own: opens a model, then times a request per line of stdin.
 
     Args:
-        options: as JSON: model, device, real, layers, context, n_steps.
+        options: as JSON: the fields of the `Waiting` whose requests these are, its contexts one.
     """
-    given = json.loads(options)
-    model = open_model(
-        given["model"], given["device"], real=given["real"], n_layers=given["layers"]
-    )
-    ids = random_prompt(model, given["context"])
+    study = Waiting(**json.loads(options))
+    model = study.open()
+    ids = random_prompt(model, study.contexts[0])
     for _ in sys.stdin:
-        times = time_request(model, ids, given["n_steps"], make_cache=growing_cache)
+        times = time_request(model, ids, study.new_tokens)
         print(json.dumps([times.ttft, times.per_token]), flush=True)  # noqa: T201 - the answer
 
 
 @contextmanager
 def serving(setting: Mapping[str, str], options: str) -> Iterator[subprocess.Popen[str]]:
     """A process that serves, its threads waiting as a setting of `SETTINGS` says."""
-    kept = {name: value for name, value in os.environ.items() if name not in (POLICY, SPINS)}
-    path = os.pathsep.join(filter(None, [_ROOT, kept.get("PYTHONPATH")]))
+    others = {name: value for name, value in os.environ.items() if name not in (POLICY, SPINS)}
+    path = os.pathsep.join(filter(None, [_ROOT, others.get("PYTHONPATH")]))
     process = subprocess.Popen(  # noqa: S603 - this Python and the code above
         [sys.executable, "-c", _SERVE, options],
-        env={**kept, "PYTHONPATH": path, **setting},
+        env={**others, "PYTHONPATH": path, **setting},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -106,75 +120,21 @@ def neighbours(number: int) -> Iterator[None]:
             process.wait()
 
 
-def measure_waiting(options: Mapping[str, Any], *, rounds: int, busy: int) -> dict[str, Any]:
+def measure_waiting(study: Waiting, context: int, busy: int) -> list[Row]:
     """Every setting by turns, against libgomp's default.
 
     Args:
-        options: of `serve`.
-        rounds: requests of each setting that count.
+        study: the model, and how often it is timed.
+        context: prompt tokens.
         busy: neighbours that compute all the time.
     """
+    options = json.dumps(asdict(replace(study, contexts=(context,))))
     with ExitStack() as stack:
-        text = json.dumps(dict(options))
-        servers = {k: stack.enter_context(serving(v, text)) for k, v in SETTINGS.items()}
+        servers = {k: stack.enter_context(serving(v, options)) for k, v in SETTINGS.items()}
         kinds = {name: partial(request, server) for name, server in servers.items()}
         for warm_up in kinds.values():
             warm_up()
         stack.enter_context(neighbours(busy))
-        title = f"{options['context']} tokens, {busy} busy"
-        taken = list(by_turns(kinds, rounds=rounds, baselines=[BASELINE], title=title))
-    rows = [_row(name, taken) for name in SETTINGS]
-    return {"context": options["context"], "busy": busy, "rows": rows}
-
-
-def _row(name: str, rounds: Sequence[Mapping[str, Sequence[Seconds]]]) -> dict[str, Any]:
-    """Spreads of one setting, and its ratios to the baseline, round by round."""
-    row: dict[str, Any] = {"label": name}
-    for index, phase in enumerate(Phase):
-        own, base = ([median(s[index] for s in r[k]) for r in rounds] for k in (name, BASELINE))
-        row[str(phase)] = asdict(Spread.of(own)) | {"ratio": asdict(Ratio.paired(own, base))}
-    return row
-
-
-def _measure(model: PreTrainedModel, given: argparse.Namespace) -> Content:
-    options = {"model": given.model, "real": given.real, "layers": given.layers}
-    options |= {"device": str(model.device), "n_steps": given.new_tokens}
-    points = [
-        measure_waiting(options | {"context": context}, rounds=given.rounds, busy=busy)
-        for context in given.contexts
-        for busy in given.busy
-    ]
-    return {"points": points}
-
-
-def _table(record: Mapping[str, Any]) -> str:
-    """All context lengths, on a quiet and on a busy machine."""
-    rows = []
-    for point in record["points"]:
-        for row in point["rows"]:
-            cells = [row["label"], str(point["context"]), str(point["busy"])]
-            for phase in Phase:
-                own = row[str(phase)]
-                spread = [1000 * own[key] for key in ("median", "q1", "q3")]
-                cells += ["{:.1f} [{:.1f}–{:.1f}]".format(*spread), Ratio(**own["ratio"]).text(3)]
-            rows.append(cells)
-    header = ["waiting", "tokens", "busy", "prefill ms", "ratio", "ms/token", "ratio"]
-    return markdown_table(header, rows)
-
-
-def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--busy", type=int, nargs="+", default=[0], help="neighbours that compute all the time"
-    )
-
-
-WAITING = Study(
-    name="waiting",
-    description="What it costs to let OpenMP's threads sleep while they wait",
-    contexts=(1024,),
-    new_tokens=32,
-    rounds=15,
-    measure=_measure,
-    table=_table,
-    options=_options,
-)
+        title = f"{context} tokens, {busy} busy"
+        taken = list(by_turns(kinds, rounds=study.rounds, baselines=[BASELINE], title=title))
+    return [comparison(taken, name, BASELINE) for name in SETTINGS]
