@@ -25,25 +25,25 @@ from adaskip.cli.run import FAILED, Parser, guarded, say
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
 from adaskip.reports.sweep_report import write_report
-from adaskip.runs.bench import Bench
-from adaskip.runs.cost import describe
-from adaskip.runs.ledger import is_finished
+from adaskip.runs.ledger import is_finished, run_folder, task_rows
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.plans import Cell, SweepPlan, read_plan, select
-from adaskip.runs.reference_quality import PerplexityPlan, is_measured, measure_perplexity
+from adaskip.runs.reference_quality import PerplexitySettings, is_measured, measure_perplexity
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve, run
+from adaskip.tables import markdown_table
 
 logger = logging.getLogger(__name__)
 
 
-class Benches:
+class ModelSlot:
     """The one loaded model of a sweep; another one takes its place when a cell needs it."""
 
     def __init__(self) -> None:
-        self._bench: Bench | None = None
+        self._bench: LoadedModel | None = None
         self._failed: dict[tuple[str, str | None], Exception] = {}
 
-    def get(self, config: RunConfig) -> Bench:
+    def get(self, config: RunConfig) -> LoadedModel:
         """The model a resolved configuration names.
 
         Raises:
@@ -55,24 +55,24 @@ class Benches:
         if self._bench is None or not self._bench.fits(config):
             self._bench = None
             try:
-                self._bench = Bench.open(config)
+                self._bench = LoadedModel.open(config)
             except Exception as error:
                 self._failed[key] = error
                 raise
         return self._bench
 
 
-def run_cells(cells: Sequence[Cell], perplexity: PerplexityPlan | None) -> dict[str, str]:
+def run_cells(cells: Sequence[Cell], perplexity: PerplexitySettings | None) -> dict[str, str]:
     """Runs the cells that are not finished.
 
     Returns:
         The error of each cell that failed, by its label.
     """
-    benches = Benches()
+    slot = ModelSlot()
     failures: dict[str, str] = {}
-    for cell in tqdm(cells, desc="cells", unit="cell", disable=not team().is_first):
+    for cell in tqdm(cells, desc="cells", unit="cell", disable=not team().is_main):
         try:
-            _run_cell(cell, benches, perplexity)
+            _run_cell(cell, slot, perplexity)
         except Exception as error:
             # Whatever stopped this cell, the others are independent of it.
             if not isinstance(error, AdaskipError):
@@ -82,18 +82,35 @@ def run_cells(cells: Sequence[Cell], perplexity: PerplexityPlan | None) -> dict[
     return failures
 
 
-def _run_cell(cell: Cell, benches: Benches, perplexity: PerplexityPlan | None) -> None:
+def _run_cell(cell: Cell, slot: ModelSlot, perplexity: PerplexitySettings | None) -> None:
     """Makes what is missing of one cell; processes of one command work on it together."""
     config, group = resolve(cell.config), team()
-    if not group.on_first(lambda: is_finished(config)):
+    if not group.on_main(lambda: is_finished(config)):
         logger.info("%s", cell.label)
-        with group.together(), group.first_ahead(not config.tp_plan):
-            bench = benches.get(config)
-        run(config, bench)
-    if perplexity and not group.on_first(lambda: is_measured(config, cell.task, perplexity)):
+        with group.together(), group.main_ahead(not config.tp_plan):
+            loaded = slot.get(config)
+        run(config, loaded)
+    if perplexity and not group.on_main(lambda: is_measured(config, cell.task, perplexity)):
         with group.together():
-            bench = benches.get(config)
-        measure_perplexity(config, cell.task, bench, perplexity)
+            loaded = slot.get(config)
+        measure_perplexity(config, cell.task, loaded, perplexity)
+
+
+def listed(cells: Sequence[Cell]) -> str:
+    """The table `--dry_run` prints: every cell, and how many rows are left of it.
+
+    Raises:
+        RunError: a file of an earlier call is damaged, or made with other settings.
+    """
+    lines = []
+    for cell in cells:
+        config = resolve(cell.config)
+        done = len(task_rows(run_folder(config), cell.task).rows())
+        left = "0" if is_finished(config) else f"all but {done}"
+        if config.limit is not None and left != "0":
+            left = str(max(config.limit - done, 0))
+        lines.append((cell.label, str(done), left))
+    return markdown_table(("cell", "rows done", "rows left"), lines)
 
 
 def sweep(plan: SweepPlan, only: Sequence[str] = ()) -> int:
@@ -104,7 +121,7 @@ def sweep(plan: SweepPlan, only: Sequence[str] = ()) -> int:
     """
     start = time.monotonic()
     failures = run_cells(select(plan.cells, only), plan.perplexity)
-    say(team().on_first(lambda: write_report(plan, failures)))
+    say(team().on_main(lambda: write_report(plan, failures)))
     written = f"{plan.folder}/report.html, .md, .json and .png"
     say(f"Took {time.monotonic() - start:.0f} s. Written: {written}.")
     return FAILED if failures else 0
@@ -137,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.allow_pickle:
             plan = changed(plan, allow_pickle=True)
         if given.dry_run:
-            say(describe(plan, select(plan.cells, given.only)))
+            say(listed(select(plan.cells, given.only)))
             return 0
         return sweep(plan, given.only)
 

@@ -113,8 +113,14 @@ def no_hub(*_: object) -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "budget negative": (["--skip_full_layer_num", "-1"], "-1; it must be 0 or more"),
-    "budget too large": (["--skip_full_layer_num", "5"], "larger than the model: llama has 4"),
+    "budget negative": (
+        ["--skip_full_layer_num", "-1"],
+        "cannot skip -1 full layers; it",
+    ),
+    "budget too large": (
+        ["--skip_full_layer_num", "5"],
+        "cannot skip 5 full layers; it",
+    ),
     "budget missing": (["--policy", "ADA"], "does not belong to policy ADA: use --skip_sub"),
     "budget no number": (["--skip_full_layer_num", "x"], "invalid int value: 'x'"),
     "two budgets": (["--skip_sub_layer_num", "2"], "does not belong to policy EE"),

@@ -6,6 +6,7 @@ import pytest
 
 from adaskip.plan import Phase
 from adaskip.reports.comparison import Line, Table, ideal_speedup
+from adaskip.runs.rows import GeneratedRow
 from adaskip.runs.scoring import score_rows
 from adaskip.tables import markdown_table, number, perplexity
 
@@ -13,17 +14,21 @@ from adaskip.tables import markdown_table, number, perplexity
 def line_of(policy: str, seconds: list[float], skipped: int) -> Line:
     counts = {"forwards": 1, "attn": skipped, "ffn": skipped, "sublayers": []}
     rows = [
-        {
-            "id": str(number),
-            "prediction": "dog",
-            "references": ["dog"],
-            "classes": None,
-            "length": 1,
-            "truncated": False,
-            "skipped": {"prefill": counts, "decode": counts},
-            "seconds": {"ttft": value, "per_token": None},
-            "session": "s",
-        }
+        GeneratedRow.from_dict(
+            {
+                "id": str(number),
+                "prediction": "dog",
+                "references": ["dog"],
+                "classes": None,
+                "length": 1,
+                "tokens_after": 1,
+                "truncated": False,
+                "generated_tokens": 1,
+                "skipped": {"prefill": counts, "decode": counts},
+                "seconds": {"ttft": value, "per_token": None},
+                "session": "s",
+            }
+        )
         for number, value in enumerate(seconds)
     ]
     score = score_rows("sample_qa", rows, n_layers=4, n_planned=3)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from run_fixtures import Workplace, rows_of, save_checkpoint, save_data, save_plan
-from tiny_bench import TinyBench, tiny_rows
+from tiny_loaded import TinyLoaded, tiny_rows
 from typing_extensions import override
 
 from adaskip import sweep
@@ -24,7 +24,7 @@ from adaskip.learning import learn_importance
 from adaskip.plan import SkipPlan, Step
 from adaskip.policies import POLICIES, SkipPolicy
 from adaskip.policies.factory import describe
-from adaskip.runs.bench import Bench
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve, run
 from adaskip.speedtest.cases import make_cases, run_case
@@ -205,9 +205,9 @@ def test_a_speed_test_runs_it() -> None:
 def test_perplexities_of_two_gains_stand_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Bench, "open", lambda config: TinyBench.make())
+    monkeypatch.setattr(LoadedModel, "open", lambda config: TinyLoaded.make())
     monkeypatch.setattr(
-        "adaskip.runs.bench.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
+        "adaskip.runs.loaded.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
     )
     given = {"policy": "dense", "tasks": ("sample_qa",), "limit": 2, "warmup": 2, "name": "tiny"}
     given |= {"experiment": "e2e", "model_name": "smollm2", "results_dir": str(tmp_path)}
@@ -215,9 +215,9 @@ def test_perplexities_of_two_gains_stand_side_by_side(
     for gain in ("token", "norm"):
         base = resolve(RunConfig(**given, gain=gain))
         cell = cells_of(base, [NAME], {"skip_full_layer_num": [], "skip_sub_layer_num": [3]})[1]
-        _, record = measure([base, cell], 8)
+        _, losses = measure([base, cell], 8)
         assert key_of(cell) == f"OWN 3 (gain {gain}, 2 rows of sample_qa)"
-        found.append(record["sums"][key_of(cell)]["nll"])
+        found.append(losses[key_of(cell)].nll)
     assert found[0] != found[1]
 
 

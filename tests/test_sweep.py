@@ -59,7 +59,7 @@ BAD = [
     ({"models": []}, "'models' is missing or empty"),
     ({"models": ["lama"]}, "Did you mean 'llama'"),
     ({"policies": {"EEE": [1]}}, "Did you mean 'EE'"),
-    ({"policies": {"EE": [-1]}}, "must be 0 or more"),
+    ({"policies": {"EE": [-1]}}, "cannot skip -1 full layers"),
     ({"experiments": {"prefil": ["trec"]}}, "Did you mean 'prefill'"),
     ({"experiments": {"prefill": ["terc"]}}, "Did you mean 'trec'"),
     ({"settings": {"policy": "EE"}}, "sets 'policy' itself"),
@@ -174,13 +174,13 @@ def test_a_sweep_runs_once_and_then_only_reports(
 ) -> None:
     file = str(save_plan(place, perplexity={"rows": 1, "max_tokens": 4}))
     opened = []
-    real = sweep.Bench.open
+    real = sweep.LoadedModel.open
 
     def counting(config: Any) -> Any:
         opened.append(config)
         return real(config)
 
-    monkeypatch.setattr(sweep.Bench, "open", counting)
+    monkeypatch.setattr(sweep.LoadedModel, "open", counting)
     assert sweep.main([file]) == 0
     assert len(opened) == 1
     first = capsys.readouterr().out
@@ -220,7 +220,7 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(
     (place.data / "trec_e.jsonl").write_text("{")
     assert sweep.main([str(file)]) == 1
     out = capsys.readouterr().out
-    assert "FAILED: llama prefill EE 9 multifieldqa_en: AdaskipError: The budget of 9" in out
+    assert "FAILED: llama prefill EE 9 multifieldqa_en: AdaskipError: EarlyExit cannot" in out
     assert "FAILED: llama prefill EE 1 trec: DataError" in out
     report = json.loads((place.results / "report.json").read_text())
     assert [line["policy"] for line in report["tables"][0]["lines"]] == ["dense", "EE"]
@@ -231,7 +231,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
-    monkeypatch.setattr(sweep.Bench, "open", lambda config: tried.append(1) or 1 / 0)
+    monkeypatch.setattr(sweep.LoadedModel, "open", lambda config: tried.append(1) or 1 / 0)
     plan = read_plan(save_plan(place))
     failures = sweep.run_cells(plan.cells[:3], None)
     assert len(failures) == 3

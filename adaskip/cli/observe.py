@@ -15,10 +15,10 @@ from adaskip.models.processes import team
 from adaskip.models.spec import model_spec
 from adaskip.observing.analysis import VIEWS, stand_in
 from adaskip.reports.observation_figures import Panel, draw
-from adaskip.runs.records import SCHEMA, environment, write_json, write_text
+from adaskip.runs.files import SCHEMA, environment, write_json, write_text
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve
-from adaskip.sweep import Benches
+from adaskip.sweep import ModelSlot as Benches
 from adaskip.tables import markdown_table
 
 FACTS = "observations.yaml"
@@ -92,7 +92,7 @@ def observation_main(observation: str, argv: Sequence[str] | None = None) -> int
         configs = [configured(observation, model, given) for model in models]
         benches = Benches()
         parts = {c.run_name: _PARTS[observation](c, benches, scores) for c in configs}
-        team().on_first(lambda: _write(observation, configs, models, parts))
+        team().on_main(lambda: _write(observation, configs, models, parts))
         return 0
 
     return guarded(action)

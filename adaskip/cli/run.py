@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from adaskip.errors import AdaskipError
-from adaskip.models.processes import launched_as_first
+from adaskip.models.processes import launched_as_main
 from adaskip.plan import Scope
 from adaskip.policies import POLICIES
 from adaskip.policies.factory import takers
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 def say(text: str) -> None:
     """Prints a result: the command lines' one outlet."""
-    if launched_as_first():
+    if launched_as_main():
         print(text, flush=True)  # noqa: T201 - what the user asked for goes to stdout
 
 
@@ -46,7 +46,7 @@ def guarded(action: Callable[[], int]) -> int:
         # A terminal that lacks a character shows a question mark in its place.
         sys.stdout.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("adaskip").setLevel(logging.INFO if launched_as_first() else logging.ERROR)
+    logging.getLogger("adaskip").setLevel(logging.INFO if launched_as_main() else logging.ERROR)
     try:
         return action()
     except AdaskipError as error:
@@ -142,15 +142,15 @@ def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = No
         given = vars(parser.parse_args(argv))
         refuse_unused(given, [given["policy"]])
         given["tasks"] = tuple(given["tasks"])
-        acceleration, bench = given.pop("acceleration"), None
+        acceleration, loaded = given.pop("acceleration"), None
         config = RunConfig(experiment=experiment, model_name=model_name, **given)
         from adaskip.runs.acceleration import accelerated
         from adaskip.runs.runner import run
 
         if acceleration is not None:
-            config, bench = accelerated(config, acceleration)
+            config, loaded = accelerated(config, acceleration)
         config.check()
-        folder = run(config, bench)
+        folder = run(config, loaded)
         say(f"{folder} is complete; score it: {scoring_command(config)}")
         return 0
 

@@ -36,11 +36,11 @@ class Team:
     world: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes records and talks to the user."""
         return self.rank == 0
 
-    def on_first(self, action: Callable[[], T]) -> T:
+    def on_main(self, action: Callable[[], T]) -> T:
         """Runs an action on the first process; all get its result, or its error.
 
         Raises:
@@ -51,7 +51,7 @@ class Team:
             return action()
         told: list[Any] = [None, None, False]
         error: Exception | None = None
-        if self.is_first:
+        if self.is_main:
             try:
                 told[0] = action()
             except Exception as caught:
@@ -112,15 +112,15 @@ class Team:
         return [parts[i % self.world][i // self.world] for i in range(len(items))]
 
     @contextlib.contextmanager
-    def first_ahead(self, wanted: bool = True) -> Iterator[None]:
+    def main_ahead(self, wanted: bool = True) -> Iterator[None]:
         """A part the first process goes through before the others: what it leaves, they find."""
         wanted = wanted and self.world > 1
-        if wanted and not self.is_first:
+        if wanted and not self.is_main:
             _collectives().barrier()
         try:
             yield
         finally:
-            if wanted and self.is_first:
+            if wanted and self.is_main:
                 _collectives().barrier()
 
 
@@ -158,7 +158,7 @@ def team() -> Team:
     return Team(rank, world)
 
 
-def launched_as_first() -> bool:
+def launched_as_main() -> bool:
     """Whether this process may talk to the user; needs no connection."""
     return os.environ.get("RANK", "0") == "0"
 

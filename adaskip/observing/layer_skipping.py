@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,16 @@ from adaskip.configuration import read_config
 from adaskip.metrics import score
 from adaskip.models.processes import team
 from adaskip.observing.analysis import task_label
-from adaskip.observing.recording import OpenBench, begun, opened
+from adaskip.observing.recording import OpenBench, opened
 from adaskip.observing.similarities import Similarities
 from adaskip.plan import Phase, whole_layers
 from adaskip.policies import FixedSkipping
 from adaskip.reports.observation_figures import Curve, Panel
-from adaskip.runs.bench import Bench
 from adaskip.runs.generation import generate_greedy
-from adaskip.runs.parts import locked
-from adaskip.runs.perplexity import shared_perplexity
-from adaskip.runs.records import write_json
+from adaskip.runs.loaded import LoadedModel as Bench
+from adaskip.runs.perplexity import Loss, shared_perplexity
 from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.store import Store, locked
 from adaskip.session import skipping
 from adaskip.tables import MISSING, markdown_table, number
 from adaskip.tasks.prompts import postprocess
@@ -41,6 +40,18 @@ class Choice:
 
     side: str
     layers: tuple[int, ...]
+
+
+class Measured(Loss):
+    """Perplexity of a task's references, and its score if asked for, under one choice.
+
+    Attributes:
+        rows: of the task.
+        score: x100.
+    """
+
+    rows: int
+    score: float | None = None
 
 
 def layer_similarity(seen: Sequence[Similarities]) -> list[float]:
@@ -79,14 +90,15 @@ def measure(
     path = Path(config.results_dir) / "layers" / f"{config.name}-{task}.json"
     settings = {**config.settings(), "limit": config.limit, "reference_tokens": max_tokens}
     group = team()
+    store = Store(path, Measured, settings, {"model": config.name, "task": task}, key="sums")
     with locked(path.parent):
-        record = group.on_first(lambda: begun(path, config, task, settings))
-        found: list[dict[str, float]] = []
+        kept = {row.id: row.as_dict() for row in group.on_main(store.rows)}
+        found: list[dict[str, Any]] = []
         for choice in tqdm(
-            made, desc=f"{config.name} {task}", unit="set", disable=not group.is_first
+            made, desc=f"{config.name} {task}", unit="set", disable=not group.is_main
         ):
             key = " ".join(map(str, sorted(choice.layers))) or "none"
-            done = record["sums"].setdefault(key, {})
+            done = kept.setdefault(key, {"id": key})
             found.append(done)
             policy = FixedSkipping(whole_layers(choice.layers))
             if "nll" not in done:
@@ -96,12 +108,12 @@ def measure(
                     bench.model, bench.tokenizer, policy, items, max_tokens=max_tokens
                 )
                 done |= {"nll": result.nll, "tokens": result.tokens, "rows": len(rows)}
-                group.on_first(lambda: write_json(path, record))
+                group.on_main(partial(store.append, [Measured.from_dict(done)]))
             if scores and "score" not in done:
                 bench, rows = opened(config, open_bench, lambda bench: bench.rows(config, task))
                 done["score"] = _score(config, bench, rows, policy)
-                group.on_first(lambda: write_json(path, record))
-    return found
+                group.on_main(partial(store.append, [Measured.from_dict(done)]))
+    return [{key: value for key, value in each.items() if key != "id"} for each in found]
 
 
 def _score(config: RunConfig, bench: Bench, rows: Sequence[Row], policy: FixedSkipping) -> float:

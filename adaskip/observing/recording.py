@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from adaskip.configuration import read_config
-from adaskip.errors import DataError, RunError
+from adaskip.errors import DataError
 from adaskip.learning import record_prompts
 from adaskip.models.internlm import check_prompt_length
 from adaskip.models.processes import team
@@ -18,22 +18,29 @@ from adaskip.observing.similarities import SPANS, Similarities
 from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
 from adaskip.recorders import TokenStatistics
-from adaskip.runs.bench import SAMPLE_ROWS, Bench
 from adaskip.runs.generation import StopRule, generate_greedy
-from adaskip.runs.parts import Share, locked, make_rows
-from adaskip.runs.records import (
-    SCHEMA,
-    Record,
-    append_rows,
-    differences,
-    read_json,
-    read_rows,
-    write_json,
-)
+from adaskip.runs.loaded import SAMPLE_ROWS, LoadedModel as Bench
+from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.store import Share, Store, locked
 from adaskip.session import skipping
 from adaskip.tasks.sample import sample_rows
 from adaskip.tasks.spec import Row, task_spec
+
+
+class Observed(Stored):
+    """What was observed of one prompt.
+
+    Attributes:
+        id: the prompt's row.
+        sums: by phase, a count of tokens and per part of a layer `[total, squares]` by layer.
+        similarity: of every sublayer, the mean over the prompt's tokens.
+    """
+
+    id: str
+    sums: dict[str, dict[str, Any]] | None = None
+    similarity: list[float] | None = None
+
 
 OpenBench = Callable[[RunConfig], Bench]
 
@@ -55,7 +62,7 @@ def observe_task(config: RunConfig, task: str, open_bench: OpenBench) -> Similar
     new_tokens = int(read_config("observations.yaml")["new_tokens"])
     stop = StopRule(frozenset(), new_tokens)
 
-    def observe(bench: Bench, row: Row) -> Record:
+    def observe(bench: Bench, row: Row) -> dict[str, Any]:
         ids = bench.prompt(config, row).input_ids
         check_prompt_length(bench.model, len(ids), new_tokens)
         recorders = {phase: TokenStatistics(*SPANS, phase=phase) for phase in Phase}
@@ -87,7 +94,7 @@ def observe_requests(
         AdaskipError: the model or an earlier record does not fit.
     """
 
-    def observe(bench: Bench, row: Row) -> Record:
+    def observe(bench: Bench, row: Row) -> dict[str, Any]:
         ids = torch.tensor([bench.prompt(config, row).input_ids])
         check_prompt_length(bench.model, ids.shape[1])
         means = record_prompts(bench.model, [ids]).per_request()
@@ -110,31 +117,33 @@ def _recorded(
     limit: int | None,
     open_bench: OpenBench,
     rows_of: Callable[[Bench], Sequence[Row]],
-    observe: Callable[[Bench, Row], Record],
-) -> list[Record]:
+    observe: Callable[[Bench, Row], dict[str, Any]],
+) -> list[dict[str, Any]]:
     """What was observed of each row; kept row by row, a later call goes on from there.
 
     Args:
         path: the JSONL file; beside it, `.json` says what it is about.
-        about: configuration, task and settings, as `begun` takes them.
+        about: configuration, task and settings.
         limit: rows asked for; None is all there are.
         open_bench: loads the model; not called if nothing is missing.
         rows_of: the rows, once the model is there.
         observe: what to keep of a row.
     """
-    group, header_path = team(), path.with_suffix(".json")
-    config, task, _ = about
+    config, task, settings = about
+    group = team()
+    store = Store(path, Observed, settings, {"model": config.name, "task": task})
     with locked(path.parent):
-        header = group.on_first(lambda: begun(header_path, *about))
-        made = group.on_first(lambda: read_rows(path))
-        if _finished(header, len(made), limit):
-            return made
-        group.on_first(lambda: write_json(header_path, header))
+        known = group.on_main(lambda: store.record().get("limit", 0))
+        made = group.on_main(store.rows)
+        # The limit is 0 if the rows were never completed.
+        if made and (known is None or (limit is not None and len(made) >= limit)):
+            return [row.as_dict() for row in made]
+        group.on_main(store.note)
         bench, rows = opened(config, open_bench, rows_of)
 
-        def work(share: Share) -> None:
+        def work(share: Share[Observed]) -> None:
             missing = [row for row in rows if row.id not in share.done]
-            mine = missing[share.rank :: share.world]
+            mine = share.of(missing)
             done = len(rows) - len(missing)
             bar = tqdm(
                 mine,
@@ -142,57 +151,24 @@ def _recorded(
                 unit="prompt",
                 initial=done,
                 total=done + len(mine),
-                disable=not group.is_first,
+                disable=not group.is_main,
             )
             for row in bar:
-                if share.target is not None:
-                    append_rows(share.target, [{"id": row.id} | observe(bench, row)])
+                share.append([Observed(id=row.id, **observe(bench, row))])
 
-        made = make_rows(path, [row.id for row in rows], work)
-        group.on_first(lambda: write_json(header_path, header | {"limit": limit}))
-    return made
+        made = store.make([row.id for row in rows], work)
+        group.on_main(lambda: store.note(limit=limit))
+    return [row.as_dict() for row in made]
 
 
 def opened(
     config: RunConfig, open_bench: OpenBench, rows_of: Callable[[Bench], Sequence[Row]]
 ) -> tuple[Bench, Sequence[Row]]:
-    """Model and rows, loaded by the first process before the others: what it leaves, they find."""
+    """Model and rows, loaded by the main process before the others: what it leaves, they find."""
     group = team()
-    with group.together(), group.first_ahead():
+    with group.together(), group.main_ahead():
         bench = open_bench(config)
         return bench, rows_of(bench)
-
-
-def begun(path: Path, config: RunConfig, task: str, settings: dict[str, Any]) -> Record:
-    """The record to go on with: the one at `path`, or an empty one.
-
-    Raises:
-        RunError: it was made with other settings.
-    """
-    # As JSON has them, to be compared with what was read.
-    new = {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
-    if not path.exists():
-        return {
-            "schema": SCHEMA,
-            "model": config.name,
-            "task": task,
-            "settings": new,
-            "sums": {},
-        }
-    record = read_json(path)
-    what = differences(record["settings"], new)
-    if what:
-        raise RunError(
-            f"{path} was made with other settings ({what}); choose another --results_dir, or move "
-            "the file away."
-        )
-    return record
-
-
-def _finished(header: Record, n_rows: int, limit: int | None) -> bool:
-    """Whether a record covers the rows asked for; its own limit is 0 if it was never completed."""
-    known = header.get("limit", 0)
-    return n_rows > 0 and (known is None or (limit is not None and n_rows >= limit))
 
 
 def _warmup_rows(config: RunConfig, task: str, bench: Bench, n: int) -> list[Row]:

@@ -145,7 +145,7 @@ def _lines(cells: Sequence[Cell], runs: Mapping[Path, RunScore]) -> list[Line]:
             line.scores[cell.task] = score
             measured = read_perplexity(config, cell.task)
             if measured is not None:
-                line.perplexity[cell.task] = float(measured["perplexity"])
+                line.perplexity[cell.task] = measured
     return list(found.values())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaskip.reports.palette import policy_colour
-from adaskip.runs.records import write_bytes
+from adaskip.runs.files import write_bytes
 from adaskip.runs.runconfig import DENSE
 from adaskip.tasks.spec import task_spec
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adaskip.reports.paper_tables import Column, Grid
+from adaskip.runs.files import Record
 from adaskip.runs.ledger import RUN_FILE, read_record, run_folder
 from adaskip.runs.plans import SweepPlan
-from adaskip.runs.records import Record
 from adaskip.tables import MISSING
 
 # Of one run, not of the sweep.
@@ -26,7 +26,7 @@ def read_recipe(plan: SweepPlan) -> dict[str, Record]:
     recipe = {}
     for folder in dict.fromkeys(run_folder(cell.config) for cell in plan.cells):
         if (folder / RUN_FILE).is_file():
-            record = read_record(folder)
+            record = read_record(folder).as_dict()
             recipe[folder.name] = {key: value for key, value in record.items() if key != "schema"}
     return recipe
 

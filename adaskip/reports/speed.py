@@ -12,7 +12,7 @@ from adaskip.plan import KINDS, Phase
 from adaskip.policies import POLICIES
 from adaskip.profiling.interleaving import Ratio
 from adaskip.reports.palette import policy_colour
-from adaskip.runs.records import read_json, write_bytes, write_text
+from adaskip.runs.files import read_json, write_bytes, write_text
 from adaskip.tables import MISSING, markdown_table, number
 
 MARKERS = ("o", "s", "^", "D", "v")

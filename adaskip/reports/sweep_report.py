@@ -20,8 +20,8 @@ from adaskip.reports.recipe import (
 )
 from adaskip.reports.tradeoff import draw_tradeoff
 from adaskip.runs.evaluation import notes_on
+from adaskip.runs.files import SCHEMA, Record, write_json, write_text
 from adaskip.runs.plans import SweepPlan
-from adaskip.runs.records import SCHEMA, Record, write_json, write_text
 
 CAPTION = (
     "Scores are LongBench's metric of the task × 100. Δ is the difference to the dense rows of the "

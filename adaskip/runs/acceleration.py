@@ -12,7 +12,7 @@ from adaskip.plan import Phase
 from adaskip.policies.factory import takers, takes
 from adaskip.profiling.calibration import measured_times
 from adaskip.profiling.timing import growing_cache
-from adaskip.runs.bench import Bench
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve
 from adaskip.tasks.spec import task_spec
@@ -20,7 +20,7 @@ from adaskip.tasks.spec import task_spec
 logger = logging.getLogger(__name__)
 
 
-def accelerated(config: RunConfig, acceleration: float) -> tuple[RunConfig, Bench]:
+def accelerated(config: RunConfig, acceleration: float) -> tuple[RunConfig, LoadedModel]:
     """The configuration whose number of sublayers reaches an acceleration, and its loaded model.
 
     Sublayers are taken by similarity until the predicted ratio of dense to skipped time reaches
@@ -45,17 +45,17 @@ def accelerated(config: RunConfig, acceleration: float) -> tuple[RunConfig, Benc
         )
     config = dataclasses.replace(config, skip_sub_layer_num=0)
     resolved = resolve(config)
-    bench = Bench.open(resolved)
+    loaded = LoadedModel.open(resolved)
     offline = all(task_spec(task).offline for task in resolved.tasks)
-    limit = config.max_length or bench.spec.prompt_limit
+    limit = config.max_length or loaded.spec.prompt_limit
     context = min(limit, config.sample_tokens) if offline else limit
     phase = Phase.PREFILL if config.experiment == "prefill" else Phase.DECODE
     times = measured_times(
-        bench.model, phase, context, batch=config.batch_size, make_cache=growing_cache
+        loaded.model, phase, context, batch=config.batch_size, make_cache=growing_cache
     )
-    chosen = sublayers_for(bench.importance(resolved), times, acceleration, "rank")
+    chosen = sublayers_for(loaded.importance(resolved), times, acceleration, "rank")
     logger.warning(
         "An acceleration of %s in %s at %d tokens takes %d sublayers: %.3f predicted",
         *(acceleration, phase, context, len(chosen), times.speedup(chosen)),
     )
-    return dataclasses.replace(config, skip_sub_layer_num=len(chosen)), bench
+    return dataclasses.replace(config, skip_sub_layer_num=len(chosen)), loaded

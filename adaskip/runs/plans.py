@@ -11,8 +11,8 @@ from typing import Any, cast
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.models.loading import model_names
 from adaskip.plan import SCOPES, Scope
-from adaskip.runs.bench import warmup_task
-from adaskip.runs.reference_quality import PerplexityPlan
+from adaskip.runs.loaded import warmup_task
+from adaskip.runs.reference_quality import PerplexitySettings
 from adaskip.runs.runconfig import (
     DENSE,
     RunConfig,
@@ -84,7 +84,7 @@ class SweepPlan:
     models: tuple[str, ...]
     experiments: dict[Scope, tuple[str, ...]]
     cells: tuple[Cell, ...]
-    perplexity: PerplexityPlan | None = None
+    perplexity: PerplexitySettings | None = None
     estimate: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -161,14 +161,14 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _perplexity(path: Path, content: Mapping[str, Any]) -> PerplexityPlan | None:
+def _perplexity(path: Path, content: Mapping[str, Any]) -> PerplexitySettings | None:
     facts = content.get("perplexity")
     if not facts:
         return None
     for key, value in facts.items():
         if key not in ("rows", "max_tokens") or type(value) is not int or value < 1:
             raise AdaskipError(f"{path}: perplexity takes rows and max_tokens, each 1 or more.")
-    return PerplexityPlan(**facts)
+    return PerplexitySettings(**facts)
 
 
 def _estimate(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, RunError, refuse_below_one, unknown_name
 from adaskip.plan import SCOPES, Scope
-from adaskip.policies import POLICIES
+from adaskip.policies import POLICIES, policy_class
 from adaskip.policies.factory import LEARNED, arguments, describe, takers, takes
 
 DENSE = "dense"
@@ -252,7 +252,7 @@ def budget_flag(policy: str) -> str | None:
 
 
 def check_budget(policy: str, full: int | None, sub: int | None) -> None:
-    """Refuses a missing, negative or foreign budget.
+    """Refuses a budget that is missing, another policy's, or none whatever the model.
 
     Raises:
         AdaskipError: the policy is unknown or its budget is not as it must be.
@@ -268,8 +268,7 @@ def check_budget(policy: str, full: int | None, sub: int | None) -> None:
     value = given[own]
     if value is None:
         raise AdaskipError(f"Policy {policy} needs its budget: --{own} N (or --policy {DENSE}).")
-    if value < 0:
-        raise AdaskipError(f"--{own} is {value}; it must be 0 or more.")
+    policy_class(policy).check_budget(value)
 
 
 def refuse_unused(given: Iterable[str], policies: Sequence[str]) -> None:

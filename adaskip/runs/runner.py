@@ -15,14 +15,14 @@ from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.processes import team
 from adaskip.policies import SkipPolicy
 from adaskip.policies.factory import LEARNED, takes
-from adaskip.runs.batches import plan_batches, run_batches, share_out
-from adaskip.runs.bench import Bench, warmup_task
-from adaskip.runs.ledger import begin, is_finished, rows_path, run_folder, session_id, update
-from adaskip.runs.parts import Share, locked, make_rows
-from adaskip.runs.records import Record, lock
-from adaskip.runs.rows import check_row
+from adaskip.runs.batches import plan_batches, run_batches
+from adaskip.runs.files import lock
+from adaskip.runs.ledger import begin, command_id, is_finished, run_folder, task_rows, update
+from adaskip.runs.loaded import LoadedModel, warmup_task
+from adaskip.runs.rows import GeneratedRow
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.scoring import phase_shares
+from adaskip.runs.store import Share, locked
 from adaskip.tasks.spec import Row, task_spec
 
 __all__ = ["RunConfig", "is_finished", "plan_batches", "resolve", "run", "run_folder"]
@@ -53,14 +53,14 @@ def resolve(config: RunConfig) -> RunConfig:
     )
 
 
-def run(config: RunConfig, bench: Bench | None = None) -> Path:
+def run(config: RunConfig, loaded: LoadedModel | None = None) -> Path:
     """Generates what is missing of a run.
 
     Nothing of the run is written before everything that can be wrong has been checked.
 
     Args:
         config: what to run.
-        bench: the loaded model to use; loaded here if None.
+        loaded: the loaded model to use; loaded here if None.
 
     Returns:
         The run's folder, with `<task>.jsonl` and `run.json`.
@@ -70,29 +70,27 @@ def run(config: RunConfig, bench: Bench | None = None) -> Path:
             what ran was not the plan.
     """
     config, group = resolve(config), team()
-    session_id()  # agreed on by all processes before the first of them needs it alone
+    command_id()  # agreed on by all processes before the main one needs it alone
     folder = run_folder(config)
-    if group.on_first(lambda: is_finished(config)):
+    if group.on_main(lambda: is_finished(config)):
         logger.info("%s is finished; nothing to do", folder)
         return folder
-    group.on_first(lambda: refuse_busy(folder))
-    with group.together(), group.first_ahead(not config.tp_plan):
-        # The first process learns importance and fills caches; the others find them. Parts of one
+    group.on_main(lambda: refuse_busy(folder))
+    with group.together(), group.main_ahead(not config.tp_plan):
+        # The main process learns importance and fills caches; the others find them. Parts of one
         # model can't go ahead of each other.
-        bench = _fitting(config, bench)
-        rows = {task: bench.rows(config, task) for task in config.tasks}
-        policies = {task: bench.policy(config, task) for task in config.tasks}
-    profile = bench.importance(config).name if takes(config.policy, LEARNED) else None
-    n_layers, n_rows = bench.n_layers, {task: len(rows[task]) for task in config.tasks}
+        loaded = _fitting(config, loaded)
+        rows = {task: loaded.rows(config, task) for task in config.tasks}
+        policies = {task: loaded.policy(config, task) for task in config.tasks}
+    profile = loaded.importance(config).name if takes(config.policy, LEARNED) else None
+    n_layers, n_rows = loaded.n_layers, {task: len(rows[task]) for task in config.tasks}
     with locked(folder):
-        record = group.on_first(
-            lambda: begin(config, n_layers=n_layers, profile=profile, n_rows=n_rows)
-        )
+        group.on_main(lambda: begin(config, n_layers=n_layers, profile=profile, n_rows=n_rows))
         torch.manual_seed(config.seed)
         for task in config.tasks:
-            made = _run_task(config, task, bench, policies[task], rows[task])
-            facts = {"skipped_share": phase_shares(made, n_layers)}
-            group.on_first(partial(update, config, record, task, facts))
+            made = _run_task(config, task, loaded, policies[task], rows[task])
+            shares = phase_shares((row.skipped for row in made), n_layers)
+            group.on_main(partial(update, folder, task, {"skipped_share": shares}))
     return folder
 
 
@@ -107,27 +105,24 @@ def refuse_busy(folder: Path) -> None:
             pass
 
 
-def _fitting(config: RunConfig, bench: Bench | None) -> Bench:
+def _fitting(config: RunConfig, loaded: LoadedModel | None) -> LoadedModel:
     """The loaded model, checked against the configuration."""
-    if bench is None:
-        bench = Bench.open(config)
-    elif not bench.fits(config):
-        raise RunError(f"The loaded model {bench.source} is not the one of {config.run_name}.")
-    bench.check_budget(config)
-    return bench
+    if loaded is None:
+        return LoadedModel.open(config)
+    if not loaded.fits(config):
+        raise RunError(f"The loaded model {loaded.source} is not the one of {config.run_name}.")
+    return loaded
 
 
 def _run_task(
-    config: RunConfig, task: str, bench: Bench, policy: SkipPolicy | None, rows: list[Row]
-) -> list[Record]:
-    """Generates the missing rows of one task, each process its part, and returns all rows."""
+    config: RunConfig, task: str, loaded: LoadedModel, policy: SkipPolicy | None, rows: list[Row]
+) -> list[GeneratedRow]:
+    """Generates the missing rows of one task, each process its share, and returns all rows."""
     batches = plan_batches(rows, config.batch_size)
 
-    def generate(share: Share) -> None:
-        own = share_out(batches, share.done, rank=share.rank, world=share.world)
-        run_batches(config, task, bench, policy, own, share.done, share.target)
+    def generate(share: Share[GeneratedRow]) -> None:
+        run_batches(config, loaded, policy, batches, share)
 
     order = [row.id for batch in batches for row in batch]
     # Processes that hold parts of one model go through all rows together.
-    same = bool(config.tp_plan)
-    return make_rows(rows_path(config, task), order, generate, same=same, check=check_row)
+    return task_rows(run_folder(config), task).make(order, generate, same=bool(config.tp_plan))

@@ -24,7 +24,7 @@ from adaskip.profiling.calibration import hardware, random_prompt
 from adaskip.profiling.clock import ClockedRequests
 from adaskip.profiling.interleaving import by_turns
 from adaskip.profiling.timing import RequestTimes
-from adaskip.runs.records import SCHEMA, environment, read_json, write_json, writing
+from adaskip.runs.files import SCHEMA, environment, read_json, write_json, writing
 from adaskip.speedtest.cases import BASELINES, DENSE, Case, CaseRun, make_cases, run_case
 from adaskip.speedtest.config import DEFAULT_WEIGHTS, SpeedConfig
 from adaskip.speedtest.roofline import Rates, measured_rates

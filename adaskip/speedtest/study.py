@@ -14,7 +14,7 @@ from adaskip.cli.run import Parser, guarded, say
 from adaskip.errors import refuse_below_one
 from adaskip.models.loading import model_names
 from adaskip.profiling.calibration import hardware
-from adaskip.runs.records import SCHEMA, environment, write_json, write_text
+from adaskip.runs.files import SCHEMA, environment, write_json, write_text
 from adaskip.speedtest.opening import open_model
 
 Content = dict[str, Any]
