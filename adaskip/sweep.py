@@ -6,13 +6,11 @@ reported, the rest goes on, and the exit code is 1.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -21,17 +19,18 @@ from adaskip.waiting import wait_passively
 if __name__ == "__main__":
     wait_passively()  # before the imports below load torch
 
-from adaskip.cli.run import FAILED, Parser, guarded, say
+from adaskip.cli.command import FAILED, Parser, guarded, say
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
 from adaskip.reports.sweep_report import write_report
 from adaskip.runs.ledger import is_finished, run_folder, task_rows
-from adaskip.runs.loaded import LoadedModel
-from adaskip.runs.plans import Cell, SweepPlan, read_plan, select
+from adaskip.runs.loaded import SAMPLE_ROWS, LoadedModel
 from adaskip.runs.reference_quality import PerplexitySettings, is_measured, measure_perplexity
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve, run
+from adaskip.runs.sweepfile import Cell, Sweep, read_sweep, select
 from adaskip.tables import markdown_table
+from adaskip.tasks.spec import task_spec
 
 logger = logging.getLogger(__name__)
 
@@ -102,27 +101,33 @@ def listed(cells: Sequence[Cell]) -> str:
     Raises:
         RunError: a file of an earlier call is damaged, or made with other settings.
     """
-    lines = []
+    lines, total = [], []
     for cell in cells:
         config = resolve(cell.config)
         done = len(task_rows(run_folder(config), cell.task).rows())
-        left = "0" if is_finished(config) else f"all but {done}"
-        if config.limit is not None and left != "0":
-            left = str(max(config.limit - done, 0))
-        lines.append((cell.label, str(done), left))
-    return markdown_table(("cell", "rows done", "rows left"), lines)
+        wanted = config.limit or (SAMPLE_ROWS if task_spec(cell.task).offline else None)
+        left = 0 if is_finished(config) else wanted and max(wanted - done, 0)
+        total.append(left)
+        lines.append((cell.label, str(done), _or_unknown(left)))
+    known = None if None in total else sum(filter(None, total))
+    table = markdown_table(("cell", "rows done", "rows left"), lines)
+    return f"{table}\n\n{len(cells)} cells, {_or_unknown(known)} rows left (?: all of the data)."
 
 
-def sweep(plan: SweepPlan, only: Sequence[str] = ()) -> int:
+def _or_unknown(count: int | None) -> str:
+    return "?" if count is None else str(count)
+
+
+def sweep(asked: Sweep, only: Sequence[str] = ()) -> int:
     """Runs a sweep and reports on all of it, also on cells of earlier calls.
 
     Returns:
         The exit code: 0, or 1 if a cell failed.
     """
     start = time.monotonic()
-    failures = run_cells(select(plan.cells, only), plan.perplexity)
-    say(team().on_main(lambda: write_report(plan, failures)))
-    written = f"{plan.folder}/report.html, .md, .json and .png"
+    failures = run_cells(select(asked.cells, only), asked.perplexity)
+    say(team().on_main(lambda: write_report(asked, failures)))
+    written = f"{asked.folder}/report.html, .md, .json and .png"
     say(f"Took {time.monotonic() - start:.0f} s. Written: {written}.")
     return FAILED if failures else 0
 
@@ -148,32 +153,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         parser.add_argument("--dry_run", action="store_true", help="list the cells, run nothing")
         given = parser.parse_args(argv)
-        plan = read_plan(Path(given.file))
-        if given.results_dir:
-            plan = moved(plan, Path(given.results_dir))
-        if given.allow_pickle:
-            plan = changed(plan, allow_pickle=True)
+        folder = Path(given.results_dir) if given.results_dir else None
+        settings = {"allow_pickle": True} if given.allow_pickle else {}
+        asked = read_sweep(Path(given.file), folder, **settings)
         if given.dry_run:
-            say(listed(select(plan.cells, given.only)))
+            say(listed(select(asked.cells, given.only)))
             return 0
-        return sweep(plan, given.only)
+        return sweep(asked, given.only)
 
     return guarded(action)
-
-
-def moved(plan: SweepPlan, folder: Path) -> SweepPlan:
-    """The same sweep, kept in another folder."""
-    plan = dataclasses.replace(plan, folder=folder)
-    return changed(plan, results_dir=str(folder / "runs"))
-
-
-def changed(plan: SweepPlan, **settings: Any) -> SweepPlan:
-    """The same sweep with other settings of every cell."""
-    cells = tuple(
-        dataclasses.replace(cell, config=dataclasses.replace(cell.config, **settings))
-        for cell in plan.cells
-    )
-    return dataclasses.replace(plan, cells=cells)
 
 
 if __name__ == "__main__":

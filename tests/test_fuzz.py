@@ -15,13 +15,13 @@ from run_fixtures import Named, Workplace, raw_row, save_checkpoint, save_data, 
 
 from adaskip.errors import AdaskipError
 from adaskip.importance import Importance
-from adaskip.plan import Sublayer, all_sublayers
+from adaskip.plan import SCOPES, Sublayer, all_sublayers
 from adaskip.runs.ledger import read_record
-from adaskip.runs.plans import read_plan
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import run
 from adaskip.runs.scoring import score_run
 from adaskip.runs.store import Store
+from adaskip.runs.sweepfile import read_sweep
 from adaskip.tasks.longbench import load_rows
 
 T = TypeVar("T")
@@ -108,8 +108,9 @@ def has_types(content: dict[str, Any], kinds: dict[str, Any]) -> bool:
 def is_config(content: dict[str, Any]) -> bool:
     """Whether parsed JSON holds the fields of a `RunConfig`, judged without its own check."""
     kinds = get_type_hints(RunConfig) | {"experiment": str, "tasks": list}
-    texts = content.get("tasks", [])
-    return has_types(content, kinds) and all(isinstance(text, str) for text in texts)
+    if not has_types(content, kinds) or content.get("experiment", "e2e") not in SCOPES:
+        return False
+    return all(isinstance(text, str) for text in content.get("tasks", []))
 
 
 @quick
@@ -251,12 +252,12 @@ def cells_in(content: dict[str, Any]) -> int:
 @given(data=st.data())
 def test_sweep_files(place: Workplace, tmp_path: Path, data: st.DataObject) -> None:
     whole = save_plan(place).read_bytes()
-    assert len(read_plan(save_plan(place)).cells) == cells_in(yaml.safe_load(whole)) == 11
+    assert len(read_sweep(save_plan(place)).cells) == cells_in(yaml.safe_load(whole)) == 11
     path = tmp_path / "sweep.yaml"
     text = yaml.safe_dump(data.draw(changed(yaml.safe_load(whole)))).encode()
     for file in (text, data.draw(damaged(whole))):
         path.write_bytes(file)
-        plan = read_or_refused(lambda: read_plan(path))
+        plan = read_or_refused(lambda: read_sweep(path))
         if plan is None:
             continue
         content = yaml.safe_load(file)

@@ -124,8 +124,8 @@ def test_scopes_skip_where_they_say(
     }
     for scope, result in found.items():
         skipped = result.rows[0].skipped
-        assert skipped["prefill"]["attn"] == (0 if scope == "decode" else 2)
-        assert skipped["decode"]["attn"] == 2 * 2
+        assert skipped.prefill.attn == (0 if scope == "decode" else 2)
+        assert skipped.decode.attn == 2 * 2
     # What prefill skipped stays skipped, so these are the same computation.
     assert found["prefill"].nll == found["e2e"].nll
     # The first token of a reference is predicted by the prefill.
@@ -155,9 +155,9 @@ def test_skip_decode_sees_every_step(
     found = reference_perplexity(model, tokenizer, policy, items, scope="decode")
     # Seven tokens with the space, six steps: min(3, ceil(t / 4 * 2) + 1) for t = 0 .. 5.
     assert found.rows[0].tokens == 7
-    assert found.rows[0].skipped["decode"]["forwards"] == 6
-    assert found.rows[0].skipped["decode"]["attn"] == 1 + 2 + 2 + 3 + 3 + 3
-    assert found.rows[0].skipped["prefill"]["attn"] == 0
+    assert found.rows[0].skipped.decode.forwards == 6
+    assert found.rows[0].skipped.decode.attn == 1 + 2 + 2 + 3 + 3 + 3
+    assert found.rows[0].skipped.prefill.attn == 0
 
 
 def test_the_online_extension_comes_after_its_window(
@@ -170,9 +170,9 @@ def test_the_online_extension_comes_after_its_window(
     found = reference_perplexity(model, tokenizer, AdaSkip(importance, 2, window=2), items)
     assert len(found.rows) == 2
     for row in found.rows:
-        assert row.skipped["prefill"]["ffn"] == 1
-        assert row.skipped["decode"]["forwards"] == 6
-        assert row.skipped["decode"]["ffn"] == 6 * 1 + 4 * (N_LAYERS - 1)
+        assert row.skipped.prefill.ffn == 1
+        assert row.skipped.decode.forwards == 6
+        assert row.skipped.decode.ffn == 6 * 1 + 4 * (N_LAYERS - 1)
     assert found.rows[0].nll == found.rows[1].nll
 
 

@@ -75,7 +75,7 @@ def test_two_processes_leave_the_files_of_one(place: Workplace, launcher: list[s
     done = launch(launcher, ["e2e/run_llama.py", *options])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("is complete") == 1
-    assert run_main("e2e", "llama", [*options, "--model", "single"]) == 0
+    assert run_main("e2e", "llama", [*options, "--name", "single"]) == 0
     two, one = place.results / "llama-ADA-E2E-SKIP-2", place.results / "single-SKIP-2"
     for task in ("multifieldqa_en", "gov_report"):
         rows = rows_of(two, task)
@@ -136,7 +136,7 @@ def test_a_second_launch_on_the_same_name_is_refused(place: Workplace) -> None:
         done = launch(TORCHRUN, ["prefill/run_llama.py", *options, "--tasks", "trec"])
     assert done.returncode != 0
     assert "error: Another process is working on" in done.stderr
-    assert "error: The first process failed: Another process" in done.stderr
+    assert "error: The main process failed: Another process" in done.stderr
     assert not list(folder.glob("*.jsonl*"))
 
 
@@ -147,7 +147,7 @@ def test_a_split_model_answers_as_a_whole_one(place: Workplace, split: tuple[str
     launcher = TORCHRUN if "--tp_plan" in split else []
     done = launch(launcher, ["e2e/run_llama.py", *options, *split])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert run_main("e2e", "llama", [*options, "--model", "whole"]) == 0
+    assert run_main("e2e", "llama", [*options, "--name", "whole"]) == 0
     rows = lasting(rows_of(place.results / "llama-ADA-E2E-SKIP-3", "gov_report"))
     assert rows == lasting(rows_of(place.results / "whole-SKIP-3", "gov_report"))
 
@@ -177,10 +177,10 @@ def test_shards_of_earlier_versions_are_merged_too(tmp_path: Path) -> None:
 def test_a_launcher_with_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    for world, message in (("two", "must be numbers"), ("2", "cannot be connected")):
+    for world in ("two", "2"):
         monkeypatch.setenv("WORLD_SIZE", world)
         team.cache_clear()
-        with pytest.raises(RunError, match=message):
+        with pytest.raises(RunError, match="cannot be connected"):
             team()
     monkeypatch.undo()
     team.cache_clear()

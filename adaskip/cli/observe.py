@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from adaskip.cli.run import Parser, add_run_options, guarded, say
+from adaskip.cli.command import Parser, guarded, say
+from adaskip.cli.run import add_run_options
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from adaskip.cli.command import Parser, guarded, say
 from adaskip.cli.observe import DATA_OPTIONS, FACTS, add_options, configured
-from adaskip.cli.run import Parser, guarded, say
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
@@ -21,6 +21,7 @@ from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import Loss, Perplexity, shared_perplexity
 from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import (
+    BUDGETS,
     DENSE,
     POLICY_OPTIONS,
     WARMING_UP,
@@ -51,7 +52,7 @@ def perplexity_main(argv: Sequence[str] | None = None) -> int:
         max_tokens = given.pop("reference_tokens")
         policies = given.pop("policy")
         refuse_unused(given, policies or [DENSE])
-        budgets = {flag: given.pop(flag) or [] for flag in _BUDGETS}
+        budgets = {flag: given.pop(flag) or [] for flag in BUDGETS.values()}
         given["limit"] = given["limit"] or ROWS
         base = dataclasses.replace(configured("perplexity", model, given), experiment=scope)
         cells = cells_of(base, policies, budgets)
@@ -60,9 +61,6 @@ def perplexity_main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return guarded(action)
-
-
-_BUDGETS = ("skip_full_layer_num", "skip_sub_layer_num")
 
 
 def _parser() -> Parser:
@@ -78,9 +76,9 @@ def _parser() -> Parser:
         metavar="NAME",
         help=f"besides dense: {', '.join(POLICIES)}",
     )
-    for flag in _BUDGETS:
-        users = ", ".join(name for name in POLICIES if budget_flag(name) == flag)
-        text = f"budgets in {POLICIES[users.split(', ')[0]].budget}, of {users}"
+    for unit, flag in BUDGETS.items():
+        users = [name for name, policy in POLICIES.items() if policy.budget == unit]
+        text = f"budgets in {unit}, of {', '.join(users)}"
         parser.add_argument(f"--{flag}", nargs="+", type=int, metavar="N", help=text)
     parser.add_argument(
         "--scope", default="e2e", choices=SCOPES, help="where plans apply (default: e2e)"

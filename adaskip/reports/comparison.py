@@ -10,10 +10,10 @@ from pathlib import Path
 from adaskip.plan import Phase, Scope
 from adaskip.profiling.intervals import paired_interval
 from adaskip.runs.ledger import RUN_FILE, run_folder
-from adaskip.runs.plans import Cell, SweepPlan
 from adaskip.runs.reference_quality import read_perplexity
 from adaskip.runs.runconfig import DENSE
 from adaskip.runs.scoring import RunScore, TaskScore, score_run
+from adaskip.runs.sweepfile import Cell, Sweep as SweepPlan
 
 
 @dataclass(frozen=True)

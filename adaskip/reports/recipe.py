@@ -8,7 +8,7 @@ from typing import Any
 from adaskip.reports.paper_tables import Column, Grid
 from adaskip.runs.files import Record
 from adaskip.runs.ledger import RUN_FILE, read_record, run_folder
-from adaskip.runs.plans import SweepPlan
+from adaskip.runs.sweepfile import Sweep as SweepPlan
 from adaskip.tables import MISSING
 
 # Of one run, not of the sweep.

@@ -21,7 +21,7 @@ from adaskip.reports.recipe import (
 from adaskip.reports.tradeoff import draw_tradeoff
 from adaskip.runs.evaluation import notes_on
 from adaskip.runs.files import SCHEMA, Record, write_json, write_text
-from adaskip.runs.plans import SweepPlan
+from adaskip.runs.sweepfile import Sweep as SweepPlan
 
 CAPTION = (
     "Scores are LongBench's metric of the task × 100. Δ is the difference to the dense rows of the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,8 +16,10 @@ def first_problem(error: ValidationError) -> str:
     where = ".".join(map(str, found["loc"]))
     if found["type"] == "missing":
         return f"{where!r} is missing"
+    if found["type"] == "extra_forbidden":
+        return f"{where!r} is {found['input']!r}: it is unknown"
     what = found["msg"].removeprefix("Value error, ")
-    what = what[:1].lower() + what[1:]
+    what = re.sub(r"^\w+ should", "it must", what)
     return f"{where!r} is {found['input']!r}: {what}" if where else what
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from adaskip.cli.run import Parser, guarded, say
+from adaskip.cli.command import Parser, guarded, say
 from adaskip.errors import AdaskipError, refuse_below_one
 from adaskip.policies import POLICIES, policy_class
 from adaskip.profiling.interleaving import MIN_ROUNDS

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from adaskip.cli.run import Parser, guarded, say
+from adaskip.cli.command import Parser, guarded, say
 from adaskip.errors import refuse_below_one
 from adaskip.models.loading import model_names, random_model
 from adaskip.plan import KINDS, SkipPlan, Sublayer

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from adaskip.cli.run import Parser, guarded, say
+from adaskip.cli.command import Parser, guarded, say
 from adaskip.errors import refuse_below_one
 from adaskip.models.loading import model_names
 from adaskip.profiling.calibration import hardware
