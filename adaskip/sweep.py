@@ -39,7 +39,7 @@ class ModelSlot:
     """The one loaded model of a sweep; another one takes its place when a cell needs it."""
 
     def __init__(self) -> None:
-        self._bench: LoadedModel | None = None
+        self._loaded: LoadedModel | None = None
         self._failed: dict[tuple[str, str | None], Exception] = {}
 
     def get(self, config: RunConfig) -> LoadedModel:
@@ -51,14 +51,14 @@ class ModelSlot:
         key = (config.model_name, config.model_path)
         if key in self._failed:
             raise self._failed[key]
-        if self._bench is None or not self._bench.fits(config):
-            self._bench = None
+        if self._loaded is None or not self._loaded.fits(config):
+            self._loaded = None
             try:
-                self._bench = LoadedModel.open(config)
+                self._loaded = LoadedModel.open(config)
             except Exception as error:
                 self._failed[key] = error
                 raise
-        return self._bench
+        return self._loaded
 
 
 def run_cells(cells: Sequence[Cell], perplexity: PerplexitySettings | None) -> dict[str, str]:

@@ -143,10 +143,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "extension of EE": (["--no-online"], "'online' does not apply to EE; policies that"),
     "profile of EE": (["--importance", "no.json"], "'importance' does not apply to EE;"),
     "gain of dense": (["--policy", "dense", "--gain", "norm"], "'gain' does not apply to dense"),
-    "acceleration": (["--acceleration", "0.5"], "--acceleration: 0.5 is no acceleration; give"),
-    "acceleration nan": (["--acceleration", "nan"], "nan is no acceleration"),
-    "acceleration infinite": (["--acceleration", "inf"], "inf is no acceleration"),
-    "acceleration no number": (["--acceleration", "fast"], "fast is no acceleration"),
+    "acceleration": (["--acceleration", "0.5"], "An acceleration of 0.5 is none; give a ratio"),
+    "acceleration nan": (["--acceleration", "nan"], "An acceleration of nan is none"),
+    "acceleration infinite": (["--acceleration", "inf"], "An acceleration of inf is none"),
+    "acceleration no number": (["--acceleration", "fast"], "invalid float value: 'fast'"),
     "limit": (["--limit", "0"], "--limit is 0; it must be at least 1"),
     "name": (["--name", "../up"], "'../up' cannot name a file"),
     "option": (["--skip_layers", "1"], "unrecognized arguments: --skip_layers 1"),
@@ -321,7 +321,7 @@ def test_an_acceleration_becomes_a_number_of_sublayers(
         seconds = dict.fromkeys(all_sublayers(n_layers), 10 / (2 * n_layers))
         return SublayerTimes(10.0, seconds, phase, context)
 
-    monkeypatch.setattr("adaskip.runs.acceleration.measured_times", times)
+    monkeypatch.setattr("adaskip.runs.runner.measured_times", times)
     save_data(place.data, 2)
     options = [*place.options, "--tasks", "trec", "--max_length", "64"]
     ada = ["--policy", "ADA"]

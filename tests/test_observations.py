@@ -272,7 +272,7 @@ def test_scripts_write_json_text_and_figure(
     name: str, loaded: TinyLoaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "adaskip.cli.observe.ModelSlot", lambda: SimpleNamespace(get=lambda config: loaded)
+        "adaskip.cli.observe.Benches", lambda: SimpleNamespace(get=lambda config: loaded)
     )
     monkeypatch.setattr(SAMPLE, lambda task, tokenizer, n, **_: tiny_rows(task, n))
     monkeypatch.setattr("adaskip.observing.stability.RESAMPLES", 20)
@@ -301,7 +301,7 @@ def test_scripts_write_json_text_and_figure(
         assert len(part["tasks"]) == len(tasks) - 1
         assert all("score" in each for task in part["tasks"].values() for each in task)
     # Again: everything is there.
-    monkeypatch.setattr("adaskip.cli.observe.ModelSlot", lambda: SimpleNamespace(get=never))
+    monkeypatch.setattr("adaskip.cli.observe.Benches", lambda: SimpleNamespace(get=never))
     assert observation_main(name, [*arguments, *scores]) == 0
 
 

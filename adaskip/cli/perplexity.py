@@ -18,7 +18,8 @@ from adaskip.policies import POLICIES
 from adaskip.policies.factory import LEARNED, takes
 from adaskip.runs.files import environment
 from adaskip.runs.loaded import LoadedModel
-from adaskip.runs.perplexity import Loss, Perplexity, shared_perplexity
+from adaskip.runs.perplexity import Loss, Perplexity
+from adaskip.runs.reference_quality import losses
 from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import (
     BUDGETS,
@@ -215,22 +216,14 @@ def _measured(cell: RunConfig, loaded: LoadedModel, max_tokens: int) -> PolicyLo
     whole = Perplexity(())
     tasks = {}
     for task in cell.tasks:
-        rows = loaded.rows(cell, task)
-        found = shared_perplexity(
-            loaded.model,
-            loaded.tokenizer,
-            loaded.policy(cell, task),
-            [(loaded.prompt(cell, row), row.answers[0]) for row in rows],
-            scope=cell.experiment,
-            max_tokens=max_tokens,
-            progress=team().is_main,
-        )
+        by_row = losses(cell, task, loaded, max_tokens)
+        found = Perplexity(tuple(by_row.values()))
         whole += found
         tasks[task] = TaskLoss(
             nll=found.nll,
             tokens=found.tokens,
             perplexity=found.perplexity,
-            rows={r.id: [f.nll, f.tokens] for r, f in zip(rows, found.rows, strict=True)},
+            rows={name: [loss.nll, loss.tokens] for name, loss in by_row.items()},
         )
     return PolicyLoss(
         id=key_of(cell),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import shlex
 import types
 import typing
@@ -57,23 +56,6 @@ def _names() -> dict[str, str]:
     return {key: ", ".join(names) for key, names in listed.items()}
 
 
-def ratio(text: str) -> float:
-    """An acceleration given on a command line.
-
-    Raises:
-        argparse.ArgumentTypeError: it is no finite number from 1 up.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 1 <= value < math.inf:
-        raise argparse.ArgumentTypeError(
-            f"{text} is no acceleration; give dense time / skipped time, 1 or more, such as 1.2"
-        )
-    return value
-
-
 def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = None) -> int:
     """What `prefill/run_llama.py` and its like call.
 
@@ -96,7 +78,7 @@ def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = No
         users = takers("acceleration")
         parser.add_argument(
             "--acceleration",
-            type=ratio,
+            type=float,
             metavar="RATIO",
             help=f"budget as the ratio of dense to skipped time, of {', '.join(users)}",
         )
@@ -105,8 +87,7 @@ def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = No
         acceleration, loaded = given.pop("acceleration"), None
         named = {"experiment": experiment, "model_name": model_name}
         config = RunConfig.from_dict(named | given)
-        from adaskip.runs.acceleration import accelerated
-        from adaskip.runs.runner import run
+        from adaskip.runs.runner import accelerated, run
 
         if acceleration is not None:
             config, loaded = accelerated(config, acceleration)

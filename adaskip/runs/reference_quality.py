@@ -11,7 +11,7 @@ from adaskip.models.processes import team
 from adaskip.runs.files import read_json
 from adaskip.runs.ledger import run_folder
 from adaskip.runs.loaded import LoadedModel
-from adaskip.runs.perplexity import Loss, perplexity_of, shared_perplexity
+from adaskip.runs.perplexity import Loss, RowLoss, perplexity_of, shared_perplexity
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.store import Store
 
@@ -56,34 +56,49 @@ def is_measured(config: RunConfig, task: str, settings: PerplexitySettings) -> b
     return bool(made == settings.model_dump())
 
 
-def measure_perplexity(
-    config: RunConfig, task: str, loaded: LoadedModel, settings: PerplexitySettings
-) -> None:
-    """Measures and writes it for one task of a resolved configuration; all processes together.
+def losses(
+    config: RunConfig, task: str, loaded: LoadedModel, max_tokens: int, n_rows: int | None = None
+) -> dict[str, RowLoss]:
+    """The loss of each row's first reference under a configuration; all processes together.
+
+    Args:
+        config: what is skipped where.
+        task: whose rows.
+        loaded: the model.
+        max_tokens: of a reference, from the first.
+        n_rows: of the task, from the first; None is all.
 
     Raises:
         AdaskipError: as the run itself; or a reference is empty.
     """
-    rows = loaded.rows(config, task)[: settings.rows]
-    group = team()
+    rows = loaded.rows(config, task)[:n_rows]
     measured = shared_perplexity(
         loaded.model,
         loaded.tokenizer,
         loaded.policy(config, task),
         [(loaded.prompt(config, row), row.answers[0]) for row in rows],
         scope=config.experiment,
-        max_tokens=settings.max_tokens,
-        progress=group.is_main,
+        max_tokens=max_tokens,
+        progress=team().is_main,
         same=bool(config.tp_plan),
     )
-    losses = [
-        Loss(id=row.id, nll=loss.nll, tokens=loss.tokens)
-        for row, loss in zip(rows, measured.rows, strict=True)
-    ]
+    return {row.id: loss for row, loss in zip(rows, measured.rows, strict=True)}
+
+
+def measure_perplexity(
+    config: RunConfig, task: str, loaded: LoadedModel, settings: PerplexitySettings
+) -> None:
+    """Measures and writes it for one task; all processes together.
+
+    Raises:
+        AdaskipError: as `losses`.
+    """
+    found = losses(config, task, loaded, settings.max_tokens, settings.rows)
+    rows = [Loss(id=name, nll=loss.nll, tokens=loss.tokens) for name, loss in found.items()]
     store = _store(config, task, settings)
     # What was measured otherwise makes room.
-    group.on_main(partial(store.path.unlink, missing_ok=True))
-    group.on_main(lambda: store.append(losses))
+    team().on_main(partial(store.path.unlink, missing_ok=True))
+    team().on_main(lambda: store.append(rows))
 
 
 def _store(config: RunConfig, task: str, settings: PerplexitySettings | None = None) -> Store[Loss]:

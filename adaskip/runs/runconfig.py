@@ -43,11 +43,6 @@ def option(default: Any, text: str) -> Any:
     return field(**made, metadata={"help": text})
 
 
-def default_policy() -> str:
-    """What a run skips by unless it is told."""
-    return str(read_config("budgets.yaml")["default_policy"])
-
-
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
 class RunConfig:
     """Everything that decides what a run computes and where it is kept.
@@ -61,7 +56,10 @@ class RunConfig:
 
     experiment: Scope
     model_name: str
-    policy: str = option(default_policy, "what is skipped, one of: {policies}; dense skips nothing")
+    policy: str = option(
+        lambda: str(read_config("budgets.yaml")["default_policy"]),
+        "what is skipped, one of: {policies}; dense skips nothing",
+    )
     skip_full_layer_num: int | None = option(None, "budget in whole layers, of {by_layers}")
     skip_sub_layer_num: int | None = option(None, "budget in sublayers, of {by_sublayers}")
     name: str = option(
