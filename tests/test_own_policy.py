@@ -16,8 +16,8 @@ from tiny_loaded import TinyLoaded, tiny_rows
 from typing_extensions import override
 
 from adaskip import sweep
-from adaskip.cli.perplexity import cells_of, key_of, measure
-from adaskip.cli.run import run_main
+from adaskip.cli.perplexity import cells_of, key_of, measure, perplexity_main
+from adaskip.cli.run import eval_main, run_main
 from adaskip.errors import AdaskipError, ProfileError, RunError
 from adaskip.importance import Importance
 from adaskip.learning import learn_importance
@@ -192,6 +192,27 @@ def test_a_sweep_runs_it(place: Workplace, capsys: pytest.CaptureFixture[str]) -
     # A setting that nothing in the sweep takes is refused before anything runs.
     assert sweep.main([str(save_plan(place, **only, settings={"online": False}))]) == 2
     assert "'online' does not apply to OWN; policies that take it: ADA" in capsys.readouterr().err
+
+
+def test_command_lines_run_resume_and_measure_it(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--policy", NAME, "--skip_sub_layer_num", "2", *place.options]
+    options += ["--tasks", "multifieldqa_en"]
+    assert run_main("e2e", "llama", [*options, "--limit", "1"]) == 0
+    folder = place.results / f"llama-{NAME}-E2E-SKIP-2"
+    first = rows_of(folder)
+    assert run_main("e2e", "llama", [*options, "--limit", "2"]) == 0
+    assert rows_of(folder)[:1] == first
+    assert len(rows_of(folder)) == 2
+    assert eval_main(["--name", f"llama-{NAME}-E2E", "--results_dir", str(place.results)]) == 0
+    more = [x for x in options if x not in ("--max_new_tokens", "6")]
+    assert perplexity_main(["--model", "llama", *more, "--limit", "1"]) == 0
+    assert f"{NAME} 2 (gain token, 2 rows of qasper)" in capsys.readouterr().out
+    # A budget larger than the model is refused, though the policy's file says nothing of it.
+    large = [x if x != "2" else "9" for x in options[:4]]
+    assert run_main("e2e", "llama", [*large, *options[4:], "--name", "large"]) == 2
+    assert "Own cannot skip 9 sublayers" in capsys.readouterr().err
 
 
 def test_a_speed_test_runs_it() -> None:

@@ -23,7 +23,7 @@ from adaskip.plan import SkipPlan, Step
 from adaskip.policies import POLICIES, SkipPolicy
 from adaskip.runs import batches
 from adaskip.runs.audit import Audit
-from adaskip.runs.batches import pending_batches, plan_batches
+from adaskip.runs.batches import make_batches, pending_batches
 from adaskip.runs.generation import generate_greedy
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runner import resolve, run, run_folder
@@ -262,13 +262,13 @@ def test_a_batch_answers_as_its_rows_alone(place: Workplace) -> None:
 
 def test_batches_are_the_same_every_time_and_shards_leave_no_row_out() -> None:
     rows = [Row(str(n), "trec", "", "x" * (n % 4), ("a",), 1, "en") for n in range(11)]
-    assert plan_batches(rows, 1) == [[row] for row in rows]
-    sizes = [len(batch) for batch in plan_batches(rows, 4)]
+    assert make_batches(rows, 1) == [[row] for row in rows]
+    sizes = [len(batch) for batch in make_batches(rows, 4)]
     assert sizes == [4, 4, 3]
-    lengths = [len(row.context) for batch in plan_batches(rows, 4) for row in batch]
+    lengths = [len(row.context) for batch in make_batches(rows, 4) for row in batch]
     assert lengths == sorted(lengths)
     shares = [
-        pending_batches(plan_batches(rows, 2), Share(frozenset({"0", "4"}), None, rank, 3))
+        pending_batches(make_batches(rows, 2), Share(frozenset({"0", "4"}), None, rank, 3))
         for rank in range(3)
     ]
     # Rows 0 and 4 made a batch, which is done.

@@ -1,4 +1,4 @@
-"""Batches of rows: planned, shared out over processes, generated, audited and kept at once."""
+"""Batches of rows: made, shared out over processes, generated, audited and kept at once."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from adaskip.tasks.prompts import Prompt, postprocess
 from adaskip.tasks.spec import Row, task_spec
 
 
-def plan_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
+def make_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
     """The rows in the order they are generated and written, batch by batch."""
-    planned = list(rows)
+    ordered = list(rows)
     if size > 1:
         # Neighbours in length need little padding; the id makes the order the same every time.
-        planned.sort(key=lambda row: (len(row.context) + len(row.input), row.id))
-    return [planned[start : start + size] for start in range(0, len(planned), size)]
+        ordered.sort(key=lambda row: (len(row.context) + len(row.input), row.id))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def pending_batches(

@@ -67,7 +67,7 @@ class RunRecord(Stored):
 
     @property
     def run_config(self) -> RunConfig:
-        """Its configuration."""
+        """The configuration that was recorded."""
         return RunConfig.from_dict(self.config)
 
 

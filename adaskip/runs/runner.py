@@ -22,7 +22,7 @@ from adaskip.policies import SkipPolicy
 from adaskip.policies.factory import LEARNED, takers, takes
 from adaskip.profiling.calibration import measured_times
 from adaskip.profiling.timing import growing_cache
-from adaskip.runs.batches import plan_batches, run_batches
+from adaskip.runs.batches import make_batches, run_batches
 from adaskip.runs.files import lock
 from adaskip.runs.ledger import begin, command_id, is_finished, run_folder, task_rows, update
 from adaskip.runs.loaded import LoadedModel, warmup_task
@@ -32,7 +32,7 @@ from adaskip.runs.scoring import phase_shares
 from adaskip.runs.store import Share, locked
 from adaskip.tasks.spec import Row, task_spec
 
-__all__ = ["RunConfig", "is_finished", "plan_batches", "resolve", "run", "run_folder"]
+__all__ = ["RunConfig", "is_finished", "make_batches", "resolve", "run", "run_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def _run_task(
     config: RunConfig, task: str, loaded: LoadedModel, policy: SkipPolicy | None, rows: list[Row]
 ) -> list[GeneratedRow]:
     """Generates the missing rows of one task, each process its share, and returns all rows."""
-    batches = plan_batches(rows, config.batch_size)
+    batches = make_batches(rows, config.batch_size)
 
     def generate(share: Share[GeneratedRow]) -> None:
         run_batches(config, loaded, policy, batches, share)

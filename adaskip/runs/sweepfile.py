@@ -74,7 +74,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """The name of the cell in messages."""
         config = self.config
         budget = "" if config.policy == DENSE else f" {config.budget}"
         experiments = "+".join(self.experiments)
