@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.cli.command import Parser, guarded, say
-from adaskip.cli.observe import DATA_OPTIONS, FACTS, add_options, configured
+from adaskip.cli.observe import DATA_OPTIONS, FACTS, configured
+from adaskip.cli.run import add_run_options
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
@@ -92,7 +93,7 @@ def _parser() -> Parser:
         metavar="N",
         help=f"tokens of each reference that count (default: {tokens})",
     )
-    add_options(parser, (*DATA_OPTIONS, *POLICY_OPTIONS, *WARMING_UP))
+    add_run_options(parser, (*DATA_OPTIONS, *POLICY_OPTIONS, *WARMING_UP))
     return parser
 
 

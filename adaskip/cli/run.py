@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from adaskip.runs.runconfig import DENSE, POLICY_OPTIONS, RunConfig, refuse_unus
 from adaskip.tasks.spec import task_names
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Adds one option per field of `RunConfig` that has a help text."""
+def add_run_options(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Adds one option per field of `RunConfig` that has a help text; of some `names`, or all."""
     hints = typing.get_type_hints(RunConfig)
     for item in dataclasses.fields(RunConfig):
-        if "help" not in item.metadata:
+        if "help" not in item.metadata or (names is not None and item.name not in names):
             continue
         default = item.default
         if item.default_factory is not dataclasses.MISSING:

@@ -86,7 +86,9 @@ def run(config: RunConfig, loaded: LoadedModel | None = None) -> Path:
     with group.together(), group.main_ahead(not config.tp_plan):
         # The main process learns importance and fills caches; the others find them. Parts of one
         # model can't go ahead of each other.
-        loaded = _fitting(config, loaded)
+        loaded = loaded or LoadedModel.open(config)
+        if not loaded.fits(config):
+            raise RunError(f"The loaded model {loaded.source} is not the one of {config.run_name}.")
         rows = {task: loaded.rows(config, task) for task in config.tasks}
         policies = {task: loaded.policy(config, task) for task in config.tasks}
     profile = loaded.importance(config).name if takes(config.policy, LEARNED) else None
@@ -110,15 +112,6 @@ def refuse_busy(folder: Path) -> None:
     if folder.exists():
         with lock(folder):
             pass
-
-
-def _fitting(config: RunConfig, loaded: LoadedModel | None) -> LoadedModel:
-    """The loaded model, checked against the configuration."""
-    if loaded is None:
-        return LoadedModel.open(config)
-    if not loaded.fits(config):
-        raise RunError(f"The loaded model {loaded.source} is not the one of {config.run_name}.")
-    return loaded
 
 
 def _run_task(
