@@ -110,8 +110,9 @@ def listed(cells: Sequence[Cell]) -> str:
         total.append(left)
         lines.append((cell.label, str(done), _or_unknown(left)))
     known = None if None in total else sum(filter(None, total))
+    note = " (?: as many as the data has)" if known is None else ""
     table = markdown_table(("cell", "rows done", "rows left"), lines)
-    return f"{table}\n\n{len(cells)} cells, {_or_unknown(known)} rows left (?: all of the data)."
+    return f"{table}\n\n{len(cells)} cells, {_or_unknown(known)} rows left{note}."
 
 
 def _or_unknown(count: int | None) -> str:
