@@ -90,6 +90,27 @@ class SkipPolicy(ABC):
             for item in items
         }
 
+    @classmethod
+    def most(cls, n_layers: int) -> int:
+        """The largest budget that a model of `n_layers` layers allows."""
+        return n_layers * (2 if cls.budget == "sublayers" else 1)
+
+    @classmethod
+    def check_budget(cls, n_skip: object, n_layers: int | None = None) -> None:
+        """Refuses a budget that is none, or too large for a model; None: whatever the model.
+
+        Raises:
+            AdaskipError: it is no whole number from 0 up to `most`.
+        """
+        most = None if n_layers is None else cls.most(n_layers)
+        if not is_whole(n_skip) or n_skip < 0 or (most is not None and n_skip > most):
+            unit = "full layers" if cls.budget == "layers" else "sublayers"
+            allowed = "up" if most is None else f"to {most} with this model's {n_layers} layers"
+            raise AdaskipError(
+                f"{cls.__name__} cannot skip {n_skip!r} {unit}; it takes a whole number from 0 "
+                f"{allowed}."
+            )
+
     def bind(self, n_layers: int) -> None:
         """Prepares for a model of `n_layers` layers, forgetting all earlier requests.
 
@@ -98,6 +119,9 @@ class SkipPolicy(ABC):
         Raises:
             AdaskipError: the budget does not fit the model.
         """
+        n_skip = getattr(self, "n_skip", None)
+        if n_skip is not None:
+            self.check_budget(n_skip, n_layers)
         self.n_layers = n_layers
 
     def check_model(self, model: PreTrainedModel) -> None:  # noqa: B027 - most learn nothing
@@ -157,15 +181,6 @@ class FixedSkipping(SkipPolicy):
     @override
     def plan(self, step: Step) -> SkipPlan:
         return self._plan
-
-
-def check_budget(name: str, n_skip: object, allowed: int, unit: str) -> None:
-    """Raises an `AdaskipError` unless `n_skip` is a whole number, `0 <= n_skip <= allowed`."""
-    if not is_whole(n_skip) or not 0 <= n_skip <= allowed:
-        raise AdaskipError(
-            f"{name} cannot skip {n_skip!r} {unit}; with this model it takes a whole number from "
-            f"0 to {allowed}."
-        )
 
 
 @lru_cache(maxsize=256)

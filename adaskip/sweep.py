@@ -6,13 +6,11 @@ reported, the rest goes on, and the exit code is 1.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -21,29 +19,30 @@ from adaskip.waiting import wait_passively
 if __name__ == "__main__":
     wait_passively()  # before the imports below load torch
 
-from adaskip.cli.run import FAILED, Parser, guarded, say
+from adaskip.cli.command import FAILED, Parser, guarded, say
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
 from adaskip.reports.sweep_report import write_report
-from adaskip.runs.bench import Bench
-from adaskip.runs.cost import describe
-from adaskip.runs.ledger import is_finished
-from adaskip.runs.plans import Cell, SweepPlan, read_plan, select
-from adaskip.runs.reference_quality import PerplexityPlan, is_measured, measure_perplexity
+from adaskip.runs.ledger import is_finished, run_folder, task_rows
+from adaskip.runs.loaded import SAMPLE_ROWS, LoadedModel
+from adaskip.runs.reference_quality import PerplexitySettings, is_measured, measure_perplexity
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve, run
+from adaskip.runs.sweepfile import Cell, Sweep, read_sweep, select
+from adaskip.tables import markdown_table
+from adaskip.tasks.spec import task_spec
 
 logger = logging.getLogger(__name__)
 
 
-class Benches:
+class ModelSlot:
     """The one loaded model of a sweep; another one takes its place when a cell needs it."""
 
     def __init__(self) -> None:
-        self._bench: Bench | None = None
+        self._loaded: LoadedModel | None = None
         self._failed: dict[tuple[str, str | None], Exception] = {}
 
-    def get(self, config: RunConfig) -> Bench:
+    def get(self, config: RunConfig) -> LoadedModel:
         """The model a resolved configuration names.
 
         Raises:
@@ -52,27 +51,27 @@ class Benches:
         key = (config.model_name, config.model_path)
         if key in self._failed:
             raise self._failed[key]
-        if self._bench is None or not self._bench.fits(config):
-            self._bench = None
+        if self._loaded is None or not self._loaded.fits(config):
+            self._loaded = None
             try:
-                self._bench = Bench.open(config)
+                self._loaded = LoadedModel.open(config)
             except Exception as error:
                 self._failed[key] = error
                 raise
-        return self._bench
+        return self._loaded
 
 
-def run_cells(cells: Sequence[Cell], perplexity: PerplexityPlan | None) -> dict[str, str]:
+def run_cells(cells: Sequence[Cell], perplexity: PerplexitySettings | None) -> dict[str, str]:
     """Runs the cells that are not finished.
 
     Returns:
         The error of each cell that failed, by its label.
     """
-    benches = Benches()
+    slot = ModelSlot()
     failures: dict[str, str] = {}
-    for cell in tqdm(cells, desc="cells", unit="cell", disable=not team().is_first):
+    for cell in tqdm(cells, desc="cells", unit="cell", disable=not team().is_main):
         try:
-            _run_cell(cell, benches, perplexity)
+            _run_cell(cell, slot, perplexity)
         except Exception as error:
             # Whatever stopped this cell, the others are independent of it.
             if not isinstance(error, AdaskipError):
@@ -82,30 +81,54 @@ def run_cells(cells: Sequence[Cell], perplexity: PerplexityPlan | None) -> dict[
     return failures
 
 
-def _run_cell(cell: Cell, benches: Benches, perplexity: PerplexityPlan | None) -> None:
+def _run_cell(cell: Cell, slot: ModelSlot, perplexity: PerplexitySettings | None) -> None:
     """Makes what is missing of one cell; processes of one command work on it together."""
     config, group = resolve(cell.config), team()
-    if not group.on_first(lambda: is_finished(config)):
+    if not group.on_main(lambda: is_finished(config)):
         logger.info("%s", cell.label)
-        with group.together(), group.first_ahead(not config.tp_plan):
-            bench = benches.get(config)
-        run(config, bench)
-    if perplexity and not group.on_first(lambda: is_measured(config, cell.task, perplexity)):
+        with group.together(), group.main_ahead(not config.tp_plan):
+            loaded = slot.get(config)
+        run(config, loaded)
+    if perplexity and not group.on_main(lambda: is_measured(config, cell.task, perplexity)):
         with group.together():
-            bench = benches.get(config)
-        measure_perplexity(config, cell.task, bench, perplexity)
+            loaded = slot.get(config)
+        measure_perplexity(config, cell.task, loaded, perplexity)
 
 
-def sweep(plan: SweepPlan, only: Sequence[str] = ()) -> int:
+def listed(cells: Sequence[Cell]) -> str:
+    """The table `--dry_run` prints: every cell, and how many rows are left of it.
+
+    Raises:
+        RunError: a file of an earlier call is damaged, or made with other settings.
+    """
+    lines, total = [], []
+    for cell in cells:
+        config = resolve(cell.config)
+        done = len(task_rows(run_folder(config), cell.task).rows())
+        wanted = config.limit or (SAMPLE_ROWS if task_spec(cell.task).offline else None)
+        left = 0 if is_finished(config) else wanted and max(wanted - done, 0)
+        total.append(left)
+        lines.append((cell.label, str(done), _or_unknown(left)))
+    known = None if None in total else sum(filter(None, total))
+    note = " (?: as many as the data has)" if known is None else ""
+    table = markdown_table(("cell", "rows done", "rows left"), lines)
+    return f"{table}\n\n{len(cells)} cells, {_or_unknown(known)} rows left{note}."
+
+
+def _or_unknown(count: int | None) -> str:
+    return "?" if count is None else str(count)
+
+
+def sweep(asked: Sweep, only: Sequence[str] = ()) -> int:
     """Runs a sweep and reports on all of it, also on cells of earlier calls.
 
     Returns:
         The exit code: 0, or 1 if a cell failed.
     """
     start = time.monotonic()
-    failures = run_cells(select(plan.cells, only), plan.perplexity)
-    say(team().on_first(lambda: write_report(plan, failures)))
-    written = f"{plan.folder}/report.html, .md, .json and .png"
+    failures = run_cells(select(asked.cells, only), asked.perplexity)
+    say(team().on_main(lambda: write_report(asked, failures)))
+    written = f"{asked.folder}/report.html, .md, .json and .png"
     say(f"Took {time.monotonic() - start:.0f} s. Written: {written}.")
     return FAILED if failures else 0
 
@@ -131,32 +154,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         parser.add_argument("--dry_run", action="store_true", help="list the cells, run nothing")
         given = parser.parse_args(argv)
-        plan = read_plan(Path(given.file))
-        if given.results_dir:
-            plan = moved(plan, Path(given.results_dir))
-        if given.allow_pickle:
-            plan = changed(plan, allow_pickle=True)
+        folder = Path(given.results_dir) if given.results_dir else None
+        settings = {"allow_pickle": True} if given.allow_pickle else {}
+        asked = read_sweep(Path(given.file), folder, **settings)
         if given.dry_run:
-            say(describe(plan, select(plan.cells, given.only)))
+            say(listed(select(asked.cells, given.only)))
             return 0
-        return sweep(plan, given.only)
+        return sweep(asked, given.only)
 
     return guarded(action)
-
-
-def moved(plan: SweepPlan, folder: Path) -> SweepPlan:
-    """The same sweep, kept in another folder."""
-    plan = dataclasses.replace(plan, folder=folder)
-    return changed(plan, results_dir=str(folder / "runs"))
-
-
-def changed(plan: SweepPlan, **settings: Any) -> SweepPlan:
-    """The same sweep with other settings of every cell."""
-    cells = tuple(
-        dataclasses.replace(cell, config=dataclasses.replace(cell.config, **settings))
-        for cell in plan.cells
-    )
-    return dataclasses.replace(plan, cells=cells)
 
 
 if __name__ == "__main__":

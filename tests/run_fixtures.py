@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adaskip.plan import Scope
+from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import RunConfig
 
 N_LAYERS = 4
@@ -135,3 +136,14 @@ def save_plan(place: Workplace, **changes: Any) -> Path:
     path = place.data / "small.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+class Named(Stored):
+    """A row that holds its id alone."""
+
+    id: str
+
+
+def named(*ids: str) -> list[Named]:
+    """Rows of these ids."""
+    return [Named(id=name) for name in ids]

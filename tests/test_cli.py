@@ -58,7 +58,7 @@ def test_a_script_runs_from_anywhere_without_installation(place: Workplace, tmp_
     done = subprocess.run(
         [*command, "--tasks", "trec"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert "python eval/eval.py --model llama-EE-PREFILL" in done.stdout
+    assert "python eval/eval.py --name llama-EE-PREFILL" in done.stdout
     assert len(rows_of(place.results / "llama-EE-PREFILL-SKIP-1", "trec")) == 3
 
 
@@ -69,7 +69,10 @@ def test_a_run_and_its_evaluation(place: Workplace, capsys: pytest.CaptureFixtur
     for name in ("llama-EE-PREFILL", "llama-ADA-PREFILL", "llama-dense-PREFILL"):
         capsys.readouterr()
         assert eval_main(["--model", name, "--results_dir", str(place.results)]) == 0
-        assert "multifieldqa_en" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "multifieldqa_en" in out
+        assert eval_main(["--name", name, "--results_dir", str(place.results)]) == 0
+        assert capsys.readouterr().out == out
     result = place.results / "llama-ADA-PREFILL-SKIP-2/result.json"
     assert json.loads(result.read_text())["tasks"]["multifieldqa_en"]["n_rows"] == 2
 
@@ -113,8 +116,14 @@ def no_hub(*_: object) -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "budget negative": (["--skip_full_layer_num", "-1"], "-1; it must be 0 or more"),
-    "budget too large": (["--skip_full_layer_num", "5"], "larger than the model: llama has 4"),
+    "budget negative": (
+        ["--skip_full_layer_num", "-1"],
+        "cannot skip -1 full layers; it",
+    ),
+    "budget too large": (
+        ["--skip_full_layer_num", "5"],
+        "cannot skip 5 full layers; it",
+    ),
     "budget missing": (["--policy", "ADA"], "does not belong to policy ADA: use --skip_sub"),
     "budget no number": (["--skip_full_layer_num", "x"], "invalid int value: 'x'"),
     "two budgets": (["--skip_sub_layer_num", "2"], "does not belong to policy EE"),
@@ -134,12 +143,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "extension of EE": (["--no-online"], "'online' does not apply to EE; policies that"),
     "profile of EE": (["--importance", "no.json"], "'importance' does not apply to EE;"),
     "gain of dense": (["--policy", "dense", "--gain", "norm"], "'gain' does not apply to dense"),
-    "acceleration": (["--acceleration", "0.5"], "--acceleration: 0.5 is no acceleration; give"),
-    "acceleration nan": (["--acceleration", "nan"], "nan is no acceleration"),
-    "acceleration infinite": (["--acceleration", "inf"], "inf is no acceleration"),
-    "acceleration no number": (["--acceleration", "fast"], "fast is no acceleration"),
+    "acceleration": (["--acceleration", "0.5"], "An acceleration of 0.5 is none; give a ratio"),
+    "acceleration nan": (["--acceleration", "nan"], "An acceleration of nan is none"),
+    "acceleration infinite": (["--acceleration", "inf"], "An acceleration of inf is none"),
+    "acceleration no number": (["--acceleration", "fast"], "invalid float value: 'fast'"),
     "limit": (["--limit", "0"], "--limit is 0; it must be at least 1"),
-    "name": (["--model", "../up"], "'../up' cannot name a file"),
+    "name": (["--name", "../up"], "'../up' cannot name a file"),
     "option": (["--skip_layers", "1"], "unrecognized arguments: --skip_layers 1"),
     "no data": (["--data_dir", "nowhere"], "No trec_e.jsonl or trec.jsonl in nowhere"),
     "damaged data": (damaged_data, "trec_e.jsonl line 3 is not JSON"),
@@ -197,7 +206,7 @@ def test_the_command_that_scores_a_run_finds_it(
     assert eval_main(command[2:]) == 0
     # Where runs lie unless told otherwise, the name is enough.
     config = RunConfig(experiment="prefill", model_name="llama", policy="EE")
-    assert scoring_command(config) == "python eval/eval.py --model llama-EE-PREFILL"
+    assert scoring_command(config) == "python eval/eval.py --name llama-EE-PREFILL"
 
 
 def test_a_row_with_only_an_id_is_damaged_to_the_run_and_to_eval(
@@ -209,7 +218,7 @@ def test_a_row_with_only_an_id_is_damaged_to_the_run_and_to_eval(
     whole = path.read_text().splitlines(keepends=True)
     path.write_text(whole[0] + '{"id": "row1"}\n' + whole[2])
     capsys.readouterr()
-    expected = "line 2 is damaged ('prediction' is missing); delete that line and run again"
+    expected = "line 2 is damaged ('prediction' is missing); delete it and run again"
     assert run_main("prefill", "llama", options) == 2
     assert expected in capsys.readouterr().err
     assert eval_main(["--model", "llama-EE-PREFILL", "--results_dir", str(place.results)]) == 2
@@ -249,7 +258,7 @@ def test_an_unknown_run_cannot_be_scored(
     assert eval_main(["--model", "llama-EE-PREFILL", "--results_dir", str(tmp_path)]) == 2
     assert "No run 'llama-EE-PREFILL'" in capsys.readouterr().err
     assert eval_main([]) == 2
-    assert "error: the following arguments are required: --model" in capsys.readouterr().err
+    assert "error: the following arguments are required: --name/--model" in capsys.readouterr().err
 
 
 def start(place: Workplace, n_rows: int = 200) -> subprocess.Popen[str]:
@@ -312,7 +321,7 @@ def test_an_acceleration_becomes_a_number_of_sublayers(
         seconds = dict.fromkeys(all_sublayers(n_layers), 10 / (2 * n_layers))
         return SublayerTimes(10.0, seconds, phase, context)
 
-    monkeypatch.setattr("adaskip.runs.acceleration.measured_times", times)
+    monkeypatch.setattr("adaskip.runs.runner.measured_times", times)
     save_data(place.data, 2)
     options = [*place.options, "--tasks", "trec", "--max_length", "64"]
     ada = ["--policy", "ADA"]

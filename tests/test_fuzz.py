@@ -11,17 +11,17 @@ from typing import Any, TypeVar, get_type_hints
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
-from run_fixtures import Workplace, raw_row, save_checkpoint, save_data, save_plan
+from run_fixtures import Named, Workplace, raw_row, save_checkpoint, save_data, save_plan
 
 from adaskip.errors import AdaskipError
 from adaskip.importance import Importance
-from adaskip.plan import Sublayer, all_sublayers
+from adaskip.plan import SCOPES, Sublayer, all_sublayers
 from adaskip.runs.ledger import read_record
-from adaskip.runs.plans import read_plan
-from adaskip.runs.records import read_rows, repair_rows
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import run
 from adaskip.runs.scoring import score_run
+from adaskip.runs.store import Store
+from adaskip.runs.sweepfile import read_sweep
 from adaskip.tasks.longbench import load_rows
 
 T = TypeVar("T")
@@ -108,24 +108,26 @@ def has_types(content: dict[str, Any], kinds: dict[str, Any]) -> bool:
 def is_config(content: dict[str, Any]) -> bool:
     """Whether parsed JSON holds the fields of a `RunConfig`, judged without its own check."""
     kinds = get_type_hints(RunConfig) | {"experiment": str, "tasks": list}
-    texts = content.get("tasks", [])
-    return has_types(content, kinds) and all(isinstance(text, str) for text in texts)
+    if not has_types(content, kinds) or content.get("experiment", "e2e") not in SCOPES:
+        return False
+    return all(isinstance(text, str) for text in content.get("tasks", []))
 
 
 @quick
 @given(data=st.data())
 def test_run_records(folder: Path, tmp_path: Path, data: st.DataObject) -> None:
     whole = json.loads((folder / "run.json").read_text())
-    assert read_record(folder) == whole
+    assert read_record(folder).as_dict() == whole
     rows = (folder / "multifieldqa_en.jsonl").read_bytes()
     (tmp_path / "multifieldqa_en.jsonl").write_bytes(rows)
     text = json.dumps(data.draw(changed(whole))).encode()
     for content in (text, data.draw(damaged(text))):
         (tmp_path / "run.json").write_bytes(content)
-        record = read_or_refused(lambda: read_record(tmp_path))
-        if record is None:
+        found = read_or_refused(lambda: read_record(tmp_path))
+        if found is None:
             continue
-        assert json.dumps(record) == json.dumps(json.loads(content))
+        record = found.as_dict()
+        assert record == json.loads(content)
         assert is_config(record["config"])
         assert isinstance(record["importance"], str | None)
         assert isinstance(record["n_layers"], int)
@@ -145,7 +147,11 @@ def rows_in(content: bytes) -> list[Any] | None:
             rows.append(json.loads(line))
         except ValueError:
             return None
-    return rows if all(isinstance(row, dict) and "id" in row for row in rows) else None
+    return (
+        rows
+        if all(isinstance(row, dict) and isinstance(row.get("id"), str) for row in rows)
+        else None
+    )
 
 
 @quick
@@ -157,8 +163,11 @@ def test_rows(folder: Path, tmp_path: Path, data: st.DataObject) -> None:
     content = data.draw(damaged(whole))
     path.write_bytes(content)
     expected = rows_in(content)
-    assert read_or_refused(lambda: read_rows(path)) == expected
-    assert read_or_refused(lambda: repair_rows(path)) == expected
+    store = Store(path, Named)
+    found = read_or_refused(store.rows)
+    assert (None if found is None else [row.as_dict() for row in found]) == expected
+    merged = read_or_refused(store.merge)
+    assert (merged is None) == (found is None)
     if expected is not None:
         assert path.read_bytes() == content[: content.rfind(b"\n") + 1]
     row = data.draw(changed(json.loads(whole.split(b"\n")[0])))
@@ -243,12 +252,12 @@ def cells_in(content: dict[str, Any]) -> int:
 @given(data=st.data())
 def test_sweep_files(place: Workplace, tmp_path: Path, data: st.DataObject) -> None:
     whole = save_plan(place).read_bytes()
-    assert len(read_plan(save_plan(place)).cells) == cells_in(yaml.safe_load(whole)) == 11
+    assert len(read_sweep(save_plan(place)).cells) == cells_in(yaml.safe_load(whole)) == 11
     path = tmp_path / "sweep.yaml"
     text = yaml.safe_dump(data.draw(changed(yaml.safe_load(whole)))).encode()
     for file in (text, data.draw(damaged(whole))):
         path.write_bytes(file)
-        plan = read_or_refused(lambda: read_plan(path))
+        plan = read_or_refused(lambda: read_sweep(path))
         if plan is None:
             continue
         content = yaml.safe_load(file)

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_fixtures import Workplace, lasting, rows_of, save_checkpoint, save_data
+from run_fixtures import Named, Workplace, lasting, named, rows_of, save_checkpoint, save_data
 
 from adaskip.cli.run import run_main
-from adaskip.runs import parts, records
-from adaskip.runs.bench import Bench
-from adaskip.runs.parts import part_path, settle_rows
-from adaskip.runs.records import append_rows, read_rows
+from adaskip.runs import files
+from adaskip.runs.ledger import task_rows
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runner import resolve, run
+from adaskip.runs.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 N_ROWS = 24
@@ -91,13 +91,13 @@ def test_a_run_killed_at_random_points_ends_as_one_never_stopped(
             assert code in (0, -signal.SIGKILL)
             kills += code != 0
             path = results / name / "multifieldqa_en.jsonl"
-            seen.append(len(read_rows(path)))
+            seen.append(len(task_rows(path.parent, "multifieldqa_en").rows()))
         assert nursery.run(results) == 0
         assert lasting(rows_of(results / name)) == whole
         assert path.read_bytes().endswith(b"\n")
         left = {item.name for item in path.parent.iterdir()}
         assert left >= {"run.json", path.name}
-        assert not [name for name in left if ".part" in name]
+        assert not [name for name in left if ".shard" in name]
     assert len({0, N_ROWS, *seen}) > 2  # some were killed between the first row and the last
     print(f"{n_kills} kills of runs of {length:.1f} s; rows kept after each: {seen}")
 
@@ -122,39 +122,37 @@ def crashing(monkeypatch: pytest.MonkeyPatch, at: int) -> Callable[[], int]:
 
         monkeypatch.setattr(owner, name, changed)
 
-    wrap(records.os, "fsync")
-    wrap(records.os, "truncate")
-    wrap(parts.Path, "replace")
-    wrap(parts.Path, "unlink")
+    wrap(files.os, "fsync")
+    wrap(files.os, "truncate")
+    wrap(files.Path, "replace")
+    wrap(files.Path, "unlink")
     return lambda: count
 
 
-def test_a_merge_of_parts_survives_a_crash_at_every_change_of_the_disk(
+def test_a_merge_of_shards_survives_a_crash_at_every_change_of_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = [str(n) for n in range(7)]
-    expected = [{"id": name} for name in order]
     at, crashed = 1, True
     while crashed:
-        path = tmp_path / str(at) / "a.jsonl"
-        path.parent.mkdir()
-        append_rows(path, [{"id": "2"}, {"id": "0"}])
+        store = Store(tmp_path / str(at) / "a.jsonl", Named)
+        store.append(named("2", "0"))
         for rank, share in enumerate((["1", "4"], ["3", "6"], ["5", "2"])):
-            append_rows(part_path(path, rank), [{"id": name} for name in share])
-        with path.open("ab") as file:
+            store.shard(rank).append(named(*share))
+        with store.path.open("ab") as file:
             file.write(b'{"id": "4"')
         with monkeypatch.context() as patched:
             crashing(patched, at)
             try:
-                settle_rows(path, order)
+                store.merge(order)
                 crashed = False
             except Crash:
                 pass
-        assert settle_rows(path, order) == expected
-        assert read_rows(path) == expected
-        assert not list(path.parent.glob("*.part*"))
+        assert store.merge(order) == named(*order)
+        assert store.rows() == named(*order)
+        assert not list(store.path.parent.glob("*.shard*"))
         at += 1
-    assert at > 7  # truncate, fsync, replace, three parts and the end
+    assert at > 7  # truncate, fsync, replace, three shards and the end
 
 
 @pytest.mark.parametrize("failing", ["fsync", "truncate"])
@@ -163,7 +161,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
 ) -> None:
     options = ["--policy", "dense", *place.options, "--tasks", "trec", "--results_dir"]
     config = resolve(place.config(tasks=("trec",), results_dir=str(tmp_path)))
-    assert run(config, Bench.open(config)).is_dir()
+    assert run(config, LoadedModel.open(config)).is_dir()
     path = tmp_path / config.folder_name / "trec.jsonl"
     whole = lasting(rows_of(path.parent, "trec"))
     path.write_bytes(path.read_bytes()[:700])
@@ -172,7 +170,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(records.os, failing, full)
+        patched.setattr(files.os, failing, full)
         assert run_main("prefill", "llama", [*options, str(tmp_path)]) == 2
     errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import N_LAYERS, ROOT
 from test_recorders import residuals
-from tiny_bench import TinyBench, tiny_rows
+from tiny_loaded import TinyLoaded, tiny_rows
 from torch.nn.functional import cosine_similarity
 
 from adaskip import RunError
@@ -39,7 +39,6 @@ from adaskip.recorders import Span
 from adaskip.reports.observation_figures import Curve, Panel, draw
 from adaskip.reports.observations import PANELS, TABLES, TITLES
 from adaskip.runs.generation import StopRule, generate_greedy
-from adaskip.runs.records import read_rows
 from adaskip.runs.runconfig import RunConfig
 from adaskip.tasks.spec import task_spec
 
@@ -48,8 +47,8 @@ SAMPLE = "adaskip.observing.recording.sample_rows"
 
 
 @pytest.fixture(scope="module")
-def bench() -> TinyBench:
-    return TinyBench.make()
+def loaded() -> TinyLoaded:
+    return TinyLoaded.make()
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def make_config(tmp_path: Path) -> Callable[..., RunConfig]:
     return make
 
 
-def never(config: RunConfig) -> TinyBench:
+def never(config: RunConfig) -> TinyLoaded:
     raise AssertionError("the model is not needed")
 
 
@@ -100,16 +99,16 @@ def test_every_token_weighs_the_same() -> None:
 
 
 def test_similarities_equal_a_direct_computation(
-    bench: TinyBench, make_config: Callable[..., RunConfig]
+    loaded: TinyLoaded, make_config: Callable[..., RunConfig]
 ) -> None:
     config = make_config()
-    found = observe_task(config, "sample_qa", lambda _: bench)
+    found = observe_task(config, "sample_qa", lambda _: loaded)
     values: dict[tuple[str, str, int], list[torch.Tensor]] = {}
-    for row in bench.rows(config, "sample_qa"):
-        ids = bench.prompt(config, row).input_ids
-        new = generate_greedy(bench.model, [ids], StopRule(frozenset(), 10)).tokens[0]
+    for row in loaded.rows(config, "sample_qa"):
+        ids = loaded.prompt(config, row).input_ids
+        new = generate_greedy(loaded.model, [ids], StopRule(frozenset(), 10)).tokens[0]
         # The last of ten new tokens is never an input.
-        stream = residuals(bench.model, torch.tensor([ids + list(new[:-1])]))
+        stream = residuals(loaded.model, torch.tensor([ids + list(new[:-1])]))
         for layer in range(N_LAYERS):
             ends = {"attn": (0, 1), "ffn": (1, 2), "layer": (0, 2)}
             for span, (start, end) in ends.items():
@@ -132,7 +131,7 @@ def test_similarities_equal_a_direct_computation(
     assert pooled[1] == sum(layers(found, "ffn", phase)["count"][1] for phase in Phase)
 
 
-class Interrupted(TinyBench):
+class Interrupted(TinyLoaded):
     """Fails at the third prompt."""
 
     count = 0
@@ -145,42 +144,42 @@ class Interrupted(TinyBench):
 
 
 def test_an_interrupted_recording_goes_on(
-    bench: TinyBench, make_config: Callable[..., RunConfig], tmp_path: Path
+    loaded: TinyLoaded, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     config = make_config()
-    broken = Interrupted(bench.spec, bench.model, bench.tokenizer, ())
+    broken = Interrupted(loaded.spec, loaded.model, loaded.tokenizer, ())
     with pytest.raises(KeyboardInterrupt):
         observe_task(config, "sample_qa", lambda _: broken)
     path = tmp_path / "similarity" / "smollm2-sample_qa.jsonl"
-    assert len(read_rows(path)) == 2
+    assert len(path.read_text().splitlines()) == 2
     with path.open("ab") as file:
         file.write(b'{"id": "sample_qa-2", "su')  # torn by a kill
-    resumed = observe_task(config, "sample_qa", lambda _: bench)
+    resumed = observe_task(config, "sample_qa", lambda _: loaded)
     other = make_config(results_dir=str(tmp_path / "other"))
-    whole = observe_task(other, "sample_qa", lambda _: bench)
+    whole = observe_task(other, "sample_qa", lambda _: loaded)
     assert set(whole["span"]) == set(SPANS)
     pd.testing.assert_frame_equal(resumed, whole, rtol=1e-12)
     # Finished: neither model nor rows are needed; fewer rows are there as well.
     assert observe_task(config, "sample_qa", never).equals(resumed)
     assert observe_task(make_config(limit=2), "sample_qa", never).equals(resumed)
-    more = observe_task(make_config(limit=4), "sample_qa", lambda _: bench)
+    more = observe_task(make_config(limit=4), "sample_qa", lambda _: loaded)
     assert more["id"].nunique() == 4
     with pytest.raises(RunError, match="seed: 2025 then, 1 now"):
         observe_task(make_config(seed=1), "sample_qa", never)
 
 
 def test_requests_are_recorded_as_importance_is_learned(
-    bench: TinyBench, make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+    loaded: TinyLoaded, make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from adaskip import learn_importance
 
     monkeypatch.setattr(SAMPLE, lambda task, tokenizer, n, **_: tiny_rows(task, n))
     config = make_config()
-    found = observe_requests(config, "sample_qa", lambda _: bench, 3)
+    found = observe_requests(config, "sample_qa", lambda _: loaded, 3)
     prompts = [
-        torch.tensor([bench.prompt(config, row).input_ids]) for row in tiny_rows("sample_qa", 3)
+        torch.tensor([loaded.prompt(config, row).input_ids]) for row in tiny_rows("sample_qa", 3)
     ]
-    importance = learn_importance(bench.model, prompts)
+    importance = learn_importance(loaded.model, prompts)
     means = np.mean(found, axis=0)
     for sublayer in all_sublayers(N_LAYERS):
         assert means[sublayer.position] == pytest.approx(importance.similarity[sublayer], abs=1e-7)
@@ -334,10 +333,10 @@ def test_an_axis_ends_above_outliers() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scripts_write_json_text_and_figure(
-    name: str, bench: TinyBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, loaded: TinyLoaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "adaskip.cli.observe.Benches", lambda: SimpleNamespace(get=lambda config: bench)
+        "adaskip.cli.observe.ModelSlot", lambda: SimpleNamespace(get=lambda config: loaded)
     )
     monkeypatch.setattr(SAMPLE, lambda task, tokenizer, n, **_: tiny_rows(task, n))
     monkeypatch.setattr("adaskip.observing.stability.RESAMPLES", 20)
@@ -366,7 +365,7 @@ def test_scripts_write_json_text_and_figure(
         assert len(part["tasks"]) == len(tasks) - 1
         assert all("score" in each for task in part["tasks"].values() for each in task)
     # Again: everything is there.
-    monkeypatch.setattr("adaskip.cli.observe.Benches", lambda: SimpleNamespace(get=never))
+    monkeypatch.setattr("adaskip.cli.observe.ModelSlot", lambda: SimpleNamespace(get=never))
     assert observation_main(name, [*arguments, *scores]) == 0
 
 

@@ -10,19 +10,19 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 from run_fixtures import Workplace, rows_of, save_checkpoint, save_data, save_plan
-from tiny_bench import TinyBench, tiny_rows
+from tiny_loaded import TinyLoaded, tiny_rows
 from typing_extensions import override
 
 from adaskip import sweep
-from adaskip.cli.perplexity import cells_of, key_of, measure
-from adaskip.cli.run import run_main
+from adaskip.cli.perplexity import cells_of, key_of, measure, perplexity_main
+from adaskip.cli.run import eval_main, run_main
 from adaskip.cli.speed import speed_main
 from adaskip.errors import AdaskipError, ProfileError, RunError
 from adaskip.importance import Importance
 from adaskip.plan import SkipPlan, Step
 from adaskip.policies import POLICIES, SkipPolicy
 from adaskip.policies.factory import describe
-from adaskip.runs.bench import Bench
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve, run
 from adaskip.speedtest.benchmark import SpeedTest
@@ -192,6 +192,27 @@ def test_a_sweep_runs_it(place: Workplace, capsys: pytest.CaptureFixture[str]) -
     assert "'online' does not apply to OWN; policies that take it: ADA" in capsys.readouterr().err
 
 
+def test_command_lines_run_resume_and_measure_it(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--policy", NAME, "--skip_sub_layer_num", "2", *place.options]
+    options += ["--tasks", "multifieldqa_en"]
+    assert run_main("e2e", "llama", [*options, "--limit", "1"]) == 0
+    folder = place.results / f"llama-{NAME}-E2E-SKIP-2"
+    first = rows_of(folder)
+    assert run_main("e2e", "llama", [*options, "--limit", "2"]) == 0
+    assert rows_of(folder)[:1] == first
+    assert len(rows_of(folder)) == 2
+    assert eval_main(["--name", f"llama-{NAME}-E2E", "--results_dir", str(place.results)]) == 0
+    more = [x for x in options if x not in ("--max_new_tokens", "6")]
+    assert perplexity_main(["--model", "llama", *more, "--limit", "1"]) == 0
+    assert f"{NAME} 2 (gain token, 2 rows of qasper)" in capsys.readouterr().out
+    # A budget larger than the model is refused, though the policy's file says nothing of it.
+    large = [x if x != "2" else "9" for x in options[:4]]
+    assert run_main("e2e", "llama", [*large, *options[4:], "--name", "large"]) == 2
+    assert "Own cannot skip 9 sublayers" in capsys.readouterr().err
+
+
 def test_a_speed_test_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--layers", "2", "--contexts", "8", "--budgets", "2", "--new_tokens", "2"]
     options += ["--rounds", "1", "--device", "cpu", "--results_dir", str(tmp_path)]
@@ -205,9 +226,9 @@ def test_a_speed_test_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_perplexities_of_two_gains_stand_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Bench, "open", lambda config: TinyBench.make())
+    monkeypatch.setattr(LoadedModel, "open", lambda config: TinyLoaded.make())
     monkeypatch.setattr(
-        "adaskip.runs.bench.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
+        "adaskip.runs.loaded.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
     )
     given = {"policy": "dense", "tasks": ("sample_qa",), "limit": 2, "warmup": 2, "name": "tiny"}
     given |= {"experiment": "e2e", "model_name": "smollm2", "results_dir": str(tmp_path)}
@@ -215,9 +236,9 @@ def test_perplexities_of_two_gains_stand_side_by_side(
     for gain in ("token", "norm"):
         base = resolve(RunConfig(**given, gain=gain))
         cell = cells_of(base, [NAME], {"skip_full_layer_num": [], "skip_sub_layer_num": [3]})[1]
-        _, record = measure([base, cell], 8)
+        _, losses = measure([base, cell], 8)
         assert key_of(cell) == f"OWN 3 (gain {gain}, 2 rows of sample_qa)"
-        found.append(record["sums"][key_of(cell)]["nll"])
+        found.append(losses[key_of(cell)].nll)
     assert found[0] != found[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import N_LAYERS, prompt, tiny_model
 from test_recorders import CountReads
-from tiny_bench import TinyBench, as_prompt, character_tokenizer, tiny_rows
+from tiny_loaded import TinyLoaded, as_prompt, character_tokenizer, tiny_rows
 from tokenizers import Tokenizer, models
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -34,7 +35,7 @@ from adaskip import (
 )
 from adaskip.cli.perplexity import cells_of, measure, perplexity_main, table
 from adaskip.plan import SCOPES, Scope, whole_layers
-from adaskip.runs.bench import Bench
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import Perplexity, RowLoss, reference_ids, reference_perplexity
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve
@@ -110,7 +111,7 @@ def test_together_equals_one_by_one(
         found.append(reference_perplexity(model, tokenizer, policy, items, **kwargs))
     assert [r.nll for r in found[0].rows] == pytest.approx([r.nll for r in found[1].rows], abs=1e-4)
     # 14 tokens: the prompt's forward and 13 steps, of which one or all are taken alone.
-    assert [f.rows[0].skipped["decode"]["forwards"] for f in found] == [2, 13]
+    assert [f.rows[0].skipped.decode.forwards for f in found] == [2, 13]
 
 
 def test_scopes_skip_where_they_say(
@@ -123,8 +124,8 @@ def test_scopes_skip_where_they_say(
     }
     for scope, result in found.items():
         skipped = result.rows[0].skipped
-        assert skipped["prefill"]["attn"] == (0 if scope == "decode" else 2)
-        assert skipped["decode"]["attn"] == 2 * 2
+        assert skipped.prefill.attn == (0 if scope == "decode" else 2)
+        assert skipped.decode.attn == 2 * 2
     # What prefill skipped stays skipped, so these are the same computation.
     assert found["prefill"].nll == found["e2e"].nll
     # The first token of a reference is predicted by the prefill.
@@ -154,9 +155,9 @@ def test_skip_decode_sees_every_step(
     found = reference_perplexity(model, tokenizer, policy, items, scope="decode")
     # Seven tokens with the space, six steps: min(3, ceil(t / 4 * 2) + 1) for t = 0 .. 5.
     assert found.rows[0].tokens == 7
-    assert found.rows[0].skipped["decode"]["forwards"] == 6
-    assert found.rows[0].skipped["decode"]["attn"] == 1 + 2 + 2 + 3 + 3 + 3
-    assert found.rows[0].skipped["prefill"]["attn"] == 0
+    assert found.rows[0].skipped.decode.forwards == 6
+    assert found.rows[0].skipped.decode.attn == 1 + 2 + 2 + 3 + 3 + 3
+    assert found.rows[0].skipped.prefill.attn == 0
 
 
 def test_the_online_extension_comes_after_its_window(
@@ -169,9 +170,9 @@ def test_the_online_extension_comes_after_its_window(
     found = reference_perplexity(model, tokenizer, AdaSkip(importance, 2, window=2), items)
     assert len(found.rows) == 2
     for row in found.rows:
-        assert row.skipped["prefill"]["ffn"] == 1
-        assert row.skipped["decode"]["forwards"] == 6
-        assert row.skipped["decode"]["ffn"] == 6 * 1 + 4 * (N_LAYERS - 1)
+        assert row.skipped.prefill.ffn == 1
+        assert row.skipped.decode.forwards == 6
+        assert row.skipped.decode.ffn == 6 * 1 + 4 * (N_LAYERS - 1)
     assert found.rows[0].nll == found.rows[1].nll
 
 
@@ -250,11 +251,11 @@ def config(tmp_path: Path, **settings: object) -> RunConfig:
 
 
 def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = TinyBench.make()
+    loaded = TinyLoaded.make()
     opened = []
-    monkeypatch.setattr(Bench, "open", lambda config: opened.append(config) or bench)
+    monkeypatch.setattr(LoadedModel, "open", lambda config: opened.append(config) or loaded)
     monkeypatch.setattr(
-        "adaskip.runs.bench.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
+        "adaskip.runs.loaded.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
     )
     budgets = {"skip_full_layer_num": [1, 2], "skip_sub_layer_num": [3]}
     cells = cells_of(config(tmp_path), ["EE", "ADA"], budgets)
@@ -264,20 +265,26 @@ def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("EE", 2),
         ("ADA", 3),
     ]
-    path, record = measure(cells[:3], 16)
+    path, found = measure(cells[:3], 16)
     assert len(opened) == 1
-    assert measure(cells[:2], 16) == (path, record)
+    assert measure(cells[:2], 16) == (path, found)
     assert len(opened) == 1
-    _, record = measure(cells, 16)
+    _, found = measure(cells, 16)
     assert len(opened) == 2
-    assert [*record["sums"]][3] == "ADA 3 (gain token, online, 2 rows of sample_qa)"
-    found = record["sums"]["EE 2"]
-    assert found["skipped_share"] == {"prefill": 0.5, "decode": 0.5}
-    by_task = found["tasks"].values()
-    assert found["nll"] == pytest.approx(sum(task["nll"] for task in by_task))
-    assert found["tokens"] == sum(n for task in by_task for _, n in task["rows"].values())
-    lines = table(record, cells).splitlines()
+    assert [*found][3] == "ADA 3 (gain token, online, 2 rows of sample_qa)"
+    row = found["EE 2"]
+    assert row.skipped_share == {"prefill": 0.5, "decode": 0.5}
+    by_task = row.tasks.values()
+    assert row.nll == pytest.approx(sum(task.nll for task in by_task))
+    assert row.tokens == sum(n for task in by_task for _, n in task.rows.values())
+    lines = table(found, cells).splitlines()
     assert [line.split("|")[1].split()[0] for line in lines[2:]] == ["dense", "EE", "EE", "ADA"]
+    # What earlier versions wrote: by the cell's name, in one mapping.
+    record = json.loads(path.read_text())
+    record["sums"] = {row.pop("id"): row for row in record["sums"]}
+    path.write_text(json.dumps(record))
+    assert measure(cells, 16) == (path, found)
+    assert len(opened) == 2
     with pytest.raises(RunError, match="reference_tokens: 16 then, 8 now"):
         measure(cells[:1], 8)
 
@@ -288,7 +295,7 @@ def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--policy", "EE"], "needs its budget: --skip_full_layer_num"),
         (["--policy", "XX", "--skip_full_layer_num", "1"], "XX"),
         (["--skip_sub_layer_num", "4"], "no --policy that counts so"),
-        (["--policy", "EE", "--skip_full_layer_num", "-1"], "0 or more"),
+        (["--policy", "EE", "--skip_full_layer_num", "-1"], "whole number from 0 up"),
         (["--batch_size", "4"], "unrecognized arguments"),
         (["--scope", "never"], "invalid choice"),
         (["--gain", "norm"], "'gain' does not apply to dense; policies that take it: ADA"),

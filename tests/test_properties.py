@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from run_fixtures import save_checkpoint
+from run_fixtures import Named, named, save_checkpoint
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from adaskip import AdaSkip, EarlyExit, SkipDecode, SkipPlan, Step, Sublayer, UnifiedSkipping
@@ -18,8 +18,7 @@ from adaskip.errors import AdaskipError
 from adaskip.importance import Importance
 from adaskip.plan import Phase, all_sublayers, whole_layers
 from adaskip.requests import Requests
-from adaskip.runs.parts import part_path, settle_rows
-from adaskip.runs.records import append_rows, read_rows
+from adaskip.runs.store import Store
 from adaskip.tasks.prompts import build_prompt
 from adaskip.tasks.spec import Row, task_spec
 
@@ -134,22 +133,23 @@ def test_truncation_keeps_both_ends(
 
 @quick
 @given(st.data())
-def test_rows_from_anywhere_are_settled_once_and_in_order(data: st.DataObject) -> None:
+def test_rows_from_anywhere_are_merged_once_and_in_order(data: st.DataObject) -> None:
     order = [str(n) for n in range(data.draw(st.integers(0, 8)))]
     some = st.lists(st.sampled_from(order), unique=True) if order else st.just([])
     main, shares = data.draw(some), data.draw(st.lists(some, max_size=3))
     torn = data.draw(st.sampled_from([b"", b'{"id": "0"', b"\xff"]))
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "a.jsonl"
-        append_rows(path, [{"id": row} for row in main])
+        store = Store(Path(name) / "a.jsonl", Named)
+        store.append(named(*main))
         for rank, share in enumerate(shares):
-            append_rows(part_path(path, rank), [{"id": row} for row in share])
-            with part_path(path, rank).open("ab") as file:
+            store.shard(rank).append(named(*share))
+            with store.shard(rank).path.open("ab") as file:
                 file.write(torn)
-        with path.open("ab") as file:
+        with store.path.open("ab") as file:
             file.write(torn)
         there = set(main).union(*shares)
-        expected = [{"id": row} for row in order if row in there]
-        assert settle_rows(path, order) == expected == read_rows(path)
-        assert settle_rows(path, order) == expected
-        assert [json.loads(line) for line in path.read_text().splitlines()] == expected
+        expected = named(*(row for row in order if row in there))
+        assert store.merge(order) == expected == store.rows()
+        assert store.merge(order) == expected
+        lines = [json.loads(line) for line in store.path.read_text().splitlines()]
+        assert lines == [row.as_dict() for row in expected]

@@ -12,59 +12,142 @@ from pathlib import Path
 import pytest
 
 from adaskip.errors import AdaskipError, RunError
-from adaskip.runs import records
-from adaskip.runs.records import (
+from adaskip.runs import files
+from adaskip.runs.files import (
     SCHEMA,
-    append_rows,
     environment,
     git_commit,
     lock,
     read_json,
-    read_rows,
-    repair_rows,
     write_json,
     write_text,
 )
+from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import RunConfig, check_file_name
+from adaskip.runs.store import Share, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class Kept(Stored):
+    id: str
+    prediction: str = ""
+
+
+def kept(tmp_path: Path, name: str = "a.jsonl", **settings: object) -> Store[Kept]:
+    return Store(tmp_path / name, Kept, settings or None)
+
+
 def test_rows_come_back_in_order_and_any_language(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    append_rows(path, [{"id": "1", "prediction": "数\n\u2028"}, {"id": "2"}])
-    append_rows(path, [{"id": "3"}])
-    assert [row["id"] for row in read_rows(path)] == ["1", "2", "3"]
-    assert read_rows(path)[0]["prediction"] == "数\n\u2028"
+    store = kept(tmp_path)
+    store.append([Kept(id="1", prediction="数\n\u2028"), Kept(id="2")])
+    store.append([Kept(id="3")])
+    assert [row.id for row in store.rows()] == ["1", "2", "3"]
+    assert store.rows()[0].prediction == "数\n\u2028"
+    assert store.missing(["2", "4"]) == ["4"]
+
+
+def test_what_a_row_says_beyond_its_fields_stays_in_its_file(tmp_path: Path) -> None:
+    store = kept(tmp_path)
+    lines = '{"id": "2", "more": [1]}\n{"id": "1"}\n'
+    store.path.write_text(lines)
+    store.merge(["2", "1"])
+    assert store.path.read_text() == lines
+    store.merge(["1", "2"])
+    assert store.path.read_text() == '{"id": "1"}\n{"id": "2", "more": [1]}\n'
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_rows_are_made_once_and_with_the_same_settings(tmp_path: Path, name: str) -> None:
+    store, calls = kept(tmp_path, name, seed=1, tasks=("a",)), []
+
+    def work(share: Share[Kept]) -> None:
+        for item in share.of([name for name in ("1", "2", "3") if name not in share.done]):
+            calls.append(item)
+            share.append([Kept(id=item)])
+            if len(calls) == 2:
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        store.make(["1", "2", "3"], work)
+    store.note(limit=3)
+    for _ in range(2):
+        assert [row.id for row in store.make(["1", "2", "3"], work)] == ["1", "2", "3"]
+    assert calls == ["1", "2", "3"]
+    assert store.record()["limit"] == 3
+    with pytest.raises(RunError, match=r"made with other settings \(seed: 1 then, 2 now\)"):
+        kept(tmp_path, name, seed=2, tasks=("a",)).record()
+    with pytest.raises(RunError, match="rows that are not among those asked for"):
+        store.make(["1", "2", "4"], work)
+
+
+def test_a_record_keeps_its_facts_and_one_row_of_an_id(tmp_path: Path) -> None:
+    store = kept(tmp_path, "a.json", seed=1)
+    store.note(limit=3)
+    store.append([Kept(id="1")])
+    store.append([Kept(id="1", prediction="x"), Kept(id="2")])
+    assert [row.prediction for row in store.rows()] == ["x", ""]
+    assert store.record()["limit"] == 3
+
+
+def test_rows_that_earlier_versions_kept_by_id_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"schema": SCHEMA, "settings": {}, "sums": {"1": {"prediction": "x"}}})
+    store = Store(path, Kept, {}, key="sums")
+    assert store.rows() == [Kept(id="1", prediction="x")]
+    store.append([Kept(id="2")])
+    assert [row.id for row in store.rows()] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rows": [{"id": 1}]}, r"a\.json, row 1 is damaged \('id' is 1"),
+        ({"rows": 3}, "'rows' is no list"),
+        ({"settings": 3}, "no settings"),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path: Path, content: dict, message: str) -> None:
+    write_json(tmp_path / "a.json", {"schema": SCHEMA, "settings": {}, **content})
+    with pytest.raises(RunError, match=message):
+        Store(tmp_path / "a.json", Kept, {}).rows()
 
 
 def test_a_run_killed_at_any_byte_of_a_line_is_repaired(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    append_rows(path, [{"id": "1"}, {"id": "2", "prediction": "数"}])
+    store = kept(tmp_path)
+    path, last = store.path, Kept(id="2", prediction="数")
+    store.append([Kept(id="1"), last])
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
     for end in range(first, len(whole)):
         path.write_bytes(whole[:end])
-        assert [row["id"] for row in repair_rows(path)] == ["1"]
+        assert store.merge() == [Kept(id="1")]
         assert path.read_bytes() == whole[:first]
-        append_rows(path, [{"id": "2", "prediction": "数"}])
+        store.append([last])
         assert path.read_bytes() == whole
 
 
 def test_reading_does_not_repair(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"id": "1"}\n{"id"')
-    assert len(read_rows(path)) == 1
-    assert path.read_bytes() == b'{"id": "1"}\n{"id"'
+    store = kept(tmp_path)
+    store.path.write_bytes(b'{"id": "1"}\n{"id"')
+    assert len(store.rows()) == 1
+    assert store.path.read_bytes() == b'{"id": "1"}\n{"id"'
 
 
-@pytest.mark.parametrize("line", [b"{", b"[]", b'{"no": "id"}', b"\xff", b""])
+@pytest.mark.parametrize("line", [b"{", b"[]", b'{"no": "id"}', b'{"id": 1}', b"\xff", b""])
 def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: bytes) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"id": "1"}\n' + line + b'\n{"id": "3"}\n')
+    store = kept(tmp_path)
+    store.path.write_bytes(b'{"id": "1"}\n' + line + b'\n{"id": "3"}\n')
     with pytest.raises(RunError, match=r"a\.jsonl, line 2 is damaged"):
-        repair_rows(path)
-    assert path.read_bytes().endswith(b'{"id": "3"}\n')
+        store.merge()
+    assert store.path.read_bytes().endswith(b'{"id": "3"}\n')
+
+
+@pytest.mark.parametrize("module", ["runs.store", "speedtest.config", "speedtest.benchmark"])
+def test_the_speed_path_needs_no_pydantic(module: str) -> None:
+    code = f"import sys; sys.modules['pydantic'] = None; import adaskip.{module}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_file_is_written_whole_or_not_at_all(
@@ -76,7 +159,7 @@ def test_a_file_is_written_whole_or_not_at_all(
     def no_space(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("adaskip.runs.records.os.fsync", no_space)
+    monkeypatch.setattr("adaskip.runs.files.os.fsync", no_space)
     with pytest.raises(RunError, match="the disk is full; free some space"):
         write_json(path, {"schema": SCHEMA, "n": 2})
     assert read_json(path)["n"] == 1
@@ -84,20 +167,23 @@ def test_a_file_is_written_whole_or_not_at_all(
 
 
 def test_a_file_size_limit_ends_in_one_sentence_and_is_repaired(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
+    store = kept(tmp_path)
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from adaskip.runs.records import append_rows\n"
+        "from adaskip.runs.rows import Stored\n"
+        "from adaskip.runs.store import Store\n"
+        "class Named(Stored):\n id: str\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
-        "try:\n append_rows(Path(sys.argv[1]), [{'id': '1'}, {'id': '2', 'text': 'x' * 99}])\n"
+        "rows = [Named(id='1'), Named.from_dict({'id': '2', 'text': 'x' * 99})]\n"
+        "try:\n Store(Path(sys.argv[1]), Named).append(rows)\n"
         "except Exception as error:\n print(type(error).__name__, error)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code, str(store.path)], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.stdout.startswith("RunError Cannot write")
-    assert path.stat().st_size == 20
-    assert [row["id"] for row in repair_rows(path)] == ["1"]
+    assert done.stdout.startswith("RunError Cannot write"), done.stderr
+    assert store.path.stat().st_size == 20
+    assert store.merge() == [Kept(id="1")]
 
 
 def test_a_results_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -118,7 +204,7 @@ def test_the_second_of_two_processes_is_refused(tmp_path: Path) -> None:
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from adaskip.runs.records import lock\n"
+        "from adaskip.runs.files import lock\n"
         "with lock(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
@@ -193,7 +279,7 @@ def test_the_environment_names_what_a_result_depends_on() -> None:
 def test_results_do_not_make_a_checkout_dirty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(files, "CHECKOUT", tmp_path)
     assert git_commit() is None
     code, result = tmp_path / "code.py", tmp_path / "results" / "table.md"
     result.parent.mkdir()

@@ -23,10 +23,11 @@ from adaskip.plan import SkipPlan, Step
 from adaskip.policies import POLICIES, SkipPolicy
 from adaskip.runs import batches
 from adaskip.runs.audit import Audit
-from adaskip.runs.batches import plan_batches, share_out
-from adaskip.runs.bench import Bench
+from adaskip.runs.batches import make_batches, pending_batches
 from adaskip.runs.generation import generate_greedy
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runner import resolve, run, run_folder
+from adaskip.runs.store import Share
 from adaskip.tasks.spec import Row
 
 
@@ -71,7 +72,7 @@ def test_a_policy_is_given_the_options_it_has_fields_for(
 ) -> None:
     monkeypatch.setitem(POLICIES, "HALF", Half)
     config = resolve(place.config(policy="HALF", skip_full_layer_num=2))
-    policy = Bench.open(config).policy(config, "trec")
+    policy = LoadedModel.open(config).policy(config, "trec")
     assert isinstance(policy, Half)
     assert (policy.n_skip, policy.order, policy.importance.n_layers) == (2, 1, N_LAYERS)
 
@@ -132,7 +133,7 @@ def test_importance_is_learned_once_and_used_again(
     config = place.config(**budget("ADA"))
     run(config)
     (profile,) = (place.results / "importance").iterdir()
-    monkeypatch.setattr("adaskip.runs.bench.learn_importance", None)
+    monkeypatch.setattr("adaskip.runs.loaded.learn_importance", None)
     again = place.config("e2e", **budget("ADA"))
     assert lasting(rows_of(run(again)))
     given = place.config(**budget("ADA"), importance=str(profile), name="given")
@@ -154,10 +155,10 @@ def test_a_run_continued_from_any_byte_is_the_run_never_stopped(place: Workplace
     config = place.config(**budget("EE"))
     path = run(config) / "multifieldqa_en.jsonl"
     whole, expected = path.read_bytes(), lasting(rows_of(path.parent))
-    bench = Bench.open(resolve(config))
+    loaded = LoadedModel.open(resolve(config))
     for end in range(0, len(whole), len(whole) // 7):
         path.write_bytes(whole[:end])
-        run(config, bench)
+        run(config, loaded)
         assert lasting(rows_of(path.parent)) == expected
         assert (
             path.read_bytes()[: whole.rfind(b"\n", 0, end) + 1]
@@ -169,7 +170,7 @@ def test_a_finished_run_needs_no_model(place: Workplace) -> None:
     config = place.config()
     before = (run(config) / "multifieldqa_en.jsonl").read_bytes()
     config = place.config(data_dir="nowhere", limit=2)
-    assert (run(config, bench=None) / "multifieldqa_en.jsonl").read_bytes() == before
+    assert (run(config, loaded=None) / "multifieldqa_en.jsonl").read_bytes() == before
 
 
 def test_a_limit_can_grow(place: Workplace) -> None:
@@ -222,7 +223,7 @@ def test_a_budget_larger_than_the_model_writes_nothing(place: Workplace) -> None
         {"policy": "EE", "skip_full_layer_num": 5},
         {"policy": "ADA", "skip_sub_layer_num": 9},
     ):
-        with pytest.raises(AdaskipError, match=r"larger than the model: llama has [48]"):
+        with pytest.raises(AdaskipError, match=r"cannot skip [59] .* from 0 to [48] with"):
             run(place.config(**changes))
     assert not place.results.exists()
 
@@ -261,12 +262,15 @@ def test_a_batch_answers_as_its_rows_alone(place: Workplace) -> None:
 
 def test_batches_are_the_same_every_time_and_shards_leave_no_row_out() -> None:
     rows = [Row(str(n), "trec", "", "x" * (n % 4), ("a",), 1, "en") for n in range(11)]
-    assert plan_batches(rows, 1) == [[row] for row in rows]
-    sizes = [len(batch) for batch in plan_batches(rows, 4)]
+    assert make_batches(rows, 1) == [[row] for row in rows]
+    sizes = [len(batch) for batch in make_batches(rows, 4)]
     assert sizes == [4, 4, 3]
-    lengths = [len(row.context) for batch in plan_batches(rows, 4) for row in batch]
+    lengths = [len(row.context) for batch in make_batches(rows, 4) for row in batch]
     assert lengths == sorted(lengths)
-    shares = [share_out(plan_batches(rows, 2), {"0", "4"}, rank=rank, world=3) for rank in range(3)]
+    shares = [
+        pending_batches(make_batches(rows, 2), Share(frozenset({"0", "4"}), None, rank, 3))
+        for rank in range(3)
+    ]
     # Rows 0 and 4 made a batch, which is done.
     assert sorted(int(row.id) for share in shares for b in share for row in b) == [
         *(1, 2, 3),

@@ -9,18 +9,26 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from run_fixtures import Workplace, lasting, rows_of, save_checkpoint, save_data, save_plan
+from run_fixtures import (
+    Named,
+    Workplace,
+    lasting,
+    named,
+    rows_of,
+    save_checkpoint,
+    save_data,
+    save_plan,
+)
 
 from adaskip.cli.observe import observation_main
 from adaskip.cli.perplexity import perplexity_main
 from adaskip.cli.run import run_main
 from adaskip.errors import RunError
 from adaskip.models.processes import team
-from adaskip.runs.parts import part_path, settle_rows
-from adaskip.runs.records import append_rows, lock, read_rows
+from adaskip.runs.files import lock
+from adaskip.runs.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -67,7 +75,7 @@ def test_two_processes_leave_the_files_of_one(place: Workplace, launcher: list[s
     done = launch(launcher, ["e2e/run_llama.py", *options])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("is complete") == 1
-    assert run_main("e2e", "llama", [*options, "--model", "single"]) == 0
+    assert run_main("e2e", "llama", [*options, "--name", "single"]) == 0
     two, one = place.results / "llama-ADA-E2E-SKIP-2", place.results / "single-SKIP-2"
     for task in ("multifieldqa_en", "gov_report"):
         rows = rows_of(two, task)
@@ -76,7 +84,7 @@ def test_two_processes_leave_the_files_of_one(place: Workplace, launcher: list[s
         record = json.loads((two / "run.json").read_text())
         assert {row["session"] for row in rows} == {record["sessions"][0]["id"]}
         assert len(rows) == 7
-    assert not list(two.glob("*.part*"))
+    assert not list(two.glob("*.shard*"))
     assert len(list((place.results / "importance").iterdir())) == 1
 
 
@@ -87,7 +95,7 @@ def test_a_sweep_of_two_processes_goes_on_after_a_failure(place: Workplace) -> N
     assert done.returncode == 1
     report = json.loads((place.results / "report.json").read_text())
     assert len(report["failures"]) == 3
-    assert all("The budget of 9" in text for text in report["failures"].values())
+    assert all("EarlyExit cannot skip 9" in text for text in report["failures"].values())
     lines = [[line["policy"] for line in table["lines"]] for table in report["tables"]]
     assert lines == [["dense", "EE"]] * 3
     assert done.stdout.count("Took") == 1
@@ -139,37 +147,40 @@ def test_a_split_model_answers_as_a_whole_one(place: Workplace, split: tuple[str
     launcher = TORCHRUN if "--tp_plan" in split else []
     done = launch(launcher, ["e2e/run_llama.py", *options, *split])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert run_main("e2e", "llama", [*options, "--model", "whole"]) == 0
+    assert run_main("e2e", "llama", [*options, "--name", "whole"]) == 0
     rows = lasting(rows_of(place.results / "llama-ADA-E2E-SKIP-3", "gov_report"))
     assert rows == lasting(rows_of(place.results / "whole-SKIP-3", "gov_report"))
 
 
-def row(number: int, **more: Any) -> dict[str, Any]:
-    return {"id": str(number), "n": number, **more}
-
-
-def test_parts_are_merged_once_and_in_order(tmp_path: Path) -> None:
-    path, order = tmp_path / "a.jsonl", [str(n) for n in range(6)]
-    append_rows(path, [row(0), row(3)])
-    append_rows(part_path(path, 0), [row(1), row(4)])
-    append_rows(part_path(path, 1), [row(2), row(3, other=True)])
-    with part_path(path, 1).open("ab") as file:
+def test_shards_are_merged_once_and_in_order(tmp_path: Path) -> None:
+    order = [str(n) for n in range(6)]
+    store = Store(tmp_path / "a.jsonl", Named)
+    store.append(named("0", "3"))
+    store.shard(0).append(named("1", "4"))
+    store.shard(1).append([*named("2"), Named.from_dict({"id": "3", "other": True})])
+    with store.shard(1).path.open("ab") as file:
         file.write(b'{"id": "5"')  # torn by a kill
-    assert settle_rows(path, order) == [row(n) for n in range(5)]
-    assert read_rows(path) == [row(n) for n in range(5)]
+    assert store.merge(order) == store.rows() == named(*order[:5])
     assert [item.name for item in tmp_path.iterdir()] == ["a.jsonl"]
-    before = path.stat().st_mtime_ns
-    settle_rows(path, order)
-    assert path.stat().st_mtime_ns == before
+    before = store.path.stat().st_mtime_ns
+    store.merge(order)
+    assert store.path.stat().st_mtime_ns == before
+
+
+def test_shards_of_earlier_versions_are_merged_too(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a.jsonl", Named)
+    (tmp_path / "a.jsonl.part0").write_text('{"id": "1"}\n')
+    assert store.merge() == named("1")
+    assert [item.name for item in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_launcher_with_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    for world, message in (("two", "must be numbers"), ("2", "cannot be connected")):
+    for world in ("two", "2"):
         monkeypatch.setenv("WORLD_SIZE", world)
         team.cache_clear()
-        with pytest.raises(RunError, match=message):
+        with pytest.raises(RunError, match="cannot be connected"):
             team()
     monkeypatch.undo()
     team.cache_clear()

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from adaskip import metrics, rouge
+from adaskip import metrics
 from adaskip.cli.run import eval_main
 from adaskip.errors import AdaskipError, RunError
 from adaskip.runs.evaluation import evaluate
-from adaskip.runs.records import SCHEMA, append_rows, write_json
+from adaskip.runs.files import SCHEMA, write_json
+from adaskip.runs.ledger import task_rows
+from adaskip.runs.rows import GeneratedRow
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.scoring import dense_scores, runs_of, score_rows, score_run
-from adaskip.tasks import words
+from adaskip.tasks import rouge, words
 from adaskip.tasks.packaged import optional_module
 
 CACHED = (rouge._official_scorer, rouge._rouge_score_scorer, words._segmenter, metrics._fuzz)
@@ -59,12 +61,13 @@ def save_run(results: Path, rows: list[dict[str, Any]], planned: int = 2, **chan
         "tasks": {task: facts},
     }
     write_json(folder / "run.json", record)
-    append_rows(folder / f"{task}.jsonl", rows)
+    task_rows(folder, task).append([GeneratedRow.from_dict(row) for row in rows])
     return folder
 
 
 def score(rows: list[dict[str, Any]], task: str = "multifieldqa_en", planned: int = 2) -> Any:
-    return score_rows(task, rows, n_layers=4, n_planned=planned)
+    made = [GeneratedRow.from_dict(row) for row in rows]
+    return score_rows(task, made, n_layers=4, n_planned=planned)
 
 
 def test_the_best_reference_counts_times_100_with_two_decimals() -> None:

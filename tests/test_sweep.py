@@ -11,7 +11,7 @@ from run_fixtures import Workplace, rows_of, save_checkpoint, save_data, save_pl
 
 from adaskip import sweep
 from adaskip.configuration import config_path, read_config
-from adaskip.runs.plans import SweepPlan, read_plan, select
+from adaskip.runs.sweepfile import Sweep, read_sweep, select
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def place(checkpoint: Path, tmp_path: Path) -> Workplace:
 
 
 def test_a_dense_cell_serves_every_experiment(place: Workplace) -> None:
-    plan = read_plan(save_plan(place))
+    plan = read_sweep(save_plan(place))
     labels = [cell.label for cell in plan.cells]
     assert len(labels) == 2 + 3 * 3
     assert labels[:3] == [
@@ -38,14 +38,14 @@ def test_a_dense_cell_serves_every_experiment(place: Workplace) -> None:
 
 
 def test_only_selects(place: Workplace) -> None:
-    cells = read_plan(save_plan(place)).cells
+    cells = read_sweep(save_plan(place)).cells
     chosen = select(cells, ["policy=EE", "budget=2", "experiment=e2e"])
     assert [cell.label for cell in chosen] == ["llama e2e EE 2 gov_report"]
     assert len(select(cells, ["policy=dense", "experiment=e2e"])) == 1
 
 
-def test_the_demo_is_a_plan_at_equal_shares() -> None:
-    plan = read_plan(config_path("demo.yaml"))
+def test_the_demo_is_a_sweep_at_equal_shares() -> None:
+    plan = read_sweep(config_path("demo.yaml"))
     assert set(plan.experiments) == {"prefill", "decode", "e2e"}
     assert {cell.config.policy for cell in plan.cells} == {"dense", "EE", "SD", "US", "ADA"}
     for cell in plan.cells:
@@ -56,25 +56,26 @@ def test_the_demo_is_a_plan_at_equal_shares() -> None:
 
 BAD = [
     ({"polices": {}}, "Did you mean 'policies'"),
-    ({"models": []}, "'models' is missing or empty"),
+    ({"models": []}, "'models' is []: it must have at least 1 item"),
     ({"models": ["lama"]}, "Did you mean 'llama'"),
     ({"policies": {"EEE": [1]}}, "Did you mean 'EE'"),
-    ({"policies": {"EE": [-1]}}, "must be 0 or more"),
+    ({"policies": {"EE": [-1]}}, "cannot skip -1 full layers"),
     ({"experiments": {"prefil": ["trec"]}}, "Did you mean 'prefill'"),
     ({"experiments": {"prefill": ["terc"]}}, "Did you mean 'trec'"),
     ({"settings": {"policy": "EE"}}, "sets 'policy' itself"),
     ({"settings": {"sead": 1}}, "Did you mean 'seed'"),
     ({"name": "../x"}, "cannot name a file"),
-    ({"perplexity": {"row": 1}}, "perplexity takes rows and max_tokens"),
-    ({"estimate": {"rows": 1}}, "estimate takes rows"),
-    ({"models": "llama"}, "models must be a list of names"),
-    ({"policies": {"EE": ["1"]}}, "policies must map names to lists of numbers"),
-    ({"settings": {"seed": "x"}}, "'seed' is 'x'; it must be of type int"),
+    ({"perplexity": {"row": 1}}, "'perplexity.row' is 1: it is unknown"),
+    ({"perplexity": {"rows": 0}}, "'perplexity.rows' is 0: it must be greater than 0"),
+    ({"estimate": {"rows": 1}}, "Unknown key 'estimate'"),
+    ({"models": "llama"}, "'models' is 'llama': it must be a valid list"),
+    ({"policies": {"EE": ["1"]}}, "'policies.EE.0' is '1': it must be a valid integer"),
+    ({"settings": {"seed": "x"}}, "'seed' is 'x': it must be a valid integer"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "expected"), BAD)
-def test_a_bad_plan_is_one_sentence(
+def test_a_bad_file_is_one_sentence(
     place: Workplace, changes: Any, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep.main([str(save_plan(place, **changes))]) == 2
@@ -91,7 +92,7 @@ def test_a_bad_plan_is_one_sentence(
         (None, "cannot be read"),
     ],
 )
-def test_a_file_that_is_no_plan_is_refused(
+def test_a_file_that_is_no_sweep_is_refused(
     tmp_path: Path, text: str | None, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "x.yaml"
@@ -123,38 +124,31 @@ def test_a_dry_run_lists_and_writes_nothing(
 ) -> None:
     assert sweep.main([str(save_plan(place)), "--dry_run", "--only", "policy=ADA"]) == 0
     out = capsys.readouterr().out
-    # One row, cut to 96 tokens; an answer of 5 tokens is a prefill and four decode steps.
     (line,) = [x for x in out.splitlines() if x.startswith("| llama decode ADA 2 gov_report ")]
-    cells = [cell.strip() for cell in line.split("|")[2:-1]]
-    assert cells == ["0 of 1 rows done", "1", "96", "5", "?", "assumption"]
-    assert "3 cells" in out
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["0", "1"]
+    assert "3 cells, 4 rows left" in out
     assert not place.results.exists()
+    # Without a limit only the data tells.
+    file = save_plan(place, tasks={})
+    assert sweep.main([str(file), "--dry_run", "--only", "policy=dense", "task=gov_report"]) == 0
+    assert "1 cells, ? rows left" in capsys.readouterr().out
 
 
-def test_a_dry_run_learns_from_finished_cells(
+def test_a_dry_run_counts_what_is_done(
     place: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(save_plan(place))
     assert sweep.main([file, "--only", "policy=dense", "task=multifieldqa_en"]) == 0
-    path = place.results / "runs/llama-dense-SKIP-0/multifieldqa_en.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row, ttft in zip(rows, (60.0, 120.0), strict=True):
-        # 1 and 2 seconds per token of the prompt, 3 minutes per decode step.
-        row |= {"tokens_after": 60, "generated_tokens": 3}
-        row["seconds"] = {"ttft": ttft, "per_token": 180.0, "total": 0.0}
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     capsys.readouterr()
-    assert sweep.main([file, "--dry_run", "--only", "experiment=prefill", "budget=1"]) == 0
-    out = capsys.readouterr().out
-    (line,) = [x for x in out.splitlines() if x.startswith("| llama prefill EE 1")]
-    cells = [cell.strip() for cell in line.split("|")[2:-1]]
-    # Two rows: 120 tokens at 1.5 s, 4 decode steps of 3 min.
-    assert cells == ["0 of 2 rows done", "2", "120", "6", "15.0", "2 rows of this task"]
+    assert sweep.main([file, "--dry_run", "--only", "policy=dense"]) == 0
+    lines = [[x.strip() for x in x.split("|")[1:-1]] for x in capsys.readouterr().out.splitlines()]
+    assert ["llama prefill dense multifieldqa_en", "2", "0"] in lines
+    assert ["llama decode+e2e dense gov_report", "0", "1"] in lines
 
 
-def test_the_paper_is_a_plan_of_all_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_paper_is_a_sweep_of_all_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
     file = config_path("paper.yaml")
-    plan = read_plan(file)
+    plan = read_sweep(file)
     assert plan.models == ("llama", "internlm", "vicuna")
     # Per model five dense cells, and seven columns of four policies with three budgets.
     assert len(plan.cells) == 3 * (5 + 7 * 4 * 3)
@@ -174,13 +168,13 @@ def test_a_sweep_runs_once_and_then_only_reports(
 ) -> None:
     file = str(save_plan(place, perplexity={"rows": 1, "max_tokens": 4}))
     opened = []
-    real = sweep.Bench.open
+    real = sweep.LoadedModel.open
 
     def counting(config: Any) -> Any:
         opened.append(config)
         return real(config)
 
-    monkeypatch.setattr(sweep.Bench, "open", counting)
+    monkeypatch.setattr(sweep.LoadedModel, "open", counting)
     assert sweep.main([file]) == 0
     assert len(opened) == 1
     first = capsys.readouterr().out
@@ -220,7 +214,7 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(
     (place.data / "trec_e.jsonl").write_text("{")
     assert sweep.main([str(file)]) == 1
     out = capsys.readouterr().out
-    assert "FAILED: llama prefill EE 9 multifieldqa_en: AdaskipError: The budget of 9" in out
+    assert "FAILED: llama prefill EE 9 multifieldqa_en: AdaskipError: EarlyExit cannot" in out
     assert "FAILED: llama prefill EE 1 trec: DataError" in out
     report = json.loads((place.results / "report.json").read_text())
     assert [line["policy"] for line in report["tables"][0]["lines"]] == ["dense", "EE"]
@@ -231,8 +225,8 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
-    monkeypatch.setattr(sweep.Bench, "open", lambda config: tried.append(1) or 1 / 0)
-    plan = read_plan(save_plan(place))
+    monkeypatch.setattr(sweep.LoadedModel, "open", lambda config: tried.append(1) or 1 / 0)
+    plan = read_sweep(save_plan(place))
     failures = sweep.run_cells(plan.cells[:3], None)
     assert len(failures) == 3
     assert len(tried) == 1
@@ -241,7 +235,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(
 def test_pickles_are_allowed_by_the_command_alone(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[SweepPlan] = []
+    seen: list[Sweep] = []
     monkeypatch.setattr(sweep, "sweep", lambda plan, only: seen.append(plan) or 0)
     path = str(save_plan(place))
     assert sweep.main([path]) == sweep.main([path, "--allow_pickle"]) == 0
@@ -251,7 +245,7 @@ def test_pickles_are_allowed_by_the_command_alone(
     assert seen[0].cells[0].config.settings() == seen[1].cells[0].config.settings()
 
 
-def test_a_plan_can_be_kept_elsewhere(place: Workplace, tmp_path: Path) -> None:
-    plan: SweepPlan = sweep.moved(read_plan(save_plan(place)), tmp_path / "other")
+def test_a_sweep_can_be_kept_elsewhere(place: Workplace, tmp_path: Path) -> None:
+    plan = read_sweep(save_plan(place), tmp_path / "other")
     assert plan.folder == tmp_path / "other"
     assert {cell.config.results_dir for cell in plan.cells} == {str(tmp_path / "other/runs")}

@@ -8,19 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from adaskip.cli.run import Parser, add_run_options, guarded, say
+from adaskip.cli.command import Parser, guarded, say
+from adaskip.cli.run import add_run_options
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
 from adaskip.models.spec import model_spec
 from adaskip.observing.analysis import Numbers, observed
 from adaskip.observing.layer_skipping import skip_layers
-from adaskip.observing.recording import OpenBench
+from adaskip.observing.recording import OpenModel
 from adaskip.observing.stability import measured_stability
 from adaskip.reports.observations import TITLES, write_observation
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve
-from adaskip.sweep import Benches
+from adaskip.sweep import ModelSlot
 
 FACTS = "observations.yaml"
 DATA_OPTIONS = (
@@ -82,22 +83,22 @@ def observation_main(observation: str, argv: Sequence[str] | None = None) -> int
             raise AdaskipError("--model_path replaces the weights of one model; give one --model.")
         scores = given.pop("scores", False)
         configs = [configured(observation, model, given) for model in models]
-        open_bench = Benches().get
-        found = {c.run_name: _measured(observation, c, open_bench, scores) for c in configs}
+        open_model = ModelSlot().get
+        found = {c.run_name: _measured(observation, c, open_model, scores) for c in configs}
         command = f"python observations/{observation}.py --model {' '.join(models)}"
-        say(team().on_first(lambda: write_observation(observation, command, configs, found)))
+        say(team().on_main(lambda: write_observation(observation, command, configs, found)))
         return 0
 
     return guarded(action)
 
 
-def _measured(observation: str, config: RunConfig, open_bench: OpenBench, scores: bool) -> Numbers:
+def _measured(observation: str, config: RunConfig, open_model: OpenModel, scores: bool) -> Numbers:
     """The numbers of one model."""
     if observation == "ob0":
-        return skip_layers(config, open_bench, scores=scores)
+        return skip_layers(config, open_model, scores=scores)
     if observation == "stability":
-        return measured_stability(config, open_bench)
-    return observed(observation, config, open_bench)
+        return measured_stability(config, open_model)
+    return observed(observation, config, open_model)
 
 
 def _parser(observation: str) -> Parser:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.observe import DATA_OPTIONS, FACTS, add_options, configured
-from adaskip.cli.run import Parser, guarded, say
+from adaskip.cli.command import Parser, guarded, say
+from adaskip.cli.observe import DATA_OPTIONS, FACTS, configured
+from adaskip.cli.run import add_run_options
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
-from adaskip.observing.recording import begun
 from adaskip.plan import SCOPES
 from adaskip.policies import POLICIES
 from adaskip.policies.factory import LEARNED, takes
-from adaskip.runs.bench import Bench
-from adaskip.runs.parts import locked
-from adaskip.runs.perplexity import Perplexity, shared_perplexity
-from adaskip.runs.records import environment, write_json
+from adaskip.runs.files import environment
+from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.perplexity import Loss, Perplexity
+from adaskip.runs.reference_quality import losses
+from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import (
+    BUDGETS,
     DENSE,
     POLICY_OPTIONS,
     WARMING_UP,
@@ -29,6 +32,7 @@ from adaskip.runs.runconfig import (
     refuse_unused,
 )
 from adaskip.runs.scoring import phase_shares
+from adaskip.runs.store import Store, locked
 from adaskip.tables import markdown_table, number, percent
 
 ROWS = 10
@@ -50,18 +54,15 @@ def perplexity_main(argv: Sequence[str] | None = None) -> int:
         max_tokens = given.pop("reference_tokens")
         policies = given.pop("policy")
         refuse_unused(given, policies or [DENSE])
-        budgets = {flag: given.pop(flag) or [] for flag in _BUDGETS}
+        budgets = {flag: given.pop(flag) or [] for flag in BUDGETS.values()}
         given["limit"] = given["limit"] or ROWS
         base = dataclasses.replace(configured("perplexity", model, given), experiment=scope)
         cells = cells_of(base, policies, budgets)
-        path, record = measure(cells, max_tokens)
-        say(f"{table(record, cells)}\n\nWritten: {path}.")
+        path, found = measure(cells, max_tokens)
+        say(f"{table(found, cells)}\n\nWritten: {path}.")
         return 0
 
     return guarded(action)
-
-
-_BUDGETS = ("skip_full_layer_num", "skip_sub_layer_num")
 
 
 def _parser() -> Parser:
@@ -77,9 +78,9 @@ def _parser() -> Parser:
         metavar="NAME",
         help=f"besides dense: {', '.join(POLICIES)}",
     )
-    for flag in _BUDGETS:
-        users = ", ".join(name for name in POLICIES if budget_flag(name) == flag)
-        text = f"budgets in {POLICIES[users.split(', ')[0]].budget}, of {users}"
+    for unit, flag in BUDGETS.items():
+        users = [name for name, policy in POLICIES.items() if policy.budget == unit]
+        text = f"budgets in {unit}, of {', '.join(users)}"
         parser.add_argument(f"--{flag}", nargs="+", type=int, metavar="N", help=text)
     parser.add_argument(
         "--scope", default="e2e", choices=SCOPES, help="where plans apply (default: e2e)"
@@ -92,7 +93,7 @@ def _parser() -> Parser:
         metavar="N",
         help=f"tokens of each reference that count (default: {tokens})",
     )
-    add_options(parser, (*DATA_OPTIONS, *POLICY_OPTIONS, *WARMING_UP))
+    add_run_options(parser, (*DATA_OPTIONS, *POLICY_OPTIONS, *WARMING_UP))
     return parser
 
 
@@ -120,38 +121,71 @@ def cells_of(
     return cells
 
 
-def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str, Any]]:
+class TaskLoss(Stored):
+    """One task under one policy; `rows` has `[nll, tokens]` by row."""
+
+    nll: float
+    tokens: int
+    perplexity: float
+    rows: dict[str, list[float | int]]
+
+
+class PolicyLoss(Loss):
+    """All tasks under one policy.
+
+    Attributes:
+        perplexity: over the tokens of all tasks.
+        policy: what the policy was made with; None where a file does not tell.
+        skipped_share: of the sublayers, by phase.
+    """
+
+    perplexity: float
+    policy: dict[str, Any] | None = None
+    skipped_share: dict[str, float | None]
+    tasks: dict[str, TaskLoss]
+
+
+def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str, PolicyLoss]]:
     """Measures the cells that the result file lacks, the model being loaded at most once.
+
+    Returns:
+        The file, and what it holds by `key_of` a cell.
 
     Raises:
         AdaskipError: the model, the data, a budget or the existing file does not fit.
     """
     base = cells[0]
-    path = Path(base.results_dir) / "perplexity" / f"{base.name}-{base.experiment}.json"
     settings = base.settings() | {
         "experiment": base.experiment,
-        "tasks": list(base.tasks),
+        "tasks": base.tasks,
         "limit": base.limit,
         "reference_tokens": max_tokens,
     }
+    store = Store(
+        Path(base.results_dir) / "perplexity" / f"{base.name}-{base.experiment}.json",
+        PolicyLoss,
+        settings,
+        {"model": base.name, "task": " ".join(base.tasks)},
+        key="sums",
+    )
     group = team()
-    with locked(path.parent):
-        record = group.on_first(lambda: begun(path, base, " ".join(base.tasks), settings))
-        missing = [cell for cell in cells if not _is_measured(cell, record)]
+    with locked(store.path.parent):
+        found = {row.id: row for row in group.on_main(store.rows)}
+        missing = [cell for cell in cells if not _is_measured(cell, found)]
         if not missing:
-            return path, record
-        with group.together(), group.first_ahead():
-            # The first process learns importance and fills caches; the others find them.
-            bench = Bench.open(base)
+            return store.path, found
+        with group.together(), group.main_ahead():
+            # The main process learns importance and fills caches; the others find them.
+            loaded = LoadedModel.open(base)
             for cell in missing:
-                bench.check_budget(cell)
                 for task in cell.tasks:
-                    bench.policy(cell, task)
+                    loaded.policy(cell, task)
         for cell in missing:
-            record["sums"][key_of(cell)] = _measured(cell, bench, max_tokens)
-            record["environment"] = environment(str(base.device))
-            group.on_first(lambda: write_json(path, record))
-    return path, record
+            row = _measured(cell, loaded, max_tokens)
+            found[row.id] = row
+            group.on_main(partial(store.append, [row]))
+        group.on_main(lambda: store.note(environment=environment(str(base.device))))
+    return store.path, found
 
 
 def key_of(cell: RunConfig) -> str:
@@ -172,55 +206,47 @@ def _setting(key: str, value: Any) -> str:
     return f"{key} {'none' if value is None else value}"
 
 
-def _is_measured(cell: RunConfig, record: Mapping[str, Any]) -> bool:
-    """Whether the result file has a cell, made with the same policy."""
-    found = record["sums"].get(key_of(cell))
-    made = cell.policy_settings()
-    return found is not None and found.get("policy", made) == made
+def _is_measured(cell: RunConfig, found: Mapping[str, PolicyLoss]) -> bool:
+    """Whether a cell was measured with the same policy."""
+    row = found.get(key_of(cell))
+    return row is not None and row.policy in (None, cell.policy_settings())
 
 
-def _measured(cell: RunConfig, bench: Bench, max_tokens: int) -> dict[str, Any]:
+def _measured(cell: RunConfig, loaded: LoadedModel, max_tokens: int) -> PolicyLoss:
     """Perplexity per task and over all tokens, with the share of sublayers left out."""
     whole = Perplexity(())
     tasks = {}
     for task in cell.tasks:
-        rows = bench.rows(cell, task)
-        found = shared_perplexity(
-            bench.model,
-            bench.tokenizer,
-            bench.policy(cell, task),
-            [(bench.prompt(cell, row), row.answers[0]) for row in rows],
-            scope=cell.experiment,
-            max_tokens=max_tokens,
-            progress=team().is_first,
-        )
+        by_row = losses(cell, task, loaded, max_tokens)
+        found = Perplexity(tuple(by_row.values()))
         whole += found
-        pairs = zip(rows, found.rows, strict=True)
-        tasks[task] = _numbers(found) | {"rows": {r.id: [f.nll, f.tokens] for r, f in pairs}}
-    skipped = [{"skipped": row.skipped} for row in whole.rows]
-    return _numbers(whole) | {
-        "policy": cell.policy_settings(),
-        "skipped_share": phase_shares(skipped, bench.n_layers),
-        "tasks": tasks,
-    }
+        tasks[task] = TaskLoss(
+            nll=found.nll,
+            tokens=found.tokens,
+            perplexity=found.perplexity,
+            rows={name: [loss.nll, loss.tokens] for name, loss in by_row.items()},
+        )
+    return PolicyLoss(
+        id=key_of(cell),
+        nll=whole.nll,
+        tokens=whole.tokens,
+        perplexity=whole.perplexity,
+        policy=cell.policy_settings(),
+        skipped_share=phase_shares((row.skipped for row in whole.rows), loaded.n_layers),
+        tasks=tasks,
+    )
 
 
-def _numbers(found: Perplexity) -> dict[str, Any]:
-    return {"nll": found.nll, "tokens": found.tokens, "perplexity": found.perplexity}
-
-
-def table(record: Mapping[str, Any], cells: Sequence[RunConfig]) -> str:
+def table(found: Mapping[str, PolicyLoss], cells: Sequence[RunConfig]) -> str:
     """The cells asked for, dense first."""
     tasks = cells[0].tasks
     header = ["policy", *tasks, "all", "x dense", "skipped % prefill", "skipped % decode"]
-    dense = record["sums"][DENSE]["perplexity"]
+    dense = found[DENSE].perplexity
     lines = []
     for cell in cells:
-        found = record["sums"][key_of(cell)]
-        values = [found["tasks"][task]["perplexity"] for task in tasks]
-        shares = [percent(found["skipped_share"][phase]) for phase in ("prefill", "decode")]
-        ratio = found["perplexity"] / dense
-        lines.append(
-            [key_of(cell), *(number(v) for v in (*values, found["perplexity"], ratio)), *shares]
-        )
+        row = found[key_of(cell)]
+        values = [row.tasks[task].perplexity for task in tasks]
+        values += [row.perplexity, row.perplexity / dense]
+        shares = [percent(row.skipped_share[phase]) for phase in ("prefill", "decode")]
+        lines.append([row.id, *map(number, values), *shares])
     return markdown_table(header, lines)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from adaskip.cli.run import Parser, guarded, say
+from adaskip.cli.command import Parser, guarded, say
 from adaskip.reports.speed import as_markdown, draw
 from adaskip.speedtest.measurement import Measurement, measure
 

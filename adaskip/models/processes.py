@@ -1,7 +1,7 @@
 """The processes one command was started as, by torchrun or `accelerate launch`; usually one.
 
 They share a results folder. Rows are divided between them; what must happen once happens on the
-main process, which is the one of rank 0. Control messages go over gloo, which needs no device.
+main process. Several processes need accelerate; what it would not do is said where we do it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Team:
     world: int = 1
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the main process, which writes records and talks to the user."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes records and talks to the user."""
         return self.rank == 0
 
-    def on_first(self, action: Callable[[], T]) -> T:
+    def on_main(self, action: Callable[[], T]) -> T:
         """Runs an action on the main process; all get its result, or its error.
 
         Raises:
@@ -51,13 +51,13 @@ class Team:
             return action()
         told: list[Any] = [None, None, False]
         error: Exception | None = None
-        if self.is_first:
+        if self.is_main:
             try:
                 told[0] = action()
             except Exception as caught:
                 error = caught
                 told[1:] = [_sentence(caught), isinstance(caught, AdaskipError)]
-        _collectives().broadcast_object_list(told, src=0)
+        _collectives().broadcast_object_list(told, from_process=0)
         if error is not None:
             raise error
         if told[1] is not None:
@@ -90,9 +90,9 @@ class Team:
 
     def gather(self, value: T) -> list[T]:
         """What each process gives, by rank; every process gets all of it."""
-        told = [value] * self.world
-        if self.world > 1:
-            _collectives().all_gather_object(told, value)
+        if self.world == 1:
+            return [value]
+        told: list[T] = _collectives().gather_object([value])
         return told
 
     def spread(self, items: Sequence[A], work: Callable[[Sequence[A]], Sequence[T]]) -> list[T]:
@@ -112,16 +112,19 @@ class Team:
         return [parts[i % self.world][i // self.world] for i in range(len(items))]
 
     @contextlib.contextmanager
-    def first_ahead(self, wanted: bool = True) -> Iterator[None]:
-        """A part the main process goes through before the others: what it leaves, they find."""
+    def main_ahead(self, wanted: bool = True) -> Iterator[None]:
+        """A part the main process goes through before the others: what it leaves, they find.
+
+        As accelerate's `main_process_first`, which leaves the others waiting if the main one fails.
+        """
         wanted = wanted and self.world > 1
-        if wanted and not self.is_first:
-            _collectives().barrier()
+        if wanted and not self.is_main:
+            self.gather(None)
         try:
             yield
         finally:
-            if wanted and self.is_first:
-                _collectives().barrier()
+            if wanted and self.is_main:
+                self.gather(None)
 
 
 @cache
@@ -129,49 +132,48 @@ def team() -> Team:
     """The processes of this command; the first call connects them.
 
     Raises:
-        RunError: the launcher's environment is incomplete, or the processes cannot be connected.
+        RunError: accelerate is not installed, the launcher's environment is incomplete, or the
+            processes cannot be connected.
     """
-    try:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        rank = int(os.environ.get("RANK", "0"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    except ValueError as error:
-        raise RunError(
-            f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers ({error}): start several processes "
-            "with torchrun or accelerate launch."
-        ) from error
-    if world == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return Team()
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise RunError(
+            "Several processes work together by accelerate: install it, or start one process."
+        ) from error
+    on_cuda = torch.cuda.is_available()
+    try:
+        if on_cuda:
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        # PartialState connects by one backend. Messages go over gloo, which needs no device, while
+        # the parts of one model need NCCL.
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         torch.distributed.init_process_group(backend, timeout=PATIENCE)
+        state = PartialState(cpu=True)
     except (RuntimeError, ValueError) as error:
         raise RunError(
-            f"The {world} processes cannot be connected ({_sentence(error)}): start them with "
-            "torchrun or accelerate launch."
+            f"The processes cannot be connected ({_sentence(error)}): start them with torchrun or "
+            "accelerate launch."
         ) from error
-    atexit.register(_disconnect)
-    return Team(rank, world)
-
-
-def launched_as_first() -> bool:
-    """Whether this process may talk to the user; needs no connection."""
-    return os.environ.get("RANK", "0") == "0"
+    atexit.register(state.destroy_process_group)
+    return Team(state.process_index, state.num_processes)
 
 
 def _collectives() -> Any:
-    import torch.distributed
+    """Accelerate's collectives, loaded where there are several processes only."""
+    import accelerate.utils
 
-    return torch.distributed
+    return accelerate.utils
 
 
-def _disconnect() -> None:
-    with contextlib.suppress(Exception):
-        _collectives().destroy_process_group()
+def launched_as_main() -> bool:
+    """Whether this process may talk to the user; needs no connection."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _sentence(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from adaskip.configuration import read_config
-from adaskip.observing.recording import OpenBench, observe_tasks
+from adaskip.observing.recording import OpenModel, observe_tasks
 from adaskip.observing.similarities import layers, means
 from adaskip.plan import KINDS, Phase
 from adaskip.recorders import Span
@@ -123,13 +123,13 @@ VIEWS: Mapping[str, View] = {
 }
 
 
-def observed(observation: str, config: RunConfig, open_bench: OpenBench) -> Numbers:
+def observed(observation: str, config: RunConfig, open_model: OpenModel) -> Numbers:
     """What an observation says of one model, as its JSON has it.
 
     Args:
         observation: a key of `VIEWS`.
         config: resolved.
-        open_bench: loads the model; not called if everything is recorded.
+        open_model: loads the model; not called if everything is recorded.
 
     Returns:
         `tasks`: per task the mean, standard deviation and count per layer, and their summary.
@@ -138,7 +138,7 @@ def observed(observation: str, config: RunConfig, open_bench: OpenBench) -> Numb
     Raises:
         AdaskipError: the data, the model or an earlier record does not fit.
     """
-    view, seen = VIEWS[observation], observe_tasks(config, open_bench)
+    view, seen = VIEWS[observation], observe_tasks(config, open_model)
     return {
         "tasks": {
             task: {

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,15 @@ from tqdm import tqdm
 from adaskip.configuration import read_config
 from adaskip.metrics import score
 from adaskip.models.processes import team
-from adaskip.observing.recording import OpenBench, begun, observe_tasks, opened
+from adaskip.observing.recording import OpenModel, observe_tasks, opened
 from adaskip.observing.similarities import layers
 from adaskip.plan import Phase, whole_layers
 from adaskip.policies import FixedSkipping
-from adaskip.runs.bench import Bench
 from adaskip.runs.generation import generate_greedy
-from adaskip.runs.parts import locked
-from adaskip.runs.perplexity import shared_perplexity
-from adaskip.runs.records import write_json
+from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.perplexity import Loss, shared_perplexity
 from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.store import Store, locked
 from adaskip.session import skipping
 from adaskip.tasks.prompts import postprocess
 from adaskip.tasks.spec import Row
@@ -40,12 +40,24 @@ class Choice:
     layers: tuple[int, ...]
 
 
-def skip_layers(config: RunConfig, open_bench: OpenBench, *, scores: bool) -> dict[str, Any]:
+class Measured(Loss):
+    """Perplexity of a task's references, and its score if asked for, under one choice.
+
+    Attributes:
+        rows: of the task.
+        score: x100.
+    """
+
+    rows: int
+    score: float | None = None
+
+
+def skip_layers(config: RunConfig, open_model: OpenModel, *, scores: bool) -> dict[str, Any]:
     """Skips the layers of highest and of lowest similarity of one model.
 
     Args:
         config: resolved.
-        open_bench: loads the model; not called if everything is measured.
+        open_model: loads the model; not called if everything is measured.
         scores: also generate answers and score them.
 
     Returns:
@@ -56,10 +68,10 @@ def skip_layers(config: RunConfig, open_bench: OpenBench, *, scores: bool) -> di
         AdaskipError: the data, the model or an earlier record does not fit.
     """
     facts = read_config("observations.yaml")
-    similarity = layer_similarity(observe_tasks(config, open_bench))
+    similarity = layer_similarity(observe_tasks(config, open_model))
     made = choices(similarity, facts["skipped_layers"])
     few = dataclasses.replace(config, limit=config.limit or facts["perplexity_rows"])
-    found = {task: measure(few, task, made, open_bench, scores=scores) for task in config.tasks}
+    found = {task: measure(few, task, made, open_model, scores=scores) for task in config.tasks}
     return {
         "choices": [{"side": c.side, "layers": sorted(c.layers)} for c in made],
         "tasks": {
@@ -91,7 +103,7 @@ def measure(
     config: RunConfig,
     task: str,
     made: Sequence[Choice],
-    open_bench: OpenBench,
+    open_model: OpenModel,
     *,
     scores: bool = False,
 ) -> list[dict[str, float]]:
@@ -106,42 +118,45 @@ def measure(
     path = Path(config.results_dir) / "layers" / f"{config.name}-{task}.json"
     settings = {**config.settings(), "limit": config.limit, "reference_tokens": max_tokens}
     group = team()
+    store = Store(path, Measured, settings, {"model": config.name, "task": task}, key="sums")
     with locked(path.parent):
-        record = group.on_first(lambda: begun(path, config, task, settings))
-        found: list[dict[str, float]] = []
+        kept = {row.id: row.as_dict() for row in group.on_main(store.rows)}
+        found: list[dict[str, Any]] = []
         for choice in tqdm(
-            made, desc=f"{config.name} {task}", unit="set", disable=not group.is_first
+            made, desc=f"{config.name} {task}", unit="set", disable=not group.is_main
         ):
             key = " ".join(map(str, sorted(choice.layers))) or "none"
-            done = record["sums"].setdefault(key, {})
+            done = kept.setdefault(key, {"id": key})
             found.append(done)
             policy = FixedSkipping(whole_layers(choice.layers))
             if "nll" not in done:
-                bench, rows = opened(config, open_bench, lambda bench: bench.rows(config, task))
-                items = [(bench.prompt(config, row), row.answers[0]) for row in rows]
+                loaded, rows = opened(config, open_model, lambda loaded: loaded.rows(config, task))
+                items = [(loaded.prompt(config, row), row.answers[0]) for row in rows]
                 result = shared_perplexity(
-                    bench.model, bench.tokenizer, policy, items, max_tokens=max_tokens
+                    loaded.model, loaded.tokenizer, policy, items, max_tokens=max_tokens
                 )
                 done |= {"nll": result.nll, "tokens": result.tokens, "rows": len(rows)}
-                group.on_first(lambda: write_json(path, record))
+                group.on_main(partial(store.append, [Measured.from_dict(done)]))
             if scores and "score" not in done:
-                bench, rows = opened(config, open_bench, lambda bench: bench.rows(config, task))
-                done["score"] = _score(config, bench, rows, policy)
-                group.on_first(lambda: write_json(path, record))
-    return found
+                loaded, rows = opened(config, open_model, lambda loaded: loaded.rows(config, task))
+                done["score"] = _score(config, loaded, rows, policy)
+                group.on_main(partial(store.append, [Measured.from_dict(done)]))
+    return [{key: value for key, value in each.items() if key != "id"} for each in found]
 
 
-def _score(config: RunConfig, bench: Bench, rows: Sequence[Row], policy: FixedSkipping) -> float:
+def _score(
+    config: RunConfig, loaded: LoadedModel, rows: Sequence[Row], policy: FixedSkipping
+) -> float:
     """The task's score x100, generated under the policy."""
 
     def generate(own: Sequence[Row]) -> list[float]:
         values = []
-        with skipping(bench.model, policy):
+        with skipping(loaded.model, policy):
             for row in own:
-                stop = bench.stop_rule(config, row.task)
-                made = generate_greedy(bench.model, [bench.prompt(config, row).input_ids], stop)
-                text = str(bench.tokenizer.decode(list(made.tokens[0]), skip_special_tokens=True))
-                answer = postprocess(text, bench.spec.answer_end)
+                stop = loaded.stop_rule(config, row.task)
+                made = generate_greedy(loaded.model, [loaded.prompt(config, row).input_ids], stop)
+                text = str(loaded.tokenizer.decode(list(made.tokens[0]), skip_special_tokens=True))
+                answer = postprocess(text, loaded.spec.answer_end)
                 values.append(score(row.task, answer, row.answers, row.all_classes))
         return values
 

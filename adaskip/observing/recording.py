@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from adaskip.configuration import read_config
-from adaskip.errors import DataError, RunError
+from adaskip.errors import DataError
 from adaskip.learning import record_prompts
 from adaskip.models.internlm import check_prompt_length
 from adaskip.models.processes import team
@@ -19,32 +19,39 @@ from adaskip.observing.similarities import SPANS, from_rows
 from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
 from adaskip.recorders import TokenStatistics
-from adaskip.runs.bench import SAMPLE_ROWS, Bench
 from adaskip.runs.generation import StopRule, generate_greedy
-from adaskip.runs.parts import Share, locked, make_rows
-from adaskip.runs.records import (
-    SCHEMA,
-    Record,
-    append_rows,
-    differences,
-    read_json,
-    read_rows,
-    write_json,
-)
+from adaskip.runs.loaded import SAMPLE_ROWS, LoadedModel
+from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.store import Share, Store, locked
 from adaskip.session import skipping
 from adaskip.tasks.sample import sample_rows
 from adaskip.tasks.spec import Row, task_spec
 
-OpenBench = Callable[[RunConfig], Bench]
+
+class Observed(Stored):
+    """What was observed of one prompt.
+
+    Attributes:
+        id: the prompt's row.
+        sums: by phase, a count of tokens and per part of a layer `[total, squares]` by layer.
+        similarity: of every sublayer, the mean over the prompt's tokens.
+    """
+
+    id: str
+    sums: dict[str, dict[str, Any]] | None = None
+    similarity: list[float] | None = None
 
 
-def observe_tasks(config: RunConfig, open_bench: OpenBench) -> dict[str, pd.DataFrame]:
+OpenModel = Callable[[RunConfig], LoadedModel]
+
+
+def observe_tasks(config: RunConfig, open_model: OpenModel) -> dict[str, pd.DataFrame]:
     """Records all tasks of a configuration; per task what `observe_task` returns."""
-    return {task: observe_task(config, task, open_bench) for task in config.tasks}
+    return {task: observe_task(config, task, open_model) for task in config.tasks}
 
 
-def observe_task(config: RunConfig, task: str, open_bench: OpenBench) -> pd.DataFrame:
+def observe_task(config: RunConfig, task: str, open_model: OpenModel) -> pd.DataFrame:
     """Records the similarities of a task's prompts in prefill and in their first decode steps.
 
     Every prompt is followed by as many new tokens as METHOD says, also where the answer would have
@@ -53,7 +60,7 @@ def observe_task(config: RunConfig, task: str, open_bench: OpenBench) -> pd.Data
     Args:
         config: resolved; `results_dir` is where `similarity/` is kept.
         task: one of its tasks.
-        open_bench: loads the model; not called if nothing is missing.
+        open_model: loads the model; not called if nothing is missing.
 
     Returns:
         The sums of every prompt, as `similarities.from_rows` has them.
@@ -64,28 +71,28 @@ def observe_task(config: RunConfig, task: str, open_bench: OpenBench) -> pd.Data
     new_tokens = int(read_config("observations.yaml")["new_tokens"])
     stop = StopRule(frozenset(), new_tokens)
 
-    def observe(bench: Bench, row: Row) -> Record:
-        ids = bench.prompt(config, row).input_ids
-        check_prompt_length(bench.model, len(ids), new_tokens)
+    def observe(loaded: LoadedModel, row: Row) -> dict[str, Any]:
+        ids = loaded.prompt(config, row).input_ids
+        check_prompt_length(loaded.model, len(ids), new_tokens)
         recorders = {phase: TokenStatistics(*SPANS, phase=phase) for phase in Phase}
         policy = FixedSkipping(EMPTY_PLAN)
-        with skipping(bench.model, policy, recorders=[*recorders.values()]):
-            generate_greedy(bench.model, [ids], stop)
+        with skipping(loaded.model, policy, recorders=[*recorders.values()]):
+            generate_greedy(loaded.model, [ids], stop)
         return {"sums": {phase: _sums(recorder) for phase, recorder in recorders.items()}}
 
     rows = _recorded(
         Path(config.results_dir) / "similarity" / f"{config.name}-{task}.jsonl",
         (config, task, {**config.settings(), "new_tokens": new_tokens}),
         config.limit or (SAMPLE_ROWS if task_spec(task).offline else None),
-        open_bench,
-        lambda bench: bench.rows(config, task),
+        open_model,
+        lambda loaded: loaded.rows(config, task),
         observe,
     )
     return from_rows(rows)
 
 
 def observe_requests(
-    config: RunConfig, task: str, open_bench: OpenBench, n_prompts: int
+    config: RunConfig, task: str, open_model: OpenModel, n_prompts: int
 ) -> list[list[float]]:
     """The similarity of every sublayer in each of a task's warm-up prompts: [requests][2L].
 
@@ -96,18 +103,18 @@ def observe_requests(
         AdaskipError: the model or an earlier record does not fit.
     """
 
-    def observe(bench: Bench, row: Row) -> Record:
-        ids = torch.tensor([bench.prompt(config, row).input_ids])
-        check_prompt_length(bench.model, ids.shape[1])
-        means = record_prompts(bench.model, [ids]).per_request()
+    def observe(loaded: LoadedModel, row: Row) -> dict[str, Any]:
+        ids = torch.tensor([loaded.prompt(config, row).input_ids])
+        check_prompt_length(loaded.model, ids.shape[1])
+        means = record_prompts(loaded.model, [ids]).per_request()
         return {"similarity": [round(x, 8) for x in means[0, :, 0].tolist()]}
 
     rows = _recorded(
         Path(config.results_dir) / "requests" / f"{config.name}-{task}.jsonl",
         (config, task, config.settings()),
         n_prompts,
-        open_bench,
-        lambda bench: _warmup_rows(config, task, bench, n_prompts),
+        open_model,
+        lambda loaded: _warmup_rows(config, task, loaded, n_prompts),
         observe,
     )
     return [row["similarity"] for row in rows[:n_prompts]]
@@ -117,33 +124,35 @@ def _recorded(
     path: Path,
     about: tuple[RunConfig, str, dict[str, Any]],
     limit: int | None,
-    open_bench: OpenBench,
-    rows_of: Callable[[Bench], Sequence[Row]],
-    observe: Callable[[Bench, Row], Record],
-) -> list[Record]:
+    open_model: OpenModel,
+    rows_of: Callable[[LoadedModel], Sequence[Row]],
+    observe: Callable[[LoadedModel, Row], dict[str, Any]],
+) -> list[dict[str, Any]]:
     """What was observed of each row; kept row by row, a later call goes on from there.
 
     Args:
         path: the JSONL file; beside it, `.json` says what it is about.
-        about: configuration, task and settings, as `begun` takes them.
+        about: configuration, task and settings.
         limit: rows asked for; None is all there are.
-        open_bench: loads the model; not called if nothing is missing.
+        open_model: loads the model; not called if nothing is missing.
         rows_of: the rows, once the model is there.
         observe: what to keep of a row.
     """
-    group, header_path = team(), path.with_suffix(".json")
-    config, task, _ = about
+    config, task, settings = about
+    group = team()
+    store = Store(path, Observed, settings, {"model": config.name, "task": task})
     with locked(path.parent):
-        header = group.on_first(lambda: begun(header_path, *about))
-        made = group.on_first(lambda: read_rows(path))
-        if _finished(header, len(made), limit):
-            return made
-        group.on_first(lambda: write_json(header_path, header))
-        bench, rows = opened(config, open_bench, rows_of)
+        known = group.on_main(lambda: store.record().get("limit", 0))
+        made = group.on_main(store.rows)
+        # The limit is 0 if the rows were never completed.
+        if made and (known is None or (limit is not None and len(made) >= limit)):
+            return [row.as_dict() for row in made]
+        group.on_main(store.note)
+        loaded, rows = opened(config, open_model, rows_of)
 
-        def work(share: Share) -> None:
+        def work(share: Share[Observed]) -> None:
             missing = [row for row in rows if row.id not in share.done]
-            mine = missing[share.rank :: share.world]
+            mine = share.of(missing)
             done = len(rows) - len(missing)
             bar = tqdm(
                 mine,
@@ -151,65 +160,32 @@ def _recorded(
                 unit="prompt",
                 initial=done,
                 total=done + len(mine),
-                disable=not group.is_first,
+                disable=not group.is_main,
             )
             for row in bar:
-                if share.target is not None:
-                    append_rows(share.target, [{"id": row.id} | observe(bench, row)])
+                share.append([Observed(id=row.id, **observe(loaded, row))])
 
-        made = make_rows(path, [row.id for row in rows], work)
-        group.on_first(lambda: write_json(header_path, header | {"limit": limit}))
-    return made
+        made = store.make([row.id for row in rows], work)
+        group.on_main(lambda: store.note(limit=limit))
+    return [row.as_dict() for row in made]
 
 
 def opened(
-    config: RunConfig, open_bench: OpenBench, rows_of: Callable[[Bench], Sequence[Row]]
-) -> tuple[Bench, Sequence[Row]]:
+    config: RunConfig, open_model: OpenModel, rows_of: Callable[[LoadedModel], Sequence[Row]]
+) -> tuple[LoadedModel, Sequence[Row]]:
     """Model and rows, loaded by the main process before the others: what it leaves, they find."""
     group = team()
-    with group.together(), group.first_ahead():
-        bench = open_bench(config)
-        return bench, rows_of(bench)
+    with group.together(), group.main_ahead():
+        loaded = open_model(config)
+        return loaded, rows_of(loaded)
 
 
-def begun(path: Path, config: RunConfig, task: str, settings: dict[str, Any]) -> Record:
-    """The record to go on with: the one at `path`, or an empty one.
-
-    Raises:
-        RunError: it was made with other settings.
-    """
-    # As JSON has them, to be compared with what was read.
-    new = {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
-    if not path.exists():
-        return {
-            "schema": SCHEMA,
-            "model": config.name,
-            "task": task,
-            "settings": new,
-            "sums": {},
-        }
-    record = read_json(path)
-    what = differences(record["settings"], new)
-    if what:
-        raise RunError(
-            f"{path} was made with other settings ({what}); choose another --results_dir, or move "
-            "the file away."
-        )
-    return record
-
-
-def _finished(header: Record, n_rows: int, limit: int | None) -> bool:
-    """Whether a record covers the rows asked for; its own limit is 0 if it was never completed."""
-    known = header.get("limit", 0)
-    return n_rows > 0 and (known is None or (limit is not None and n_rows >= limit))
-
-
-def _warmup_rows(config: RunConfig, task: str, bench: Bench, n: int) -> list[Row]:
+def _warmup_rows(config: RunConfig, task: str, loaded: LoadedModel, n: int) -> list[Row]:
     """Prompts apart from the test rows where the task has a split for them."""
     if task_spec(task).offline:
         size = {"n": n, "tokens": config.sample_tokens, "seed": config.seed}
-        return sample_rows(task, bench.tokenizer, split="warmup", **size)
-    rows = bench.rows(config, task)[:n]
+        return sample_rows(task, loaded.tokenizer, split="warmup", **size)
+    rows = loaded.rows(config, task)[:n]
     if len(rows) < n:
         raise DataError(f"{task} has {len(rows)} rows, {n} are needed; use other tasks (--tasks).")
     return rows

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaskip.configuration import read_config
-from adaskip.observing.recording import OpenBench, observe_requests
+from adaskip.observing.recording import OpenModel, observe_requests
 from adaskip.plan import all_sublayers
 from adaskip.runs.runconfig import RunConfig
 
@@ -19,7 +19,7 @@ RESAMPLES = 2000
 Floats = npt.NDArray[np.float64]
 
 
-def measured_stability(config: RunConfig, open_bench: OpenBench) -> dict[str, Any]:
+def measured_stability(config: RunConfig, open_model: OpenModel) -> dict[str, Any]:
     """What `stability` returns, for one model and the tasks of a configuration.
 
     Raises:
@@ -28,7 +28,7 @@ def measured_stability(config: RunConfig, open_bench: OpenBench) -> dict[str, An
     facts = read_config("observations.yaml")
     prompts, most = facts["warmup_prompts"], max(facts["warmup_prompts"])
     config = dataclasses.replace(config, limit=most)
-    requests = {t: observe_requests(config, t, open_bench, most) for t in config.tasks}
+    requests = {t: observe_requests(config, t, open_model, most) for t in config.tasks}
     return stability(requests, prompts, facts["chosen_sublayers"], config.seed)
 
 

@@ -15,7 +15,7 @@ from adaskip.errors import AdaskipError, unknown_name
 from adaskip.importance import GAINS, Gain, Importance
 from adaskip.numbers import is_whole
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Step, Sublayer
-from adaskip.policy import SkipPolicy, check_budget, register
+from adaskip.policy import SkipPolicy, register
 from adaskip.recorders import Span, StepStats, median
 from adaskip.sublayer_times import SublayerTimes
 
@@ -106,8 +106,6 @@ class AdaSkip(SkipPolicy):
                 f"The importance profile is of a model of {self.importance.n_layers} layers, the "
                 f"model has {n_layers}; learn a profile of this model."
             )
-        if self.n_skip is not None:
-            check_budget("AdaSkip", self.n_skip, 2 * n_layers, "sublayers")
         if self.acceleration is not None and self.times is None:
             raise AdaskipError(
                 "AdaSkip reckons an acceleration with what the sublayers take: give "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from adaskip.plan import SkipPlan, Step
-from adaskip.policy import SkipPolicy, check_budget, layer_plan, register
+from adaskip.policy import SkipPolicy, layer_plan, register
 
 
 @register("EE")
@@ -22,11 +22,6 @@ class EarlyExit(SkipPolicy):
     """
 
     n_skip: int
-
-    @override
-    def bind(self, n_layers: int) -> None:
-        check_budget("Early Exit", self.n_skip, n_layers, "full layers")
-        super().bind(n_layers)
 
     @override
     def plan(self, step: Step) -> SkipPlan:

@@ -10,7 +10,7 @@ from typing_extensions import override
 from adaskip.errors import AdaskipError
 from adaskip.numbers import is_whole
 from adaskip.plan import SkipPlan, Step
-from adaskip.policy import SkipPolicy, check_budget, layer_plan, register
+from adaskip.policy import SkipPolicy, layer_plan, register
 
 
 @register("SD")
@@ -33,9 +33,13 @@ class SkipDecode(SkipPolicy):
     n_skip: int
     horizon: int = 512
 
+    @classmethod
+    @override
+    def most(cls, n_layers: int) -> int:
+        return n_layers - 1
+
     @override
     def bind(self, n_layers: int) -> None:
-        check_budget("SkipDecode", self.n_skip, n_layers - 1, "full layers")
         if not is_whole(self.horizon) or self.horizon < 1:
             raise AdaskipError(
                 f"SkipDecode's horizon is {self.horizon!r}; it takes a whole number of tokens, 1 "

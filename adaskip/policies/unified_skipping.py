@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from adaskip.plan import SkipPlan, Step
-from adaskip.policy import SkipPolicy, check_budget, layer_plan, register
+from adaskip.policy import SkipPolicy, layer_plan, register
 
 
 @register("US")
@@ -25,10 +25,10 @@ class UnifiedSkipping(SkipPolicy):
 
     n_skip: int
 
+    @classmethod
     @override
-    def bind(self, n_layers: int) -> None:
-        check_budget("Unified Skipping", self.n_skip, n_layers - 1, "full layers")
-        super().bind(n_layers)
+    def most(cls, n_layers: int) -> int:
+        return n_layers - 1
 
     @override
     def plan(self, step: Step) -> SkipPlan:

@@ -13,12 +13,12 @@ from adaskip.errors import RunError
 from adaskip.plan import Phase, Scope
 from adaskip.profiling.intervals import paired_interval
 from adaskip.runs.evaluation import notes_on
+from adaskip.runs.files import SCHEMA, Record, read_json, write_json
 from adaskip.runs.ledger import RUN_FILE, read_record, run_folder
-from adaskip.runs.plans import Cell, SweepPlan
-from adaskip.runs.records import SCHEMA, Record, read_json, write_json
 from adaskip.runs.reference_quality import read_perplexity
 from adaskip.runs.runconfig import DENSE
 from adaskip.runs.scoring import RunScore, TaskScore, score_run
+from adaskip.runs.sweepfile import Cell, Sweep
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def read_report(path: Path) -> Report:
         ) from error
 
 
-def collect(plan: SweepPlan, failures: Mapping[str, str]) -> Report:
+def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
     """Scores every cell that has rows, and compares it with dense.
 
     Args:
@@ -173,7 +173,7 @@ def collect(plan: SweepPlan, failures: Mapping[str, str]) -> Report:
         tuple(dict.fromkeys(notes)),
         dict(failures),
         {
-            folder.name: {k: v for k, v in read_record(folder).items() if k != "schema"}
+            folder.name: {k: v for k, v in read_record(folder).as_dict().items() if k != "schema"}
             for folder in folders
         },
         tables,
@@ -214,13 +214,12 @@ def _line(scored: Sequence[tuple[Cell, TaskScore]], dense: Mapping[str, TaskScor
 
 
 def _compared(cell: Cell, score: TaskScore, base: TaskScore | None) -> ComparedScore:
-    measured = read_perplexity(cell.config, score.task)
     ends = paired_interval(score.row_scores, base.row_scores) if base else None
     return ComparedScore(
         **vars(score),
         delta=score.score - base.score if base else None,
         delta_interval=(100 * ends[0], 100 * ends[1]) if ends else None,
-        perplexity=float(measured["perplexity"]) if measured else None,
+        perplexity=read_perplexity(cell.config, score.task),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.reports.figures import COLOURS
-from adaskip.runs.records import write_bytes
+from adaskip.runs.files import write_bytes
 
 # Dark and light colours in turns, so that neighbours differ in grey, too.
 _PALETTE = tuple(COLOURS[index] for index in (0, 1, 2, 5, 3, 4))

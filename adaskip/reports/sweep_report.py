@@ -16,8 +16,8 @@ from adaskip.reports.comparison import Report, collect, read_report
 from adaskip.reports.figures import as_data_uri
 from adaskip.reports.sweep_figures import draw_quality, draw_scores
 from adaskip.reports.sweep_tables import as_markdown
-from adaskip.runs.plans import SweepPlan
-from adaskip.runs.records import write_bytes, write_text
+from adaskip.runs.files import write_bytes, write_text
+from adaskip.runs.sweepfile import Sweep
 
 SCORES_CAPTION = (
     "Scores are LongBench's metric of the task × 100. Δ is the difference to the dense rows of the "
@@ -42,7 +42,7 @@ class Picture:
     caption: str
 
 
-def write_report(plan: SweepPlan, failures: Mapping[str, str]) -> str:
+def write_report(plan: Sweep, failures: Mapping[str, str]) -> str:
     """Scores every cell that has rows, writes `report.json` and all that is made from it.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from pandas import DataFrame
 
 from adaskip.reports.comparison import ComparedScore, Table, mean
-from adaskip.runs.records import Record
+from adaskip.runs.files import Record
 from adaskip.runs.runconfig import DENSE
 from adaskip.tables import MISSING, markdown_table, number, percent, perplexity
 

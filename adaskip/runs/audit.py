@@ -7,6 +7,7 @@ forward of every run is checked.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from adaskip.blocks import block_spec
 from adaskip.errors import RunError
 from adaskip.plan import KINDS, Phase, SkipPlan, Step, Sublayer, all_sublayers
+from adaskip.runs.rows import PhaseSkips, Skips
 
 
 class Audited(Protocol):
@@ -43,10 +45,11 @@ class PhaseCount:
     skipped: Counter[str] = field(default_factory=Counter)
     latest: tuple[Sublayer, ...] = ()
 
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON: forwards, one sum per kind, and the names of the latest forward's."""
-        counts: dict[str, Any] = {kind: self.skipped[kind] for kind in KINDS}
-        return {"forwards": self.forwards, **counts, "sublayers": [str(s) for s in self.latest]}
+    def kept(self) -> PhaseSkips:
+        """As a row keeps it."""
+        names = [str(sublayer) for sublayer in self.latest]
+        attn, ffn = (self.skipped[kind] for kind in KINDS)
+        return PhaseSkips(forwards=self.forwards, attn=attn, ffn=ffn, sublayers=names)
 
 
 class Audit:
@@ -99,9 +102,13 @@ class Audit:
         self._phases = {phase: PhaseCount() for phase in Phase}
         self._forwards = 0
 
-    def counts(self) -> dict[str, dict[str, Any]]:
-        """What the request so far left out, by phase, ready for JSON."""
-        return {str(phase): count.as_dict() for phase, count in self._phases.items()}
+    def counts(self, online_extension: Sequence[str] = ()) -> Skips:
+        """What the request so far left out, and what its policy added to the plan meanwhile."""
+        return Skips(
+            prefill=self._phases[Phase.PREFILL].kept(),
+            decode=self._phases[Phase.DECODE].kept(),
+            online_extension=list(online_extension),
+        )
 
     def _note(self, layer: int, kind: Any) -> Any:
         sublayer = Sublayer(layer, kind)

@@ -10,50 +10,81 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from adaskip.errors import AdaskipError, RunError
+from pydantic import PositiveInt
+
+from adaskip.errors import RunError
 from adaskip.importance import Importance
 from adaskip.models.processes import team
 from adaskip.policies.factory import LEARNED, takes
-from adaskip.runs.records import (
-    SCHEMA,
-    Record,
-    differences,
-    environment,
-    read_json,
-    read_rows,
-    write_json,
-)
-from adaskip.runs.rows import check_row
+from adaskip.runs.files import SCHEMA, Record, differences, environment, read_json, write_json
+from adaskip.runs.rows import GeneratedRow, Stored
 from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.store import Store
 from adaskip.tasks.prompts import prompt_template
 from adaskip.tasks.spec import task_spec
 
 RUN_FILE = "run.json"
 
 
+class TaskFacts(Stored):
+    """What a run's record says of one task.
+
+    Attributes:
+        rows: how many the run was asked for.
+        limit: the `--limit` it was asked with; None is all rows.
+        max_new_tokens: the longest answer.
+        prompt_sha256: of the prompt template.
+    """
+
+    rows: int
+    limit: int | None
+    max_new_tokens: int
+    prompt_sha256: str
+
+
+class Command(Stored):
+    """One command that worked on a run; its rows carry the id."""
+
+    id: str
+
+
+class RunRecord(Stored):
+    """What `run.json` holds.
+
+    Attributes:
+        config: the fields of its `RunConfig`.
+        policy: what its policy was made with; None in files that do not tell.
+        importance: the name of its importance profile.
+        sessions: the commands that worked on it, as files have always called them.
+    """
+
+    config: dict[str, Any]
+    policy: dict[str, Any] | None = None
+    n_layers: PositiveInt
+    importance: str | None
+    tasks: dict[str, TaskFacts]
+    sessions: list[Command]
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The configuration that was recorded."""
+        return RunConfig.from_dict(self.config)
+
+
 @cache
-def session_id() -> str:
-    """This command; rows and records carry it, because times compare only within one session."""
-    return team().on_first(lambda: uuid.uuid4().hex[:12])
+def command_id() -> str:
+    """Names this command; rows and records carry it, because times compare only within one."""
+    return team().on_main(lambda: uuid.uuid4().hex[:12])
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Where a run is kept."""
+    """The folder that holds a run: its record, and its rows by task."""
     return Path(config.results_dir) / config.folder_name
 
 
-def rows_path(config: RunConfig, task: str) -> Path:
-    """The JSONL file of one task of a run."""
-    return run_folder(config) / f"{task}.jsonl"
-
-
-def rows_of(config: RunConfig, task: str) -> list[Record]:
-    """The rows of one task that a run has so far.
-
-    Raises:
-        RunError: a line before the last is damaged, or no row of a run.
-    """
-    return read_rows(rows_path(config, task), check_row)
+def task_rows(folder: Path, task: str) -> Store[GeneratedRow]:
+    """The rows of one task in a run's folder."""
+    return Store(folder / f"{task}.jsonl", GeneratedRow)
 
 
 def answer_length(config: RunConfig, task: str) -> int:
@@ -61,8 +92,8 @@ def answer_length(config: RunConfig, task: str) -> int:
     return config.max_new_tokens or task_spec(task).max_new_tokens
 
 
-def existing_record(config: RunConfig) -> Record:
-    """The record of an earlier start of this run; empty if there is none.
+def existing_record(config: RunConfig) -> RunRecord | None:
+    """The record of an earlier start of this run, if there is one.
 
     Raises:
         RunError: it was made with other settings, or may not be continued.
@@ -71,49 +102,41 @@ def existing_record(config: RunConfig) -> Record:
     if not (folder / RUN_FILE).exists():
         if any(folder.glob("*.jsonl")):
             raise RunError(f"{folder} has rows but no {RUN_FILE}; move the folder away.")
-        return {}
+        return None
     record = read_record(folder)
     if not config.resume:
-        raise RunError(f"{folder} exists already: leave out --no-resume, or give another --model.")
-    old = RunConfig.from_dict(record["config"])
+        raise RunError(f"{folder} exists already: leave out --no-resume, or give another --name.")
+    old = record.run_config
     what = differences(old.settings(), config.settings())
     if not what:  # another policy has other fields: its name says enough
         # Without the policy's own account, its options tell.
-        made = record.get("policy") or old.policy_settings()
-        what = differences(made, config.policy_settings())
+        what = differences(record.policy or old.policy_settings(), config.policy_settings())
     if what:
         raise RunError(
             f"{folder} was made with other settings ({what}). Nothing was changed; give this run "
-            "another name (--model NAME) or move the folder away."
+            "another name (--name NAME) or move the folder away."
         )
     return record
 
 
-def read_record(folder: Path) -> Record:
-    """What `run.json` of a run's folder holds, its parts checked.
+def read_record(folder: Path) -> RunRecord:
+    """What `run.json` of a run's folder holds.
 
     Raises:
         RunError: it is damaged, or of another version.
     """
     path = folder / RUN_FILE
-    record = read_json(path)
     try:
-        RunConfig.from_dict(record["config"])
-        good = isinstance(record.get("policy", {}), dict)
-        good &= isinstance(record["n_layers"], int) and record["n_layers"] > 0
-        good &= isinstance(record["importance"], str | None)
-        good &= all(isinstance(item["id"], str) for item in record["sessions"])
-        for task, facts in record["tasks"].items():
+        record = RunRecord.from_dict(read_json(path))
+        RunConfig.from_dict(record.config)
+        for task in record.tasks:
             task_spec(task)
-            good &= isinstance(facts["rows"], int) and isinstance(facts["max_new_tokens"], int)
-            good &= isinstance(facts["limit"], int | None) and isinstance(
-                facts["prompt_sha256"], str
-            )
-    except (KeyError, TypeError, AttributeError, AdaskipError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise RunError(f"{path} is damaged ({reason}); move its folder away.") from error
-    if not good:
-        raise RunError(f"{path} is damaged (a value is of the wrong type); move its folder away.")
+    except RunError as error:
+        if str(path) in str(error):
+            raise
+        raise RunError(f"{path} is damaged ({error}); move its folder away.") from error
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); move its folder away.") from error
     return record
 
 
@@ -124,23 +147,20 @@ def is_finished(config: RunConfig) -> bool:
         RunError: the run exists with other settings, or its files are damaged.
     """
     record = existing_record(config)
-    tasks = record.get("tasks", {})
-    return (
-        bool(record)
-        and _same_profile(config, record)
-        and all(
-            task in tasks
-            and tasks[task]["max_new_tokens"] == answer_length(config, task)
-            and _covers(tasks[task]["limit"], config.limit)
-            and len(rows_of(config, task)) >= tasks[task]["rows"]
-            for task in config.tasks
-        )
+    if record is None or not _same_profile(config, record):
+        return False
+    return all(
+        (facts := record.tasks.get(task)) is not None
+        and facts.max_new_tokens == answer_length(config, task)
+        and _covers(facts.limit, config.limit)
+        and len(task_rows(run_folder(config), task).rows()) >= facts.rows
+        for task in config.tasks
     )
 
 
 def begin(
     config: RunConfig, *, n_layers: int, profile: str | None, n_rows: Mapping[str, int]
-) -> Record:
+) -> None:
     """Writes `run.json` for a start or a continuation.
 
     Args:
@@ -149,25 +169,22 @@ def begin(
         profile: name of the importance profile, if the policy has one.
         n_rows: rows of each task.
 
-    Returns:
-        The record.
-
     Raises:
         RunError: the run was made with other settings or another profile, or cannot be written.
     """
-    old = existing_record(config)
-    if old and old["importance"] != profile:
+    folder, old = run_folder(config), existing_record(config)
+    if old and old.importance != profile:
         raise RunError(
-            f"{run_folder(config)} was made with importance profile {old['importance']}, now it is "
-            f"{profile}; give this run another name (--model NAME), or the same --importance."
+            f"{folder} was made with importance profile {old.importance}, now it is "
+            f"{profile}; give this run another name (--name NAME), or the same --importance."
         )
-    tasks: dict[str, Record] = dict(old.get("tasks", {}))
+    tasks: dict[str, Record] = {} if old is None else old.as_dict()["tasks"]
     for task, count in n_rows.items():
         known, length = tasks.get(task), answer_length(config, task)
         if known is not None and known["max_new_tokens"] != length:
             raise RunError(
-                f"{run_folder(config)} has {task} with answers of up to {known['max_new_tokens']} "
-                f"tokens, now it is {length}; give this run another name (--model NAME)."
+                f"{folder} has {task} with answers of up to {known['max_new_tokens']} "
+                f"tokens, now it is {length}; give this run another name (--name NAME)."
             )
         if known is None or not _covers(known["limit"], config.limit):
             known = {"limit": config.limit, "rows": count}
@@ -180,25 +197,25 @@ def begin(
         "n_layers": n_layers,
         "importance": profile,
         "tasks": tasks,
-        "sessions": _sessions(old, str(config.device)),
+        "sessions": _commands(old, str(config.device)),
     }
-    write_json(run_folder(config) / RUN_FILE, record)
-    return record
+    write_json(folder / RUN_FILE, record)
 
 
-def update(config: RunConfig, record: Record, task: str, facts: Mapping[str, Any]) -> None:
+def update(folder: Path, task: str, facts: Mapping[str, Any]) -> None:
     """Adds what is known once a task is done."""
+    record = read_json(folder / RUN_FILE)
     record["tasks"][task].update(facts)
-    write_json(run_folder(config) / RUN_FILE, record)
+    write_json(folder / RUN_FILE, record)
 
 
-def _same_profile(config: RunConfig, record: Record) -> bool:
+def _same_profile(config: RunConfig, record: RunRecord) -> bool:
     """Whether a run is sure to use its recorded profile, which otherwise only its model tells."""
     if not takes(config.policy, LEARNED):
         return True
     if config.importance:
-        return bool(Importance.load(Path(config.importance)).name == record["importance"])
-    return record["config"].get("importance") is None
+        return bool(Importance.load(Path(config.importance)).name == record.importance)
+    return record.config.get("importance") is None
 
 
 def _covers(recorded: int | None, asked: int | None) -> bool:
@@ -206,7 +223,8 @@ def _covers(recorded: int | None, asked: int | None) -> bool:
     return recorded is None or (asked is not None and asked <= recorded)
 
 
-def _sessions(old: Record, device: str) -> list[Record]:
+def _commands(old: RunRecord | None, device: str) -> list[Record]:
+    """Those of the record so far, and this one with where it runs."""
     started = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    earlier = [item for item in old.get("sessions", []) if item["id"] != session_id()]
-    return [*earlier, {"id": session_id(), "started": started, **environment(device)}]
+    earlier = [] if old is None else [c.as_dict() for c in old.sessions if c.id != command_id()]
+    return [*earlier, {"id": command_id(), "started": started, **environment(device)}]

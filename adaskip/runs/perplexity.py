@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from adaskip.models.processes import team
 from adaskip.plan import EMPTY_PLAN, Scope
 from adaskip.policies import FixedSkipping, SkipPolicy
 from adaskip.runs.audit import Audit
+from adaskip.runs.rows import Skips, Stored
 from adaskip.session import Session, skipping
 from adaskip.tasks.prompts import Prompt
 
@@ -33,12 +34,34 @@ class RowLoss:
     Attributes:
         nll: negative log-likelihood of the reference, in nats, summed over its tokens.
         tokens: how many there are.
-        skipped: what was left out per phase, as `Audit.counts` has it.
+        skipped: what was left out per phase, by phase.
     """
 
     nll: float
     tokens: int
-    skipped: Mapping[str, Any]
+    skipped: Skips
+
+
+class Loss(Stored):
+    """What is kept of references scored together.
+
+    Attributes:
+        id: which, in its file.
+        nll: negative log-likelihood, in nats, summed over the tokens.
+        tokens: how many there are.
+    """
+
+    id: str
+    nll: float
+    tokens: int
+
+
+def perplexity_of(nll: float, tokens: int) -> float:
+    """`exp(nll / tokens)`; infinity where that is beyond a float."""
+    try:
+        return math.exp(nll / tokens)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True)
@@ -59,11 +82,8 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """`exp(nll / tokens)`; infinity where that is beyond a float."""
-        try:
-            return math.exp(self.nll / self.tokens)
-        except OverflowError:
-            return math.inf
+        """As `perplexity_of`."""
+        return perplexity_of(self.nll, self.tokens)
 
     def __add__(self, other: Perplexity) -> Perplexity:
         """Both together, e.g. two tasks."""

@@ -2,79 +2,105 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from functools import partial
 
-from adaskip.errors import RunError
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
 from adaskip.models.processes import team
-from adaskip.runs.bench import Bench
+from adaskip.runs.files import read_json
 from adaskip.runs.ledger import run_folder
-from adaskip.runs.perplexity import shared_perplexity
-from adaskip.runs.records import SCHEMA, Record, read_json, write_json
+from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.perplexity import Loss, RowLoss, perplexity_of, shared_perplexity
 from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.store import Store
 
 
-@dataclass(frozen=True)
-class PerplexityPlan:
-    """How much a sweep measures: a task's first rows, a reference's first tokens."""
+class PerplexitySettings(BaseModel):
+    """How much a sweep measures.
 
-    rows: int = 5
-    max_tokens: int = 64
+    Attributes:
+        rows: of a task, from the first.
+        max_tokens: of a reference, from the first.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    rows: PositiveInt = 5
+    max_tokens: PositiveInt = 64
 
 
-def perplexity_path(config: RunConfig, task: str) -> Path:
-    """Where it is kept."""
-    return run_folder(config) / f"{task}.perplexity.json"
-
-
-def read_perplexity(config: RunConfig, task: str) -> Record | None:
-    """What was measured, None if nothing was.
+def read_perplexity(config: RunConfig, task: str) -> float | None:
+    """The perplexity that was measured, None if none was.
 
     Raises:
         RunError: the file is damaged.
     """
-    path = perplexity_path(config, task)
-    if not path.exists():
+    rows = _store(config, task).rows()
+    if not rows:
         return None
-    record = read_json(path)
-    if not isinstance(record.get("perplexity"), float) or "plan" not in record:
-        raise RunError(f"{path} is damaged; delete it and run again.")
-    return record
+    return perplexity_of(math.fsum(row.nll for row in rows), sum(row.tokens for row in rows))
 
 
-def is_measured(config: RunConfig, task: str, plan: PerplexityPlan) -> bool:
-    """Whether it was measured as the plan asks."""
-    record = read_perplexity(config, task)
-    return record is not None and record["plan"] == vars(plan)
+def is_measured(config: RunConfig, task: str, settings: PerplexitySettings) -> bool:
+    """Whether it was measured as the settings ask.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    store = _store(config, task)
+    if not store.rows():
+        return False
+    record = read_json(store.path)
+    made = record.get("settings") or record.get("plan")  # what earlier versions called them
+    return bool(made == settings.model_dump())
 
 
-def measure_perplexity(config: RunConfig, task: str, bench: Bench, plan: PerplexityPlan) -> None:
-    """Measures and writes it for one task of a resolved configuration; all processes together.
+def losses(
+    config: RunConfig, task: str, loaded: LoadedModel, max_tokens: int, n_rows: int | None = None
+) -> dict[str, RowLoss]:
+    """The loss of each row's first reference under a configuration; all processes together.
+
+    Args:
+        config: what is skipped where.
+        task: whose rows.
+        loaded: the model.
+        max_tokens: of a reference, from the first.
+        n_rows: of the task, from the first; None is all.
 
     Raises:
         AdaskipError: as the run itself; or a reference is empty.
     """
-    rows = bench.rows(config, task)[: plan.rows]
-    group = team()
+    rows = loaded.rows(config, task)[:n_rows]
     measured = shared_perplexity(
-        bench.model,
-        bench.tokenizer,
-        bench.policy(config, task),
-        [(bench.prompt(config, row), row.answers[0]) for row in rows],
+        loaded.model,
+        loaded.tokenizer,
+        loaded.policy(config, task),
+        [(loaded.prompt(config, row), row.answers[0]) for row in rows],
         scope=config.experiment,
-        max_tokens=plan.max_tokens,
-        progress=group.is_first,
+        max_tokens=max_tokens,
+        progress=team().is_main,
         same=bool(config.tp_plan),
     )
-    content = {
-        "schema": SCHEMA,
-        "plan": vars(plan),
-        "perplexity": measured.perplexity,
-        "nll": measured.nll,
-        "tokens": measured.tokens,
-        "rows": [
-            {"id": row.id, "nll": loss.nll, "tokens": loss.tokens}
-            for row, loss in zip(rows, measured.rows, strict=True)
-        ],
-    }
-    group.on_first(lambda: write_json(perplexity_path(config, task), content))
+    return {row.id: loss for row, loss in zip(rows, measured.rows, strict=True)}
+
+
+def measure_perplexity(
+    config: RunConfig, task: str, loaded: LoadedModel, settings: PerplexitySettings
+) -> None:
+    """Measures and writes it for one task; all processes together.
+
+    Raises:
+        AdaskipError: as `losses`.
+    """
+    found = losses(config, task, loaded, settings.max_tokens, settings.rows)
+    rows = [Loss(id=name, nll=loss.nll, tokens=loss.tokens) for name, loss in found.items()]
+    store = _store(config, task, settings)
+    # What was measured otherwise makes room.
+    team().on_main(partial(store.path.unlink, missing_ok=True))
+    team().on_main(lambda: store.append(rows))
+
+
+def _store(config: RunConfig, task: str, settings: PerplexitySettings | None = None) -> Store[Loss]:
+    path = run_folder(config) / f"{task}.perplexity.json"
+    return Store(path, Loss, None if settings is None else settings.model_dump())

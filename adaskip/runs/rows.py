@@ -1,48 +1,124 @@
-"""What a row of a run must hold: one check, for continuing, counting and scoring it."""
+"""What is kept of every row: pydantic models, checked wherever a file is read."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Annotated, Any, Self
 
-from adaskip.plan import KINDS, Phase
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-_NUMBER = (int, float)
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "id": (str,),
-    "prediction": (str,),
-    "references": (list,),
-    "classes": (list, type(None)),
-    "length": (int,),
-    "tokens_after": (int,),
-    "truncated": (bool,),
-    "generated_tokens": (int,),
-    "skipped": (dict,),
-    "seconds": (dict,),
-    "session": (str,),
-}
-_SECONDS: dict[str, tuple[type, ...]] = {"ttft": _NUMBER, "per_token": (*_NUMBER, type(None))}
+from adaskip.plan import Phase
 
 
-def check_row(row: Any) -> None:
-    """Checks that a line of a run's JSONL file is a row that a run wrote.
+def first_problem(error: ValidationError) -> str:
+    """The first thing pydantic found wrong, as a part of a sentence: where, what, and the value."""
+    found = error.errors(include_url=False)[0]
+    where = ".".join(map(str, found["loc"]))
+    if found["type"] == "missing":
+        return f"{where!r} is missing"
+    if found["type"] == "extra_forbidden":
+        return f"{where!r} is {found['input']!r}: it is unknown"
+    what = found["msg"].removeprefix("Value error, ")
+    what = re.sub(r"^\w+ should", "it must", what)
+    return f"{where!r} is {found['input']!r}: {what}" if where else what
 
-    Raises:
-        ValueError: it is not; the message names the field.
+
+class Stored(BaseModel):
+    """What a file of ours holds: types are checked, and what it says beyond the fields is kept."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Self:
+        """Reads it from JSON.
+
+        Raises:
+            ValueError: it is no such thing; the message names the field.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise ValueError(first_problem(error)) from error
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON: what was set, by the names that files have."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class PhaseSkips(Stored):
+    """What the forwards of one phase left out.
+
+    Attributes:
+        forwards: how many there were.
+        attn: attention sublayers left out, summed over the forwards.
+        ffn: FFN sublayers left out, likewise.
+        sublayers: the names of those that the latest forward left out.
     """
-    _check(row, "row", _FIELDS)
-    _check(row["seconds"], "seconds", _SECONDS)
-    for phase in Phase:
-        _check(row["skipped"].get(phase), str(phase), dict.fromkeys(("forwards", *KINDS), (int,)))
-    texts = [*row["references"], *(row["classes"] or ())]
-    if not row["references"] or not all(isinstance(text, str) for text in texts):
-        raise ValueError("its references and classes must be texts, one at least")
+
+    forwards: int
+    attn: int
+    ffn: int
+    sublayers: list[str] = []
 
 
-def _check(content: Any, name: str, fields: dict[str, tuple[type, ...]]) -> None:
-    if not isinstance(content, dict):
-        raise ValueError(f"its {name} must be a mapping")
-    for key, kinds in fields.items():
-        if key not in content:
-            raise ValueError(f"{key!r} is missing")
-        if not isinstance(content[key], kinds):
-            raise ValueError(f"{key!r} is of type {type(content[key]).__name__}")
+class Skips(Stored):
+    """What a request left out, by phase.
+
+    Attributes:
+        online_extension: sublayers that were added while decoding.
+    """
+
+    prefill: PhaseSkips
+    decode: PhaseSkips
+    online_extension: list[str] = []
+
+    def of(self, phase: Phase) -> PhaseSkips:
+        """What one phase left out."""
+        return self.prefill if phase is Phase.PREFILL else self.decode
+
+
+class Seconds(Stored):
+    """The times of one row, in seconds.
+
+    Attributes:
+        ttft: to the first token.
+        per_token: per decode step; None without one.
+        total: to the last token; None where a file does not tell.
+    """
+
+    ttft: float
+    per_token: float | None
+    total: float | None = None
+
+
+class GeneratedRow(Stored):
+    """One answer of a run.
+
+    Attributes:
+        id: what tells it from the other rows of its task.
+        prediction: the answer, as it is scored.
+        references: what it is scored against.
+        classes: the labels of a classification task.
+        length: of the row's context, as LongBench counts.
+        tokens_before: of the prompt before it was cut.
+        tokens_after: of the prompt, in tokens.
+        truncated: whether the prompt lost its middle.
+        generated_tokens: of the answer, the one that ended it included.
+        batch: rows generated together.
+        command: the command that made it; times compare only within one.
+    """
+
+    id: str
+    task: str = ""
+    prediction: str
+    references: Annotated[list[str], Field(min_length=1)]
+    classes: list[str] | None
+    length: int
+    tokens_before: int = 0
+    tokens_after: int
+    truncated: bool
+    generated_tokens: int
+    skipped: Skips
+    seconds: Seconds
+    batch: int = 1
+    command: str = Field(alias="session")  # what files have always called it

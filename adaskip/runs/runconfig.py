@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
-import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, RunError, refuse_below_one, unknown_name
-from adaskip.plan import SCOPES, Scope
-from adaskip.policies import POLICIES
+from adaskip.plan import Scope
+from adaskip.policies import policy_class
 from adaskip.policies.factory import LEARNED, arguments, describe, takers, takes
+from adaskip.runs.rows import first_problem
 
 DENSE = "dense"
 HORIZON = "horizon"  # the field of a policy that takes the answer length
+BUDGETS = {"layers": "skip_full_layer_num", "sublayers": "skip_sub_layer_num"}
 GAINS = ("token", "norm", "none")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 # How importance is learned, which matters to policies that use it.
@@ -30,22 +33,17 @@ _NOT_SETTINGS = (
 )
 
 
-def option(default: Any, text: str, *, flag: str | None = None) -> Any:
+def option(default: Any, text: str) -> Any:
     """A field of `RunConfig` that is also a command-line option, with its help text.
 
     The text may name `{policies}`, `{tasks}` and the policies by what they count; a default may be
     a function.
     """
     made = {"default_factory" if callable(default) else "default": default}
-    return field(**made, metadata={"help": text, "flag": flag})
+    return field(**made, metadata={"help": text})
 
 
-def default_policy() -> str:
-    """What a run skips by unless it is told."""
-    return str(read_config("budgets.yaml")["default_policy"])
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
 class RunConfig:
     """Everything that decides what a run computes and where it is kept.
 
@@ -58,15 +56,18 @@ class RunConfig:
 
     experiment: Scope
     model_name: str
-    policy: str = option(default_policy, "what is skipped, one of: {policies}; dense skips nothing")
+    policy: str = option(
+        lambda: str(read_config("budgets.yaml")["default_policy"]),
+        "what is skipped, one of: {policies}; dense skips nothing",
+    )
     skip_full_layer_num: int | None = option(None, "budget in whole layers, of {by_layers}")
     skip_sub_layer_num: int | None = option(None, "budget in sublayers, of {by_sublayers}")
     name: str = option(
         "",
         "name of the run (default: MODEL-POLICY-EXPERIMENT, e.g. llama-EE-PREFILL)",
-        flag="model",
     )
-    tasks: tuple[str, ...] = option(
+    # A list in JSON and YAML.
+    tasks: Annotated[tuple[str, ...], Field(strict=False)] = option(
         (), "tasks to run (default: those of the experiment), of: {tasks}"
     )
     limit: int | None = option(
@@ -173,19 +174,16 @@ class RunConfig:
         """The inverse of `as_dict`.
 
         Raises:
-            RunError: a field is unknown, missing or of the wrong type.
+            RunError: a setting is unknown, missing or of the wrong type.
         """
         known = {item.name for item in dataclasses.fields(cls)}
         for key in content:
             if key not in known:
-                raise RunError(str(unknown_name("setting", key, known)))
-        for key in ("experiment", "model_name"):
-            if key not in content:
-                raise RunError(f"The setting {key!r} is missing; it has no default.")
-        hints = typing.get_type_hints(cls)
-        for key, value in content.items():
-            _check_type(key, value, hints[key])
-        return cls(**{**content, "tasks": tuple(content.get("tasks", ()))})
+                raise RunError(str(unknown_name("setting", str(key), known)))
+        try:
+            return cls(**content)
+        except ValidationError as error:
+            raise RunError(f"The setting {first_problem(error)}.") from error
 
     def check(self) -> None:
         """Refuses what no model and no data could make right.
@@ -193,10 +191,8 @@ class RunConfig:
         Raises:
             AdaskipError: the first thing that is wrong.
         """
-        if self.experiment not in SCOPES:
-            raise unknown_name("experiment", self.experiment, SCOPES)
-        check_budget(self.policy, self.skip_full_layer_num, self.skip_sub_layer_num)
-        check_file_name("run name (--model)", self.run_name)
+        self._check_budget()
+        check_file_name("run name (--name)", self.run_name)
         self.policy_settings()
         if self.gain is not None and self.gain not in GAINS:
             raise unknown_name("gain", self.gain, GAINS)
@@ -208,20 +204,20 @@ class RunConfig:
         counts = ("limit", "sample_tokens", "max_length", "max_new_tokens", "batch_size", "warmup")
         refuse_below_one({key: getattr(self, key) for key in counts})
 
-
-def _check_type(key: str, value: Any, hint: Any) -> None:
-    """Refuses a setting of the wrong type, as YAML and JSON files may have it."""
-    if key == "tasks":
-        fits = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-        kinds: tuple[type, ...] = (list,)
-    else:
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        kinds = tuple(kind if isinstance(kind, type) else str for kind in options)
-        # To Python, true is a number.
-        fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-    if not fits:
-        allowed = " or ".join(kind.__name__.replace("NoneType", "null") for kind in kinds)
-        raise RunError(f"The setting {key!r} is {value!r}; it must be of type {allowed}.")
+    def _check_budget(self) -> None:
+        """Refuses a budget that is missing, another policy's, or too small for any model."""
+        own = budget_flag(self.policy)
+        for flag in BUDGETS.values():
+            if getattr(self, flag) is not None and flag != own:
+                meant = f"use --{own}" if own else "leave it out"
+                raise AdaskipError(f"--{flag} does not belong to policy {self.policy}: {meant}.")
+        if own is None:
+            return
+        if getattr(self, own) is None:
+            raise AdaskipError(
+                f"Policy {self.policy} needs its budget: --{own} N (or --policy {DENSE})."
+            )
+        policy_class(self.policy).check_budget(getattr(self, own))
 
 
 def check_file_name(what: str, name: str) -> str:
@@ -246,30 +242,7 @@ def budget_flag(policy: str) -> str | None:
     """
     if policy == DENSE:
         return None
-    if policy not in POLICIES:
-        raise unknown_name("policy", policy, [DENSE, *POLICIES])
-    return "skip_full_layer_num" if POLICIES[policy].budget == "layers" else "skip_sub_layer_num"
-
-
-def check_budget(policy: str, full: int | None, sub: int | None) -> None:
-    """Refuses a missing, negative or foreign budget.
-
-    Raises:
-        AdaskipError: the policy is unknown or its budget is not as it must be.
-    """
-    given = {"skip_full_layer_num": full, "skip_sub_layer_num": sub}
-    own = budget_flag(policy)
-    for flag, value in given.items():
-        if value is not None and flag != own:
-            meant = f"use --{own}" if own else "leave it out"
-            raise AdaskipError(f"--{flag} does not belong to policy {policy}: {meant}.")
-    if own is None:
-        return
-    value = given[own]
-    if value is None:
-        raise AdaskipError(f"Policy {policy} needs its budget: --{own} N (or --policy {DENSE}).")
-    if value < 0:
-        raise AdaskipError(f"--{own} is {value}; it must be 0 or more.")
+    return BUDGETS[policy_class(policy).budget]
 
 
 def refuse_unused(given: Iterable[str], policies: Sequence[str]) -> None:

@@ -1,4 +1,7 @@
-"""Runs one configuration: every row generated, audited, timed and kept at once."""
+"""Runs one configuration: every row generated, audited, timed and kept at once.
+
+`accelerated` finds the number of sublayers for `--acceleration 1.15`.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,27 @@ from pathlib import Path
 
 import torch
 
+from adaskip.budget import check_acceleration, sublayers_for
 from adaskip.configuration import read_config
-from adaskip.errors import RunError
+from adaskip.errors import AdaskipError, RunError
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.processes import team
+from adaskip.plan import Phase
 from adaskip.policies import SkipPolicy
-from adaskip.policies.factory import LEARNED, takes
-from adaskip.runs.batches import plan_batches, run_batches, share_out
-from adaskip.runs.bench import Bench, warmup_task
-from adaskip.runs.ledger import begin, is_finished, rows_path, run_folder, session_id, update
-from adaskip.runs.parts import Share, locked, make_rows
-from adaskip.runs.records import Record, lock
-from adaskip.runs.rows import check_row
+from adaskip.policies.factory import LEARNED, takers, takes
+from adaskip.profiling.calibration import measured_times
+from adaskip.profiling.timing import growing_cache
+from adaskip.runs.batches import make_batches, run_batches
+from adaskip.runs.files import lock
+from adaskip.runs.ledger import begin, command_id, is_finished, run_folder, task_rows, update
+from adaskip.runs.loaded import LoadedModel, warmup_task
+from adaskip.runs.rows import GeneratedRow
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.scoring import phase_shares
+from adaskip.runs.store import Share, locked
 from adaskip.tasks.spec import Row, task_spec
 
-__all__ = ["RunConfig", "is_finished", "plan_batches", "resolve", "run", "run_folder"]
+__all__ = ["RunConfig", "is_finished", "make_batches", "resolve", "run", "run_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +60,14 @@ def resolve(config: RunConfig) -> RunConfig:
     )
 
 
-def run(config: RunConfig, bench: Bench | None = None) -> Path:
+def run(config: RunConfig, loaded: LoadedModel | None = None) -> Path:
     """Generates what is missing of a run.
 
     Nothing of the run is written before everything that can be wrong has been checked.
 
     Args:
         config: what to run.
-        bench: the loaded model to use; loaded here if None.
+        loaded: the loaded model to use; loaded here if None.
 
     Returns:
         The run's folder, with `<task>.jsonl` and `run.json`.
@@ -70,29 +77,29 @@ def run(config: RunConfig, bench: Bench | None = None) -> Path:
             what ran was not the plan.
     """
     config, group = resolve(config), team()
-    session_id()  # agreed on by all processes before the first of them needs it alone
+    command_id()  # agreed on by all processes before the main one needs it alone
     folder = run_folder(config)
-    if group.on_first(lambda: is_finished(config)):
+    if group.on_main(lambda: is_finished(config)):
         logger.info("%s is finished; nothing to do", folder)
         return folder
-    group.on_first(lambda: refuse_busy(folder))
-    with group.together(), group.first_ahead(not config.tp_plan):
-        # The first process learns importance and fills caches; the others find them. Parts of one
+    group.on_main(lambda: refuse_busy(folder))
+    with group.together(), group.main_ahead(not config.tp_plan):
+        # The main process learns importance and fills caches; the others find them. Parts of one
         # model can't go ahead of each other.
-        bench = _fitting(config, bench)
-        rows = {task: bench.rows(config, task) for task in config.tasks}
-        policies = {task: bench.policy(config, task) for task in config.tasks}
-    profile = bench.importance(config).name if takes(config.policy, LEARNED) else None
-    n_layers, n_rows = bench.n_layers, {task: len(rows[task]) for task in config.tasks}
+        loaded = loaded or LoadedModel.open(config)
+        if not loaded.fits(config):
+            raise RunError(f"The loaded model {loaded.source} is not the one of {config.run_name}.")
+        rows = {task: loaded.rows(config, task) for task in config.tasks}
+        policies = {task: loaded.policy(config, task) for task in config.tasks}
+    profile = loaded.importance(config).name if takes(config.policy, LEARNED) else None
+    n_layers, n_rows = loaded.n_layers, {task: len(rows[task]) for task in config.tasks}
     with locked(folder):
-        record = group.on_first(
-            lambda: begin(config, n_layers=n_layers, profile=profile, n_rows=n_rows)
-        )
+        group.on_main(lambda: begin(config, n_layers=n_layers, profile=profile, n_rows=n_rows))
         torch.manual_seed(config.seed)
         for task in config.tasks:
-            made = _run_task(config, task, bench, policies[task], rows[task])
-            facts = {"skipped_share": phase_shares(made, n_layers)}
-            group.on_first(partial(update, config, record, task, facts))
+            made = _run_task(config, task, loaded, policies[task], rows[task])
+            shares = phase_shares((row.skipped for row in made), n_layers)
+            group.on_main(partial(update, folder, task, {"skipped_share": shares}))
     return folder
 
 
@@ -107,27 +114,57 @@ def refuse_busy(folder: Path) -> None:
             pass
 
 
-def _fitting(config: RunConfig, bench: Bench | None) -> Bench:
-    """The loaded model, checked against the configuration."""
-    if bench is None:
-        bench = Bench.open(config)
-    elif not bench.fits(config):
-        raise RunError(f"The loaded model {bench.source} is not the one of {config.run_name}.")
-    bench.check_budget(config)
-    return bench
-
-
 def _run_task(
-    config: RunConfig, task: str, bench: Bench, policy: SkipPolicy | None, rows: list[Row]
-) -> list[Record]:
-    """Generates the missing rows of one task, each process its part, and returns all rows."""
-    batches = plan_batches(rows, config.batch_size)
+    config: RunConfig, task: str, loaded: LoadedModel, policy: SkipPolicy | None, rows: list[Row]
+) -> list[GeneratedRow]:
+    """Generates the missing rows of one task, each process its share, and returns all rows."""
+    batches = make_batches(rows, config.batch_size)
 
-    def generate(share: Share) -> None:
-        own = share_out(batches, share.done, rank=share.rank, world=share.world)
-        run_batches(config, task, bench, policy, own, share.done, share.target)
+    def generate(share: Share[GeneratedRow]) -> None:
+        run_batches(config, loaded, policy, batches, share)
 
     order = [row.id for batch in batches for row in batch]
     # Processes that hold parts of one model go through all rows together.
-    same = bool(config.tp_plan)
-    return make_rows(rows_path(config, task), order, generate, same=same, check=check_row)
+    return task_rows(run_folder(config), task).make(order, generate, same=bool(config.tp_plan))
+
+
+def accelerated(config: RunConfig, acceleration: float) -> tuple[RunConfig, LoadedModel]:
+    """The configuration whose number of sublayers reaches an acceleration, and its loaded model.
+
+    Sublayers are taken by similarity until the predicted ratio of dense to skipped time reaches
+    `acceleration`, so the run is the one with that number of sublayers, and is kept as such. Times
+    are those of prefill in the prefill experiment, else of a decode step, at the longest context
+    the run may have.
+
+    Raises:
+        AdaskipError: another policy or budget was asked for, or the ratio cannot be reached.
+
+    Source: METHOD, "Budget by acceleration ratio".
+    """
+    check_acceleration(acceleration)
+    if not takes(config.policy, "acceleration") or config.skip_sub_layer_num is not None:
+        raise AdaskipError(
+            f"--acceleration {acceleration} is a budget of {', '.join(takers('acceleration'))}, in "
+            "place of --skip_sub_layer_num; give one of them."
+        )
+    if team().world > 1:
+        raise AdaskipError(
+            "--acceleration measures times, which differ between processes: run it once in one "
+            "process, and give the others the number of sublayers it found."
+        )
+    config = dataclasses.replace(config, skip_sub_layer_num=0)
+    resolved = resolve(config)
+    loaded = LoadedModel.open(resolved)
+    offline = all(task_spec(task).offline for task in resolved.tasks)
+    limit = config.max_length or loaded.spec.prompt_limit
+    context = min(limit, config.sample_tokens) if offline else limit
+    phase = Phase.PREFILL if config.experiment == "prefill" else Phase.DECODE
+    times = measured_times(
+        loaded.model, phase, context, batch=config.batch_size, make_cache=growing_cache
+    )
+    chosen = sublayers_for(loaded.importance(resolved), times, acceleration, "rank")
+    logger.warning(
+        "An acceleration of %s in %s at %d tokens takes %d sublayers: %.3f predicted",
+        *(acceleration, phase, context, len(chosen), times.speedup(chosen)),
+    )
+    return dataclasses.replace(config, skip_sub_layer_num=len(chosen)), loaded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 from adaskip.errors import RunError
 from adaskip.metrics import ScoreLog, corpus_score, rouge_l, score_each, similarity_backend
 from adaskip.plan import Phase
-from adaskip.runs.ledger import RUN_FILE, read_record
-from adaskip.runs.records import SCHEMA, Record, read_rows, write_json
-from adaskip.runs.rows import check_row
+from adaskip.runs.files import SCHEMA, Record, write_json
+from adaskip.runs.ledger import RUN_FILE, read_record, task_rows
+from adaskip.runs.rows import GeneratedRow, Skips
 from adaskip.runs.runconfig import DENSE, RunConfig, check_file_name
 from adaskip.tasks.spec import task_spec
 
@@ -44,7 +43,7 @@ class TaskScore:
         backend: what fuzzywuzzy compared code with, None for other metrics.
         row_scores: score per row id, 0..1.
         row_seconds: per row id time to first token and per decode step.
-        sessions: the processes that made the rows.
+        sessions: the ids of the commands that made the rows.
     """
 
     task: str
@@ -105,20 +104,22 @@ def score_run(folder: Path, *, min_length: int = MIN_LENGTH) -> RunScore:
     if not (folder / RUN_FILE).is_file():
         raise RunError(f"{folder} holds no run: there is no {RUN_FILE} in it.")
     record = read_record(folder)
-    config = RunConfig.from_dict(record["config"])
-    n_layers = int(record["n_layers"])
-    scores = {}
-    for task, facts in record["tasks"].items():
-        rows, planned = read_rows(folder / f"{task}.jsonl", check_row), int(facts["rows"])
-        scores[task] = score_rows(
-            task, rows, n_layers=n_layers, n_planned=planned, min_length=min_length
+    scores = {
+        task: score_rows(
+            task,
+            task_rows(folder, task).rows(),
+            n_layers=record.n_layers,
+            n_planned=facts.rows,
+            min_length=min_length,
         )
-    return RunScore(folder, config, n_layers, scores)
+        for task, facts in record.tasks.items()
+    }
+    return RunScore(folder, record.run_config, record.n_layers, scores)
 
 
 def score_rows(
     task: str,
-    rows: Sequence[Record],
+    rows: Sequence[GeneratedRow],
     *,
     n_layers: int,
     n_planned: int,
@@ -127,15 +128,15 @@ def score_rows(
     """Scores the rows of one task, leaving LongBench's short ones out (METHOD, "Evaluation")."""
     spec = task_spec(task)
     limit = -1 if spec.offline else min_length
-    kept = [row for row in rows if row["length"] > limit]
+    kept = [row for row in rows if row.length > limit]
     log = ScoreLog()
     values: dict[str, float] = {}
     for row in kept:
-        scored = score_each(task, row["prediction"], row["references"], row["classes"])
+        scored = score_each(task, row.prediction, row.references, row.classes)
         log.add(scored)
-        values[row["id"]] = scored.score
-    lengths = [row["length"] for row in kept]
-    seconds = {row["id"]: (row["seconds"]["ttft"], row["seconds"]["per_token"]) for row in kept}
+        values[row.id] = scored.score
+    lengths = [row.length for row in kept]
+    seconds = {row.id: (row.seconds.ttft, row.seconds.per_token) for row in kept}
     return TaskScore(
         task=task,
         n_rows=len(kept),
@@ -144,14 +145,14 @@ def score_rows(
         score=corpus_score([*values.values()], lengths, min_length=limit),
         rouge_l=_mean_rouge_l(kept) if spec.metric.startswith("rouge") else None,
         unscored=log.message(),
-        truncated=_share(row["truncated"] for row in kept),
-        skipped_share=phase_shares(kept, n_layers),
+        truncated=_share(row.truncated for row in kept),
+        skipped_share=phase_shares((row.skipped for row in kept), n_layers),
         ttft=_median(first for first, _ in seconds.values()),
         per_token=_median(step for _, step in seconds.values()),
         backend=similarity_backend() if spec.metric == "code_sim" else None,
         row_scores=values,
         row_seconds=seconds,
-        sessions=tuple(Counter(row["session"] for row in kept)),
+        sessions=tuple(dict.fromkeys(row.command for row in kept)),
     )
 
 
@@ -165,7 +166,7 @@ def runs_of(results_dir: Path, name: str) -> list[Path]:
     Raises:
         RunError: there is none; the message lists the runs there are.
     """
-    check_file_name("run name (--model)", name)
+    check_file_name("run name (--name)", name)
     budgets = {
         path.parent: int(match[1])
         for path in results_dir.glob(f"*-SKIP-*/{RUN_FILE}")
@@ -190,7 +191,7 @@ def dense_scores(
     wanted = _comparable(run.config)
     folders = [path.parent for path in sorted(results_dir.glob(f"*-SKIP-0/{RUN_FILE}"))]
     for folder in folders:
-        config = RunConfig.from_dict(read_record(folder)["config"])
+        config = read_record(folder).run_config
         if config.policy != DENSE or _comparable(config) != wanted:
             continue
         for task, score in score_run(folder, min_length=min_length).tasks.items():
@@ -207,19 +208,20 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in config.settings().items() if key not in left_out}
 
 
-def phase_shares(rows: Sequence[Record], n_layers: int) -> dict[str, float | None]:
+def phase_shares(skipped: Iterable[Skips], n_layers: int) -> dict[str, float | None]:
     """Skipped sublayers / all sublayers, per phase and over all forwards; None without any."""
+    skipped = list(skipped)
     shares: dict[str, float | None] = {}
     for phase in Phase:
-        counts = [row["skipped"][phase] for row in rows]
-        forwards = sum(count["forwards"] for count in counts)
-        skipped = sum(count["attn"] + count["ffn"] for count in counts)
-        shares[str(phase)] = skipped / (2 * n_layers * forwards) if forwards else None
+        counts = [each.of(phase) for each in skipped]
+        forwards = sum(count.forwards for count in counts)
+        left_out = sum(count.attn + count.ffn for count in counts)
+        shares[str(phase)] = left_out / (2 * n_layers * forwards) if forwards else None
     return shares
 
 
-def _mean_rouge_l(rows: Sequence[Record]) -> float | None:
-    values = [max(rouge_l(row["prediction"], text) for text in row["references"]) for row in rows]
+def _mean_rouge_l(rows: Sequence[GeneratedRow]) -> float | None:
+    values = [max(rouge_l(row.prediction, text) for text in row.references) for row in rows]
     return round(100 * statistics.fmean(values), 2) if values else None
 
 

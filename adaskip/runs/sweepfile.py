@@ -1,56 +1,228 @@
-"""The shape of a sweep's YAML file: known keys, and values of the right kind."""
+"""Reads a sweep's YAML file into the cells it asks for. Nothing here runs anything."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adaskip.errors import AdaskipError, unknown_name
+from adaskip.models.spec import model_names
+from adaskip.plan import SCOPES, Scope
+from adaskip.runs.loaded import warmup_task
+from adaskip.runs.reference_quality import PerplexitySettings
+from adaskip.runs.rows import first_problem
+from adaskip.runs.runconfig import DENSE, RunConfig, budget_flag, check_file_name, refuse_unused
+from adaskip.tasks.spec import task_spec
 
-KEYS = (
-    "name",
-    "results_dir",
-    "models",
-    "settings",
-    "tasks",
-    "policies",
-    "experiments",
-    "perplexity",
-    "estimate",
+T = TypeVar("T")
+# What the sweep decides itself.
+_RESERVED = frozenset(
+    {"experiment", "model_name", "policy", "skip_full_layer_num", "skip_sub_layer_num", "name"}
+    | {"tasks", "results_dir", "resume"}
 )
+SELECTORS = ("model", "experiment", "policy", "budget", "task")
+Some = Annotated[list[T], Field(min_length=1)]
 
 
-def check_shape(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuses keys that are unknown or missing, and values that are not lists, names or numbers."""
+class SweepFile(BaseModel):
+    """What a sweep's file may say.
+
+    Attributes:
+        name: of the sweep.
+        results_dir: the sweep's folder; None is `results/<name>`.
+        models: as in `configs/models.yaml`.
+        policies: budgets by policy, in its own unit.
+        experiments: tasks by experiment, in table order.
+        settings: options of every run.
+        tasks: options of single tasks' runs.
+        perplexity: how perplexity is measured; None if it is not.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    name: str
+    results_dir: str | None = None
+    models: Some[str]
+    policies: Annotated[dict[str, Some[int]], Field(min_length=1)]
+    experiments: Annotated[dict[str, Some[str]], Field(min_length=1)]
+    settings: dict[str, Any] | None = None
+    tasks: dict[str, dict[str, Any]] | None = None
+    perplexity: PerplexitySettings | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, policy, budget and task: one JSONL file.
+
+    Attributes:
+        experiments: the tables it belongs to; a dense row belongs to several and is made once.
+        config: the run it is a part of, with this task alone.
+    """
+
+    experiments: tuple[Scope, ...]
+    config: RunConfig
+
+    @property
+    def task(self) -> str:
+        """The task whose rows it holds."""
+        return self.config.tasks[0]
+
+    @property
+    def label(self) -> str:
+        """The name of the cell in messages."""
+        config = self.config
+        budget = "" if config.policy == DENSE else f" {config.budget}"
+        experiments = "+".join(self.experiments)
+        return f"{config.model_name} {experiments} {config.policy}{budget} {self.task}"
+
+    def matches(self, only: Mapping[str, str]) -> bool:
+        """Whether every selector fits."""
+        own: dict[str, Iterable[str]] = {
+            "model": [self.config.model_name],
+            "experiment": self.experiments,
+            "policy": [self.config.policy],
+            "budget": [str(self.config.budget)],
+            "task": [self.task],
+        }
+        return all(value in own[key] for key, value in only.items())
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Many runs: the cells in the order they run, and what the tables look like.
+
+    Attributes:
+        experiments: the tasks of each experiment, in table order.
+        folder: where tables and figure go; the runs lie in `runs/` below it.
+        perplexity: how perplexity is measured, None if it is not.
+    """
+
+    name: str
+    folder: Path
+    models: tuple[str, ...]
+    experiments: dict[Scope, tuple[str, ...]]
+    cells: tuple[Cell, ...]
+    perplexity: PerplexitySettings | None = None
+
+
+def read_sweep(path: Path, folder: Path | None = None, **settings: Any) -> Sweep:
+    """Reads and checks a sweep's file.
+
+    Args:
+        path: the YAML file.
+        folder: in place of the file's `results_dir`.
+        settings: of every run, over the file's.
+
+    Raises:
+        AdaskipError: it is missing, no YAML, or asks for something unknown.
+    """
+    content = _read(path)
+    name = check_file_name("sweep name", content.name)
+    experiments: dict[Scope, tuple[str, ...]] = {}
+    for experiment, tasks in content.experiments.items():
+        if experiment not in SCOPES:
+            raise AdaskipError(f"{path}: {unknown_name('experiment', experiment, SCOPES)}")
+        experiments[experiment] = tuple(task_spec(task).name for task in tasks)
+    for model in content.models:
+        if model not in model_names():
+            raise AdaskipError(f"{path}: {unknown_name('model', model, model_names())}")
+    by_task = content.tasks or {}
+    common = {**(content.settings or {}), **settings}
+    given = [key for own in (common, *by_task.values()) for key in own]
+    for key in given:
+        if key in _RESERVED:
+            raise AdaskipError(f"The sweep sets {key!r} itself; remove it from its settings.")
+    refuse_unused(given, [*content.policies])
+    folder = folder or Path(content.results_dir or f"results/{name}")
+    common["results_dir"] = str(folder / "runs")
+    # One source for the whole sweep, so that importance is learned once.
+    every_task = list(dict.fromkeys(task for tasks in experiments.values() for task in tasks))
+    common.setdefault("warmup_task", warmup_task(every_task))
+    own = {task: {**common, **by_task.get(task, {}), "tasks": [task]} for task in every_task}
+    cells = [c for m in content.models for c in _cells(m, experiments, content.policies, own)]
+    for cell in cells:
+        cell.config.check()
+    models = tuple(content.models)
+    return Sweep(name, folder, models, experiments, tuple(cells), content.perplexity)
+
+
+def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells that `--only key=value ...` leaves; repeated keys are alternatives of none.
+
+    Raises:
+        AdaskipError: a selector is malformed, unknown, or no cell is left.
+    """
+    chosen: dict[str, str] = {}
+    for item in only:
+        key, separator, value = item.partition("=")
+        if not separator or not value:
+            raise AdaskipError(f"--only {item!r} must be key=value, e.g. policy=EE.")
+        if key not in SELECTORS:
+            raise unknown_name("--only key", key, SELECTORS)
+        chosen[key] = value
+    left = [cell for cell in cells if cell.matches(chosen)]
+    if not left:
+        raise AdaskipError(f"No cell matches --only {' '.join(only)}; --dry_run lists all of them.")
+    return left
+
+
+def _read(path: Path) -> SweepFile:
+    import yaml
+
+    keys = [*SweepFile.model_fields]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdaskipError(f"The sweep file {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise AdaskipError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise AdaskipError(f"{path} must be a mapping with the keys {', '.join(keys)}.")
     for key in content:
-        if key not in KEYS:
-            raise AdaskipError(f"{path}: {unknown_name('key', str(key), KEYS)}")
-    for key in ("name", "models", "policies", "experiments"):
-        if not content.get(key):
-            raise AdaskipError(f"{path}: the key {key!r} is missing or empty.")
-    good = {
-        "models must be a list of names": is_list(content["models"], str),
-        "policies must map names to lists of numbers": _is_map(content["policies"], int),
-        "experiments must map names to lists of tasks": _is_map(content["experiments"], str),
-        "settings must be a mapping": isinstance(content.get("settings") or {}, dict),
-        "tasks must map names to settings": isinstance(content.get("tasks") or {}, dict)
-        and all(isinstance(own, dict) for own in (content.get("tasks") or {}).values()),
-        "results_dir must be a path": isinstance(content.get("results_dir") or "", str),
-        "perplexity must be a mapping": isinstance(content.get("perplexity") or {}, dict),
-        "name must be a text": isinstance(content["name"], str),
-    }
-    for sentence, holds in good.items():
-        if not holds:
-            raise AdaskipError(f"{path}: {sentence}.")
+        if key not in keys:
+            raise AdaskipError(f"{path}: {unknown_name('key', str(key), keys)}")
+    try:
+        return SweepFile.model_validate(content)
+    except ValidationError as error:
+        raise AdaskipError(f"{path}: {first_problem(error)}.") from error
 
 
-def is_list(value: Any, kind: type) -> bool:
-    """Whether it is a list of values of exactly this type."""
-    return isinstance(value, list) and all(type(item) is kind for item in value)
+def _cells(
+    model: str,
+    experiments: Mapping[Scope, Sequence[str]],
+    policies: Mapping[str, Sequence[int]],
+    settings: Mapping[str, dict[str, Any]],
+) -> list[Cell]:
+    """The cells of one model, dense ones first: the others' times are compared with them.
 
+    Args:
+        model: its name.
+        experiments: tasks by experiment.
+        policies: budgets by policy.
+        settings: of the run, by task.
+    """
 
-def _is_map(value: Any, kind: type) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(key, str) and is_list(items, kind) and items for key, items in value.items()
-    )
+    def config(experiment: Scope, task: str, **own: Any) -> RunConfig:
+        named = {"experiment": experiment, "model_name": model}
+        return RunConfig.from_dict(settings[task] | named | own)
+
+    cells = []
+    for task in settings:
+        users = tuple(name for name, tasks in experiments.items() if task in tasks)
+        dense = config(users[0], task, policy=DENSE)
+        cells.append(Cell(users, dataclasses.replace(dense, name=f"{model}-{DENSE}")))
+    for experiment, tasks in experiments.items():
+        for task in tasks:
+            for policy, budgets in policies.items():
+                for budget in budgets:
+                    flag = budget_flag(policy)
+                    own = {} if flag is None else {flag: budget}
+                    cells.append(
+                        Cell((experiment,), config(experiment, task, policy=policy, **own))
+                    )
+    return cells

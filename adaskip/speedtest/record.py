@@ -16,7 +16,7 @@ import torch
 
 from adaskip.errors import RunError
 from adaskip.profiling.calibration import hardware
-from adaskip.runs.records import SCHEMA, environment, read_json, write_bytes, write_json, writing
+from adaskip.runs.files import SCHEMA, environment, read_json, write_bytes, write_json, writing
 
 logger = logging.getLogger(__name__)
 

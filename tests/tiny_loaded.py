@@ -1,4 +1,4 @@
-"""A model of four layers with a tokenizer of characters and rows made here, as a `Bench`."""
+"""A model of four layers with a tokenizer of characters and rows made here, as a `LoadedModel`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from typing_extensions import override
 
 from adaskip.models.spec import ModelSpec
-from adaskip.runs.bench import Bench
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runconfig import RunConfig
 from adaskip.tasks.prompts import Prompt
 from adaskip.tasks.spec import Row
@@ -50,14 +50,14 @@ def tiny_rows(task: str, n: int) -> list[Row]:
     ]
 
 
-class TinyBench(Bench):
-    """A bench of a random model of four layers and rows made here."""
+class TinyLoaded(LoadedModel):
+    """A loaded of a random model of four layers and rows made here."""
 
     @override
     def rows(self, config: RunConfig, task: str) -> list[Row]:
         return tiny_rows(task, config.limit or 4)
 
     @classmethod
-    def make(cls) -> TinyBench:
+    def make(cls) -> TinyLoaded:
         spec = ModelSpec("smollm2", None, 200)
         return cls(spec, tiny_model("llama"), character_tokenizer(), ())

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adaskip.errors import AdaskipError, DataError
+from adaskip.errors import DataError
 from adaskip.fingerprint import model_fingerprint
 from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.models.loading import ModelSpec, load_model, load_tokenizer, model_spec
 from adaskip.policies import SkipPolicy, policy_class
 from adaskip.policies.factory import build_policy
+from adaskip.runs.files import writing
 from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.ledger import answer_length
-from adaskip.runs.records import writing
 from adaskip.runs.runconfig import DENSE, HORIZON, RunConfig
 from adaskip.tasks.longbench import load_rows
 from adaskip.tasks.prompts import Prompt, build_prompt, stop_token_ids
@@ -33,7 +33,7 @@ SAMPLE_ROWS = 20
 
 
 @dataclass
-class Bench:
+class LoadedModel:
     """What stays loaded between runs of one model.
 
     `source` is what was loaded; `fits` says whether it serves another configuration.
@@ -48,7 +48,7 @@ class Bench:
     _warm: bool = False
 
     @classmethod
-    def open(cls, config: RunConfig) -> Bench:
+    def open(cls, config: RunConfig) -> LoadedModel:
         """Loads the model a resolved configuration names.
 
         Raises:
@@ -115,28 +115,14 @@ class Bench:
         """
         if config.policy == DENSE:
             return None
+        # Before anything is learned for it.
+        policy_class(config.policy).check_budget(config.budget, self.n_layers)
         offered = config.offered() | {HORIZON: answer_length(config, task)}
         policy = build_policy(
             config.policy, config.budget, offered, lambda: self.importance(config)
         )
         policy.bind(self.n_layers)
         return policy
-
-    def check_budget(self, config: RunConfig) -> None:
-        """Refuses a budget larger than the model, before anything is learned or written.
-
-        Raises:
-            AdaskipError: it is.
-        """
-        if config.policy == DENSE:
-            return
-        unit = policy_class(config.policy).budget
-        allowed = self.n_layers * (2 if unit == "sublayers" else 1)
-        if config.budget > allowed:
-            raise AdaskipError(
-                f"The budget of {config.budget} {unit} is larger than the model: "
-                f"{config.model_name} has {allowed}."
-            )
 
     def stop_rule(self, config: RunConfig, task: str) -> StopRule:
         """When an answer of this task ends: the model's end tokens, and the task's own."""

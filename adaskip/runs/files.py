@@ -1,4 +1,7 @@
-"""What a run leaves on disk: JSONL rows, `run.json`, the lock. Nothing here knows about models."""
+"""Files that survive a kill or a full disk, the lock of a folder, and where a result was made.
+
+Needs neither models nor pydantic, so that a speed test may import it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -99,74 +102,9 @@ def read_json(path: Path) -> Record:
     if schema != SCHEMA:
         raise RunError(
             f"{path} has record schema {schema!r}; this version reads {SCHEMA}. Use the adaskip "
-            "version that wrote it, or another run name (--model)."
+            "version that wrote it, or another run name (--name)."
         )
     return dict(content)
-
-
-def has_id(row: Any) -> None:
-    """Raises a `ValueError` unless a line is a row with an id: what every such file has."""
-    if not isinstance(row, dict) or "id" not in row:
-        raise ValueError("not a row with an id")
-
-
-def read_rows(path: Path, check: Callable[[Any], None] = has_id) -> list[Record]:
-    """The complete rows of a JSONL file, without the torn last line of a killed run.
-
-    Args:
-        path: the file; it may be missing.
-        check: raises a `ValueError` for a line that does not belong there.
-
-    Raises:
-        RunError: a line before the last is damaged; the message has its number.
-    """
-    return _parse(path, check)[0]
-
-
-def repair_rows(path: Path, check: Callable[[Any], None] = has_id) -> list[Record]:
-    """As `read_rows`, and cuts the torn last line off the file.
-
-    Raises:
-        RunError: a line before the last is damaged, or the file cannot be changed.
-    """
-    rows, good_bytes = _parse(path, check)
-    if path.exists() and path.stat().st_size != good_bytes:
-        with writing(path):
-            os.truncate(path, good_bytes)
-    return rows
-
-
-def _parse(path: Path, check: Callable[[Any], None]) -> tuple[list[Record], int]:
-    """The complete rows, and how many bytes they take."""
-    if not path.exists():
-        return [], 0
-    rows: list[Record] = []
-    good_bytes = 0
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            row = json.loads(line)
-            check(row)
-        except ValueError as error:
-            raise RunError(
-                f"{path}, line {number} is damaged ({error}); delete that line and run again."
-            ) from error
-        rows.append(row)
-        good_bytes += len(line) + 1
-    return rows, good_bytes
-
-
-def append_rows(path: Path, rows: Sequence[Record]) -> None:
-    """Appends finished rows in one write and sees them onto the disk.
-
-    Raises:
-        RunError: they cannot be written; a torn line is repaired when the run is continued.
-    """
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    with writing(path), path.open("ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -191,7 +129,7 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise RunError(
                 f"Another process is working on {folder}; wait for it, or name this run otherwise "
-                "(--model)."
+                "(--name)."
             ) from error
         yield
 
