@@ -143,7 +143,9 @@ def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: bytes) -> N
     assert store.path.read_bytes().endswith(b'{"id": "3"}\n')
 
 
-@pytest.mark.parametrize("module", ["runs.store", "speedtest.config", "speedtest.benchmark"])
+@pytest.mark.parametrize(
+    "module", ["runs.store", "speedtest.record", "speedtest.benchmark", "cli.speed"]
+)
 def test_the_speed_path_needs_no_pydantic(module: str) -> None:
     code = f"import sys; sys.modules['pydantic'] = None; import adaskip.{module}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -254,7 +254,7 @@ def test_a_speed_test_is_continued_and_reported(tmp_path: Path) -> None:
     image = draw(record)
     assert image is not None
     assert image.startswith(b"\x89PNG")
-    with pytest.raises(RunError, match="measured with another new_tokens"):
+    with pytest.raises(RunError, match=r"made with other settings \(new_tokens: .*--no-resume"):
         measure(tiny_test(tmp_path, new_tokens=3))
 
 

@@ -5,7 +5,6 @@ Everything that speed measurements read from disk or write to it goes through he
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,31 +13,59 @@ from typing import Any
 
 import torch
 
-from adaskip.errors import RunError
 from adaskip.profiling.calibration import hardware
-from adaskip.runs.files import SCHEMA, environment, read_json, write_bytes, write_json, writing
+from adaskip.runs.files import environment, read_json, write_bytes, writing
+from adaskip.runs.store import Store
 
 logger = logging.getLogger(__name__)
 
 # What tells a point from the others of its record, e.g. {"batch": 1, "context": 512}.
 Key = Mapping[str, int]
 Point = dict[str, Any]
+# The numbers that tell points apart, in any measurement.
+_KEYS = ("batch", "context", "busy")
 # How lines are compared; part of what made a record.
 METHOD = "round by round"
 OLD = ".old.json"
 
 
 @dataclass(frozen=True)
+class StoredPoint:
+    """A point as the store keeps it: told by the numbers of its key."""
+
+    content: Point
+
+    @property
+    def id(self) -> str:
+        """Its key, e.g. `context=512 batch=1`."""
+        return key_id({name: self.content[name] for name in _KEYS if name in self.content})
+
+    @classmethod
+    def from_dict(cls, content: Any) -> StoredPoint:
+        """Raises a `ValueError` for what is no point."""
+        if not isinstance(content, dict) or not any(name in content for name in _KEYS):
+            raise ValueError("it is no point of a measurement")
+        return cls(content)
+
+    def as_dict(self) -> Point:
+        """Its content."""
+        return self.content
+
+
+def key_id(key: Key) -> str:
+    """A point's key as a text."""
+    return " ".join(f"{name}={key[name]}" for name in _KEYS if name in key)
+
+
+@dataclass(frozen=True)
 class SpeedRecord:
-    """What has been measured so far.
+    """What has been measured so far, in one JSON file.
 
     Attributes:
-        path: of the JSON file.
-        content: its content: settings, environment, and points, each with its key.
+        store: its points.
     """
 
-    path: Path
-    content: dict[str, Any]
+    store: Store[StoredPoint]
 
     @classmethod
     def open(
@@ -59,37 +86,43 @@ class SpeedRecord:
             RunError: the record there is damaged, or of other settings.
         """
         own = {**settings, "hardware": hardware(device), "method": METHOD}
-        new = {
-            "schema": SCHEMA,
-            "settings": json.loads(json.dumps(own)),
-            "environment": environment(device.type),
-            "points": [],
-        }
+        made_in = environment(device.type)
         if path.exists():
             old = read_json(path)
-            if resume and _origin(old) == _origin(new):
-                _compare(path, old["settings"], new["settings"])
-                return cls(path, old)
-            aside = path.with_suffix(OLD)
-            with writing(aside):
-                path.replace(aside)
-            logger.info("Measuring anew; the record that was there is now %s", aside)
-        return cls(path, new)
+            if not resume or _origin(old["settings"], old["environment"]) != _origin(own, made_in):
+                aside = path.with_suffix(OLD)
+                with writing(aside):
+                    path.replace(aside)
+                logger.info("Measuring anew; the record that was there is now %s", aside)
+        hint = "give a --name, or --no-resume to measure anew"
+        store = Store(path, StoredPoint, own, {"environment": made_in}, key="points", hint=hint)
+        store.record()
+        return cls(store)
+
+    @property
+    def path(self) -> Path:
+        """The JSON file."""
+        return self.store.path
+
+    @property
+    def content(self) -> Point:
+        """What the file holds: settings, environment, and points, each with its key."""
+        return {**self.store.record(), "points": [row.content for row in self.store.rows()]}
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:
         """Those of which there is no point yet."""
-        points = self.content["points"]
-        return [key for key in keys if not any(key.items() <= point.items() for point in points)]
+        left = self.store.missing([key_id(key) for key in keys])
+        return [key for key in keys if key_id(key) in left]
 
     def add(self, key: Key, point: Point) -> None:
-        """Takes one more point and writes the file.
+        """Takes one more point and writes the file, its points in the order of their keys.
 
         Raises:
             RunError: it cannot be written.
         """
-        self.content["points"].append({**key, **point})
-        self.content["points"].sort(key=lambda each: [each[name] for name in key])
-        write_json(self.path, self.content)
+        self.store.append([StoredPoint({**key, **point})])
+        rows = sorted(self.store.rows(), key=lambda row: [row.content[name] for name in key])
+        self.store.merge([row.id for row in rows])
 
     def write_beside(self, suffix: str, data: bytes) -> None:
         """Writes another file of the same name.
@@ -100,17 +133,7 @@ class SpeedRecord:
         write_bytes(self.path.with_suffix(suffix), data)
 
 
-def _origin(record: Mapping[str, Any]) -> list[object]:
+def _origin(settings: Mapping[str, Any], made_in: Mapping[str, Any]) -> list[object]:
     """What made a record: hardware, method, versions and code."""
-    settings, made_in = record["settings"], record["environment"]
     versions = [made_in.get(name) for name in ("torch", "transformers", "commit")]
     return [settings.get("hardware"), settings.get("method"), *versions]
-
-
-def _compare(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    other = [key for key, value in new.items() if old.get(key) != value]
-    if other:
-        raise RunError(
-            f"{path} was measured with another {other[0]} ({old.get(other[0])!r}, now "
-            f"{new[other[0]]!r}); give a --name, or --no-resume to measure anew."
-        )
