@@ -52,6 +52,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a tiny model, one after the other, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADASKIP_CACHE", str(tmp_path))
     checkpoint, load = str(save_checkpoint(tmp_path)), adaskip.load_model
     monkeypatch.setattr(adaskip, "load_model", lambda name: load(checkpoint, device="cpu"))
     tokenizer = adaskip.load_tokenizer(checkpoint)
@@ -59,6 +61,7 @@ def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     names: dict[str, Any] = {
         "my_long_documents": ["one text", "another text"],
         "my_long_prompt": "a third text",
+        "my_prompts_and_answers": [("a text of some length " * 5, " an answer")],
     }
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
