@@ -11,7 +11,7 @@ CORE_TESTS := families policies phases turns shared_state entering recorders gol
 PYTEST := python -m pytest -q -n 2 --dist loadfile --timeout 600
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 
-.PHONY: demo test lint types unit oldest quantized observations speed paper clean
+.PHONY: demo test lint types unit oldest quantized observations speed gpu paper clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/demo.yaml
@@ -44,6 +44,9 @@ observations: $(VENV)/.installed
 speed: $(VENV)/.installed
 	$(BIN)/python speed/run_smollm2_speed.py --weights default --policies EE ADA \
 		--contexts 512 1024 4096 --new_tokens 32 --minutes 8
+
+gpu: $(VENV)/.installed
+	$(BIN)/python speed/on_gpu.py
 
 paper: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/paper.yaml

@@ -1,0 +1,15 @@
+"""Checks and times what needs a GPU, part by part: `python speed/on_gpu.py`; see docs/SPEED.md."""
+
+import sys
+from pathlib import Path
+
+# A checkout that is not installed must find the package, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adaskip.waiting import wait_passively
+
+if __name__ == "__main__":
+    wait_passively()  # before torch is loaded
+    from adaskip.cli.gpu import gpu_main
+
+    sys.exit(gpu_main())

@@ -1,0 +1,82 @@
+"""The entry for a GPU: its parts are commands that exist, and what it says without one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from adaskip.cli import gpu
+from adaskip.cli.gpu import PARTS, gpu_main
+from adaskip.cli.speed import with_options
+from adaskip.speedtest.benchmark import SpeedTest
+from adaskip.speedtest.overhead import Overhead
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that would have run; those of Vicuna fail."""
+    ran: list[list[str]] = []
+
+    def run(command: Sequence[str], seconds: float) -> str | None:
+        assert seconds == 600
+        ran.append([*command])
+        return "ended with exit code 1" if "run_vicuna" in command[1] else None
+
+    monkeypatch.setattr(gpu, "_run", run)
+    return ran
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_every_part_is_a_command_with_options_it_knows(
+    commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tried: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not tried)
+    options = ["--results_dir", str(tmp_path), *(["--try_on_cpu"] if tried else [])]
+    assert gpu_main(options) == 1
+    assert len(commands) == len(PARTS)
+    assert commands[0][1:] == ["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")]
+    for _, script, *given in commands[1:]:
+        assert Path(script).is_file()
+        kind = Overhead if "overhead" in script else SpeedTest
+        model = Path(script).stem.split("_")[1] if kind is SpeedTest else "llama"
+        made = with_options(
+            SpeedTest(model_name=model) if kind is SpeedTest else Overhead(model=model), given
+        )
+        made.check()
+        assert made.results_dir == str(tmp_path)
+        assert made.name.endswith("try" if tried else "cuda")
+        assert (made.layers == 2) == tried
+
+
+def test_what_was_measured_is_printed_in_short(
+    commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phase = {"median": 0.5, "speedup": {"median": 1.25}}
+    case = {"label": "ADA 8", "prefill": phase, "decode": None}
+    points = [
+        {"context": 16, "batch": 1, "cases": [case]},
+        {"context": 32, "batch": 8, "error": "out of memory", "cases": []},
+    ]
+    (tmp_path / "llama-try.json").write_text(json.dumps({"points": points}))
+    options = ["--try_on_cpu", "--results_dir", str(tmp_path), "--parts", "vicuna-8k"]
+    assert gpu_main(options) == 1
+    printed = capsys.readouterr().out
+    assert "| llama |     16 |     1 | ADA 8 |   500.0 |    1.25 |        – |       – |" in printed
+    assert "vicuna-8k: ended with exit code 1. The same command goes on from there." in printed
+
+
+def test_without_a_gpu_it_says_so(
+    commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu_main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert gpu_main(["--parts", "llama-9k"]) == 2
+    assert "Did you mean 'llama-8k'" in capsys.readouterr().err
+    assert commands == []
