@@ -14,10 +14,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from adaskip.waiting import wait_passively
+from adaskip.waiting import wait_briefly
 
 if __name__ == "__main__":
-    wait_passively()  # before the imports below load torch
+    wait_briefly()  # before the imports below load torch
 
 from adaskip.cli.command import FAILED, Parser, guarded, say
 from adaskip.errors import AdaskipError

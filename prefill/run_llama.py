@@ -6,10 +6,10 @@ from pathlib import Path
 # A checkout that is not installed must find the package, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adaskip.waiting import wait_passively
+from adaskip.waiting import wait_briefly
 
 if __name__ == "__main__":
-    wait_passively()  # before torch is loaded
+    wait_briefly()  # before torch is loaded
     from adaskip.cli.run import run_main
 
     sys.exit(run_main("prefill", "llama"))

@@ -164,7 +164,7 @@ def _found(report: Report, results: Path) -> list[Picture]:
     """The observation and speed figures of the report's models, in order of name."""
     models = {table.model for table in report.tables}
     return [
-        Picture(path, _heading(path.with_suffix(".md")))
+        Picture(path, f"{_heading(path.with_suffix('.md'))} ({path.stem})")
         for folder in _OTHERS
         for path in sorted((results / folder).glob("*.png"))
         if any(model in path.stem for model in models)
