@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from tqdm import tqdm
@@ -162,50 +162,60 @@ def _met(losses: Losses, budget: _Budget, kv_share: float | None) -> bool:
     return holds and budget.saved(losses.plan) >= budget.target
 
 
+@dataclass(frozen=True, order=True)
+class _Candidate:
+    """A sublayer that may be chosen next; the smallest is the best.
+
+    Attributes:
+        score: loss it adds, per second that replacing it saves.
+        position: in the model's depth, for ties.
+        n_chosen: sublayers that were chosen when this was computed.
+        sublayer: it.
+        gain: what takes its place.
+        loss: of the plan with it.
+    """
+
+    score: float
+    position: int
+    n_chosen: int
+    sublayer: Sublayer = field(compare=False)
+    gain: float = field(compare=False)
+    loss: float = field(compare=False)
+
+
+def _candidate(losses: Losses, budget: _Budget, sublayer: Sublayer, base: float) -> _Candidate:
+    """A sublayer under the plan so far, whose loss is `base`."""
+    gain = losses.gain(sublayer)
+    loss = losses.loss({sublayer: gain})
+    score = (loss - base) / (budget.times.seconds[sublayer] - budget.cost)
+    return _Candidate(score, sublayer.position, len(losses.plan), sublayer, gain, loss)
+
+
 def _choose(losses: Losses, budget: _Budget, kv_share: float | None, progress: bool) -> None:
     """Lazy greedy, until the budget is met."""
     worth = [s for s, t in budget.times.seconds.items() if t > budget.cost]
-    base, rounds = 0.0, 0
-    # Score, depth, the round it was computed in, the sublayer.
+    base = 0.0
     heap = [
-        (_score(losses, budget, s, base), s.position, rounds, s)
-        for s in tqdm(worth, "first losses", disable=not progress)
+        _candidate(losses, budget, sublayer, base)
+        for sublayer in tqdm(worth, "first losses", disable=not progress)
     ]
     heapq.heapify(heap)
     while not _met(losses, budget, kv_share):
-        heap = _within_share(heap, losses, budget, kv_share)
+        if kv_share is not None and budget.saved(losses.plan) >= budget.target:
+            # The time is met, keys and values are not: attention alone helps.
+            heap = [candidate for candidate in heap if candidate.sublayer.kind == "attn"]
+            heapq.heapify(heap)
         if not heap:
             raise AdaskipError(
                 f"A kv_share of {kv_share} cannot be reached: with these replacements attention "
                 "takes no less time. Leave it out, or allow gains only."
             )
-        _, position, computed, sublayer = heapq.heappop(heap)
-        if computed < rounds:
-            score = _score(losses, budget, sublayer, base)
-            heapq.heappush(heap, (score, position, rounds, sublayer))
+        best = heapq.heappop(heap)
+        if best.n_chosen < len(losses.plan):
+            heapq.heappush(heap, _candidate(losses, budget, best.sublayer, base))
             continue
-        losses.accept({sublayer: losses.gain(sublayer)})
-        base, rounds = losses.loss({}), rounds + 1
-
-
-def _within_share(
-    heap: list[tuple[float, int, int, Sublayer]],
-    losses: Losses,
-    budget: _Budget,
-    kv_share: float | None,
-) -> list[tuple[float, int, int, Sublayer]]:
-    """Attention alone, once the time is met and keys and values are not."""
-    if kv_share is None or budget.saved(losses.plan) < budget.target:
-        return heap
-    left = [entry for entry in heap if entry[3].kind == "attn"]
-    heapq.heapify(left)
-    return left
-
-
-def _score(losses: Losses, budget: _Budget, sublayer: Sublayer, base: float) -> float:
-    """Loss that a sublayer adds, per second that replacing it saves."""
-    added = losses.loss({sublayer: losses.gain(sublayer)}) - base
-    return added / (budget.times.seconds[sublayer] - budget.cost)
+        losses.accept({best.sublayer: best.gain})
+        base = best.loss
 
 
 def _exchange(losses: Losses, budget: _Budget, kv_share: float | None, tries: int) -> None:
