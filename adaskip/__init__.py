@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     )
     from adaskip.profiling.calibration import measured_times as measured_times
     from adaskip.profiling.memory import keep_freed_memory as keep_freed_memory
-    from adaskip.replacements import Linear as Linear
+    from adaskip.replacements import Linear as Linear, Window as Window
     from adaskip.search import search_plan as search_plan
     from adaskip.session import Session as Session, skipping as skipping
 
@@ -75,7 +75,7 @@ _HOMES = {
         "SkipPolicy",
         "UnifiedSkipping",
     ),
-    "adaskip.replacements": ("Linear",),
+    "adaskip.replacements": ("Linear", "Window"),
     "adaskip.search": ("search_plan",),
     "adaskip.session": ("Session", "skipping"),
     "adaskip.profiling.calibration": ("measured_times",),

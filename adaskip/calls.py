@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from adaskip.errors import AdaskipError, UnsupportedCallError
 from adaskip.plan import Phase, Scope, SkipPlan, Step
+from adaskip.replacements import Window
 
 if TYPE_CHECKING:
+    from adaskip.generating import Turn
     from adaskip.policy import SkipPolicy
 
 _FIXED = "Use a policy with a fixed plan (AdaSkip: online=False)."
@@ -59,14 +62,59 @@ def check_plan(policy: SkipPolicy, plan: object, n_layers: int, config: Pretrain
             f"{type(policy).__name__}.plan() returned a {type(plan).__name__}; return a SkipPlan."
         )
     plan.check(n_layers, config.hidden_size)
+    for layer, window in plan.windows.items():
+        _check_window(layer, window, config)
+
+
+def _check_window(layer: int, window: Window, config: PretrainedConfig) -> None:
+    """Refuses a window that the model's own masks do not allow."""
+    limit = config.max_position_embeddings
+    if window.size + window.sinks > limit:
+        raise AdaskipError(
+            f"The plan's Window of attn{layer} holds {window.size} + {window.sinks} tokens, more "
+            f"than the model's {limit} positions; give a smaller one."
+        )
+    kinds = getattr(config, "layer_types", None)
+    own = getattr(config, "sliding_window", None)
+    if own is not None and (kinds is None or kinds[layer] != "full_attention"):
+        raise AdaskipError(
+            f"The plan gives attention of layer {layer} a Window, but the model gives it a sliding "
+            f"window of {own} tokens already; choose layers with full attention."
+        )
+
+
+def refuse_unseen(call: dict[str, Any], turn: Turn | None) -> None:
+    """Refuses calls in which a window cannot know what a token sees.
+
+    Raises:
+        UnsupportedCallError: the mask is no [batch, tokens] one, positions may be of several
+            sequences in one row, or tokens will be taken back.
+    """
+    mask = call.get("attention_mask")
+    if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):
+        if turn is None or not turn.tells_padding:
+            raise UnsupportedCallError(
+                "Attention with a window takes an attention_mask [batch, tokens] or none, not one "
+                "that says for each token what it sees; or use generate()."
+            )
+    elif mask is None and call.get("position_ids") is not None and turn is None:
+        raise UnsupportedCallError(
+            "position_ids without an attention_mask may put several sequences into one row, which "
+            "attention with a window would mix up; pass the attention_mask, or no position_ids."
+        )
+    if turn is not None and turn.assisted:
+        raise UnsupportedCallError(
+            "Assisted decoding takes tokens back, and what has left a window of attention is gone; "
+            "generate without an assistant, or use a plan without windows."
+        )
 
 
 def refuse_lost_outputs(call: dict[str, Any], config: PretrainedConfig, plan: SkipPlan) -> None:
     """Attention weights of skipped attention do not exist and would shift the others."""
-    if plan.layers("attn") and _flag(call, config, "output_attentions"):
+    if (plan.layers("attn") or plan.windows) and _flag(call, config, "output_attentions"):
         raise UnsupportedCallError(
-            "output_attentions=True, but skipped attention has no weights to return; turn it off, "
-            "or skip FFN sublayers only."
+            "output_attentions=True, but attention that is skipped or has a window has no weights "
+            "to return; turn it off, or skip FFN sublayers only."
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from adaskip.errors import AdaskipError, PlanError
 from adaskip.fingerprint import fingerprint_name, model_fingerprint, same_model
 from adaskip.numbers import is_finite, is_whole
-from adaskip.replacements import Linear, Replacement
+from adaskip.replacements import Linear, Replacement, Window
 from adaskip.version import __version__
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
 
     Args:
         replacements: a sublayer that is a key is not computed. In its place None leaves the
-            residual stream as it is, a number scales it (`h * gain`), a `Linear` maps it.
+            residual stream as it is, a number scales it (`h * gain`), a `Linear` maps it; a
+            `Window`, of attention alone, lets each token see the last ones and the first.
         fingerprint: of the model it was made for (`adaskip.fingerprint`); empty if it is for any.
         about: what the plan was made from and for, e.g. its budget; texts and numbers.
 
@@ -196,7 +197,12 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
     @property
     def gains(self) -> Mapping[Sublayer, float | None]:
         """The sublayers in whose place the residual stream is scaled, or left as it is (None)."""
-        return {s: r for s, r in self.items() if not isinstance(r, Linear)}
+        return {s: r for s, r in self.items() if not isinstance(r, Linear | Window)}
+
+    @property
+    def windows(self) -> Mapping[int, Window]:
+        """The layers whose attention sees a window."""
+        return {s.layer: r for s, r in self.items() if isinstance(r, Window)}
 
     def check(self, n_layers: int, hidden: int | None = None) -> None:
         """Checks that the plan fits a model of `n_layers` layers, `hidden` wide.
@@ -240,7 +246,9 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
         rows = []
         for sublayer, replacement in self.items():
             row: dict[str, Any] = {"layer": sublayer.layer, "kind": sublayer.kind}
-            if isinstance(replacement, Linear):
+            if isinstance(replacement, Window):
+                row["window"] = [replacement.size, replacement.sinks]
+            elif isinstance(replacement, Linear):
                 row["factors"] = len(replacement.factors)
                 names = _tensor_names(sublayer, len(replacement.factors))
                 tensors |= dict(zip(names, replacement.tensors, strict=True))
@@ -282,17 +290,21 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
         return _from_file(metadata, tensors, path)
 
     def layers(self, kind: Kind) -> tuple[int, ...]:
-        """The layers whose sublayer of this kind is not computed, ascending."""
-        return tuple(sublayer.layer for sublayer in self if sublayer.kind == kind)
+        """The layers whose sublayer of this kind is not computed, ascending; windows are."""
+        return tuple(
+            s.layer for s, r in self.items() if s.kind == kind and not isinstance(r, Window)
+        )
 
 
 def _checked(sublayer: Sublayer, value: Any) -> Replacement:
-    if value is None or isinstance(value, Linear):
+    if isinstance(value, Window) and sublayer.kind != "attn":
+        raise AdaskipError(f"A Window takes the place of attention, not of {sublayer}.")
+    if value is None or isinstance(value, Linear | Window):
         return value
     if not is_finite(value):
         raise AdaskipError(
             f"The gain of {sublayer} is a finite number or None, not {value!r:.60}; a replacement "
-            "that computes is a Linear."
+            "that computes is a Linear or a Window."
         )
     return float(value)
 
@@ -329,6 +341,8 @@ def _from_file(
             if "factors" in row:
                 *factors, bias = (tensors[n] for n in _tensor_names(sublayer, row["factors"]))
                 made[sublayer] = Linear.of(factors, bias)
+            elif "window" in row:
+                made[sublayer] = Window(*row["window"])
             else:
                 made[sublayer] = row["gain"]
         fingerprint, about = content["fingerprint"], content["about"]

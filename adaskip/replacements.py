@@ -1,4 +1,4 @@
-"""What may take a sublayer's place: nothing, a gain, or a linear map of its normalized input."""
+"""What may take a sublayer's place: nothing, a gain, a linear map, or a window of attention."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from adaskip.errors import AdaskipError
+from adaskip.numbers import is_whole
 
 # Keeps a row of zeros from being divided by zero; smaller than any mean square that matters.
 TINY = 1e-12
@@ -95,5 +96,39 @@ class Linear:
         return x + linear(n, right.T, self.bias)
 
 
+@dataclass(frozen=True)
+class Window:
+    """Attention over the last `size` tokens and the first `sinks` ones, in the place of all.
+
+    Token t of a sequence sees tokens t - size + 1 to t, itself included, and the first `sinks`
+    real tokens. Keys keep their own positions.
+
+    Attributes:
+        size: tokens, 1 or more.
+        sinks: tokens, 0 or more.
+
+    Raises:
+        AdaskipError: one of them is no such number.
+
+    Source: StreamingLLM (arXiv 2309.17453) for all layers; here for single ones.
+    """
+
+    size: int
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("size", 1), ("sinks", 0)):
+            value = getattr(self, name)
+            if not is_whole(value) or value < least:
+                raise AdaskipError(
+                    f"A Window's {name} is a whole number from {least} up, not {value!r}."
+                )
+            object.__setattr__(self, name, int(value))
+
+    def held(self, tokens: int) -> int:
+        """Tokens whose keys and values are kept of a context of so many tokens."""
+        return min(tokens, self.size + self.sinks)
+
+
 # None leaves the residual stream as it is, a number scales it.
-Replacement = float | Linear | None
+Replacement = float | Linear | Window | None

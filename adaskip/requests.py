@@ -16,9 +16,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID, uuid4
 
+import torch
 from transformers.cache_utils import Cache
 
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Step
+from adaskip.replacements import Window
+from adaskip.window_track import WindowTrack
 
 # Where a cache keeps its request: a copied or stored cache takes it along.
 _ATTRIBUTE = "_adaskip_request"
@@ -39,6 +42,7 @@ class Request:
         prefill_plan: what its prefill skipped.
         prepared: the plan whose skipped-cache placeholders its cache has; None if it has not been
             looked through.
+        windows: what its windows of attention hold, by shape and device.
     """
 
     number: int
@@ -50,6 +54,9 @@ class Request:
     decoded: int = 0
     prefill_plan: SkipPlan = EMPTY_PLAN
     prepared: SkipPlan | None = field(default=None, repr=False)
+    windows: dict[tuple[Window, torch.device], WindowTrack] = field(
+        default_factory=dict, repr=False
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be stored; without one, a loaded cache counts as a copy.

@@ -23,9 +23,10 @@ from adaskip.generating import Turn, Turns, listen
 from adaskip.patching import Patch, patch_forward
 from adaskip.plan import EMPTY_PLAN, SCOPES, Phase, Scope, SkipPlan, Step, Sublayer
 from adaskip.recorders import Recorder, Span, StepRecording, real_tokens
-from adaskip.replacements import Linear, Replacement
+from adaskip.replacements import Linear, Replacement, Window
 from adaskip.requests import Request, Requests, is_ambiguous
 from adaskip.sublayers import Switches, layer_forward
+from adaskip.windows import Windows
 
 if TYPE_CHECKING:
     from adaskip.policy import SkipPolicy
@@ -50,6 +51,7 @@ class Session:
         policy: SkipPolicy,
         scope: Scope,
         recorders: Sequence[Recorder],
+        block: BlockSpec,
     ) -> None:
         self.step: Step | None = None
         self.plan: SkipPlan = EMPTY_PLAN
@@ -66,6 +68,8 @@ class Session:
         self._layers: list[nn.Module] = list(layers)
         self._devices = [execution_device(layer) for layer in self._layers]
         self._switches = [Switches() for _ in self._layers]
+        self._block = block
+        self._windows = Windows(self._layers, block, self._switches, self._devices)
         self._gains: dict[torch.device, Tensor] = {}
         self._linears: dict[tuple[Linear, torch.device], Linear] = {}
         self._dtype = model.dtype
@@ -90,10 +94,10 @@ class Session:
         """Each decoder layer with its switches."""
         return zip(self._layers, self._switches, strict=True)
 
-    def patched_layers(self, block: BlockSpec) -> Iterator[Patch]:
+    def patched_layers(self) -> Iterator[Patch]:
         """Lets each decoder layer look at its switches, patch by patch."""
         for index, (layer, switches) in enumerate(self.layers()):
-            yield patch_forward(layer, layer_forward(layer, index, block, switches))
+            yield patch_forward(layer, layer_forward(layer, index, self._block, switches))
 
     def patched_model(self, model: PreTrainedModel) -> Iterator[Patch]:
         """Lets each forward set the switches, and `generate()` say what it does, patch by patch."""
@@ -102,6 +106,10 @@ class Session:
             yield from listen(model, self._turns, self._check_assisted)
             if self._steps_matter and hasattr(model, "generate_batch"):
                 yield Patch(model, "generate_batch", calls.refuse_continuous_batching)
+
+    def take_back_windows(self) -> None:
+        """Gives attention that had a window its own function back."""
+        self._windows.take_back()
 
     def _patched_decoder(self) -> Patch:
         begin, end = _untraced()
@@ -154,6 +162,7 @@ class Session:
         self._running = False
         if self._recording is not None:
             self._record_to(None)
+        self._windows.end()
         self._lock.release()
 
     def _before(self, call: dict[str, Any]) -> Cache | None:
@@ -180,22 +189,42 @@ class Session:
         calls.refuse_lost_outputs(call, config, plan)
         if turn is not None and turn.assisted:
             calls.refuse_changed_draft(step, plan, request.prefill_plan)
-        if cache is not None and (past == 0 or request.prepared != plan):
-            kvcache.prepare(cache, plan.layers("attn"), past, self._devices)
-            request.prepared = plan
+        if plan.windows:
+            calls.refuse_unseen(call, turn)
+        if past == 0 or request.prepared != plan:
+            earlier = _earlier_tokens(call, turn, past) if plan.windows and past else None
+            self._prepare(cache, request, plan, earlier, past)
         if changed:
             self._set_switches(plan)
         self._requests.advance(cache, request, step, past)
         if step.phase is Phase.PREFILL:
             request.prefill_plan |= plan
         self.step, self.plan = step, plan
+        if plan.windows:
+            real, decoding = _real_tokens(call, turn, step, past), said is Phase.DECODE
+            self._windows.begin(cache, request, plan, real, tokens, decoding=decoding)
         self._start_recording(call, turn, past)
         return cache
+
+    def _prepare(
+        self,
+        cache: Cache | None,
+        request: Request,
+        plan: SkipPlan,
+        earlier: Tensor | None,
+        past: int,
+    ) -> None:
+        """Puts into the cache what stands in for attention that is skipped or has a window."""
+        static = cache is not None and cache.is_compileable
+        windows = self._windows.tracked(request, plan, earlier, past, static=static)
+        if cache is not None:
+            kvcache.prepare(cache, plan.layers("attn"), past, self._devices, windows)
+        request.prepared = plan
 
     def _after(self, cache: Cache | None) -> None:
         """Moves the skipped-cache placeholders on, and hands out the statistics."""
         assert self.step is not None  # noqa: S101 - set by _before of this same forward
-        if cache is not None and self.plan.layers("attn"):
+        if cache is not None and (self.plan.layers("attn") or self.plan.windows):
             kvcache.advance(cache, self.step.tokens)
         turn = self._turns.current
         if turn is not None and turn.assisted:
@@ -247,15 +276,17 @@ class Session:
         gains = {s.position: gain for s, gain in plan.gains.items() if gain is not None}
         if gains:
             self._copy_gains([gains.get(p, 1.0) for p in range(2 * len(self._layers))])
+        self._windows.place(plan)
+        skipped = set(plan.layers("attn"))
         for index, switch in enumerate(self._switches):
             attn, ffn = Sublayer(index, "attn"), Sublayer(index, "ffn")
-            switch.run_attn, switch.run_ffn = attn not in plan, ffn not in plan
+            switch.run_attn, switch.run_ffn = index not in skipped, ffn not in plan
             switch.attn_replacement = self._placed(attn, plan.get(attn))
             switch.ffn_replacement = self._placed(ffn, plan.get(ffn))
 
     def _placed(self, sublayer: Sublayer, replacement: Replacement) -> Tensor | Linear | None:
         """What takes a sublayer's place, on its device."""
-        if replacement is None:
+        if replacement is None or isinstance(replacement, Window):
             return None
         device = self._devices[sublayer.layer]
         if not isinstance(replacement, Linear):
@@ -290,12 +321,7 @@ class Session:
                 self._watching.append(recorder)
                 spans |= wanted
         if spans:
-            # A prompt that generate() computes besides its own (guidance) comes with its own mask.
-            told = turn is not None and turn.tells_padding and turn.phase is step.phase
-            if turn is not None and told and call.get("past_key_values") is not None:
-                real = turn.real_tokens(step.phase, past, step.tokens)
-            else:
-                real = real_tokens(call.get("attention_mask"), past, step.tokens)
+            real = _real_tokens(call, turn, step, past)
             self._record_to(StepRecording(spans, step.tokens, real))
 
     def _record_to(self, recording: StepRecording | None) -> None:
@@ -303,6 +329,23 @@ class Session:
         self._recording = recording
         for switch in self._switches:
             switch.recording = recording
+
+
+def _real_tokens(call: dict[str, Any], turn: Turn | None, step: Step, past: int) -> Tensor | None:
+    """Which of a forward's tokens are not padding: bool [batch, tokens]; None if all are."""
+    # A prompt that generate() computes besides its own (guidance) comes with its own mask.
+    told = turn is not None and turn.tells_padding and turn.phase is step.phase
+    if turn is not None and told and call.get("past_key_values") is not None:
+        return turn.real_tokens(step.phase, past, step.tokens)
+    return real_tokens(call.get("attention_mask"), past, step.tokens)
+
+
+def _earlier_tokens(call: dict[str, Any], turn: Turn | None, past: int) -> Tensor | None:
+    """Which of the tokens before a forward are not padding: bool [batch, past]; None if all are."""
+    if turn is not None and turn.tells_padding:
+        return turn.real_tokens(Phase.PREFILL, 0, past)
+    mask = call.get("attention_mask")
+    return mask[:, :past].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 @cache
@@ -365,9 +408,10 @@ def skipping(
     with ExitStack() as undo:
         policy = undo.enter_context(_bound(policy, scope, len(decoder.layers)))
         calls.refuse_bare_model(model, policy, scope)
-        session = Session(model, policy, scope, recorders)
+        session = Session(model, policy, scope, recorders, block)
+        undo.callback(session.take_back_windows)
         expected = entering.probe(model) if verify else None
-        for patch in session.patched_layers(block):
+        for patch in session.patched_layers():
             undo.callback(patch.take_back)
         if expected is not None:
             entering.refuse_difference(expected, entering.probe(model))

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaskip import entering
+from adaskip import entering, window_attention
 from adaskip.blocks import execution_device
+from adaskip.errors import AdaskipError
 from adaskip.evaluating import evaluating
 from adaskip.patching import patch_forward
 from adaskip.plan import KINDS, Sublayer
-from adaskip.replacements import Linear, Replacement
+from adaskip.recorders import real_tokens
+from adaskip.replacements import Linear, Replacement, Window
 from adaskip.sublayers import sublayer_function
+from adaskip.window_track import WindowTrack
 
 # What each layer is given besides the residual stream.
 Calls = list[dict[str, Any]]
@@ -38,6 +41,7 @@ class Sublayers:
         self.model = model
         decoder: Any = model.base_model
         self.decoder = decoder
+        self._attention = block.attn.body
         layers: list[nn.Module] = list(decoder.layers)
         entering.check_layers(layers, model.config.model_type, block)
         self._functions = [
@@ -61,7 +65,23 @@ class Sublayers:
         """The residual stream after a sublayer, or after what takes its place."""
         if sublayer not in replacements:
             return self.run(sublayer, x, calls)
-        return replaced(x, replacements[sublayer])
+        replacement = replacements[sublayer]
+        if isinstance(replacement, Window):
+            return self._windowed(sublayer, replacement, x, calls)
+        return replaced(x, replacement)
+
+    def _windowed(self, sublayer: Sublayer, window: Window, x: Tensor, calls: Calls) -> Tensor:
+        """The residual stream after an attention over a window."""
+        given = calls[sublayer.layer]
+        real = real_tokens(given.get("attention_mask"), 0, x.shape[1])
+        step = WindowTrack(window, x.device).advance(real, x.shape[1])
+        attention: nn.Module = getattr(self.decoder.layers[sublayer.layer], self._attention)
+        window_attention.switch(attention, windowed=True)
+        try:
+            given = window_attention.windowed(given, step, sublayer.layer)
+            return self._functions[sublayer.position](x, given)
+        finally:
+            window_attention.switch(attention, windowed=False)
 
     def begin(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Calls]:
         """The stream before the first layer, and what each layer is given; no layer is run."""
@@ -113,6 +133,8 @@ def replaced(x: Tensor, replacement: Replacement) -> Tensor:
         return x
     if isinstance(replacement, Linear):
         return replacement.to(x.device, x.dtype)(x)
+    if isinstance(replacement, Window):
+        raise AdaskipError("A Window needs the attention it is of; use Sublayers.through.")
     return x * replacement
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from adaskip.blocks import BlockSpec, SublayerSpec, bound_parts, first_tensor
 from adaskip.recorders import StepRecording
 from adaskip.replacements import Linear
+from adaskip.window_attention import windowed
+from adaskip.window_track import WindowStep
 
 
 @dataclass(slots=True)
@@ -28,6 +30,7 @@ class Switches:
         run_attn, run_ffn: whether the sublayer is computed.
         attn_replacement, ffn_replacement: what takes the place of a sublayer that is not: a scalar
             on the device, a linear map, or None for the residual stream as it is.
+        window: what the forward needs of attention that sees a window; None if it sees all.
         recording: where statistics go, None if nobody wants them.
     """
 
@@ -35,6 +38,7 @@ class Switches:
     run_ffn: bool = True
     attn_replacement: Tensor | Linear | None = None
     ffn_replacement: Tensor | Linear | None = None
+    window: WindowStep | None = None
     recording: StepRecording | None = None
 
 
@@ -51,7 +55,9 @@ def layer_forward(
         recording = switches.recording
         start = hidden_states
         if switches.run_attn:
-            hidden_states = attn(start, kwargs)
+            window = switches.window
+            given = kwargs if window is None else windowed(kwargs, window, index)
+            hidden_states = attn(start, given)
             if recording is not None and "attn" in recording.spans:
                 recording.write(index, "attn", start, hidden_states)
         elif switches.attn_replacement is not None:

@@ -43,11 +43,13 @@ _EXTRA: dict[str, dict[str, Any]] = {
 torch.set_num_threads(1)
 
 
-def tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
-    """A random model of `N_LAYERS` layers, in eval mode, fp32."""
+def tiny_model(
+    family: str, attention: str = "sdpa", seed: int = 0, **changes: Any
+) -> PreTrainedModel:
+    """A random model of `N_LAYERS` layers, in eval mode, fp32; `changes` to its configuration."""
     torch.manual_seed(seed)
     try:
-        config = AutoConfig.for_model(family, **(_SMALL | _EXTRA.get(family, {})))
+        config = AutoConfig.for_model(family, **(_SMALL | _EXTRA.get(family, {}) | changes))
     except Exception as error:
         # transformers 5.4 declares this field of Olmo2's configuration as an int.
         if "tie_word_embeddings" in str(error):

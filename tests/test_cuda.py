@@ -15,11 +15,13 @@ from adaskip import (
     EarlyExit,
     FixedSkipping,
     GrowingCache,
+    Linear,
     SkipDecode,
     SkipPlan,
     SkipPolicy,
     Sublayer,
     UnifiedSkipping,
+    Window,
     learn_importance,
     skipping,
 )
@@ -43,11 +45,25 @@ def model() -> PreTrainedModel:
     return random_model("smollm2", device="cuda", dtype="float32", n_layers=LAYERS)
 
 
+def replaced(hidden: int) -> SkipPlan:
+    """A window, a full linear map and one of two factors."""
+    torch.manual_seed(0)
+    weight, thin = torch.randn(hidden, hidden) / hidden, torch.randn(2, hidden, 4) / hidden
+    return SkipPlan(
+        {
+            Sublayer(0, "attn"): Window(8, sinks=2),
+            Sublayer(3, "attn"): Linear(weight, torch.zeros(hidden)),
+            Sublayer(4, "ffn"): Linear((thin[0], thin[1].T.contiguous()), torch.zeros(hidden)),
+        }
+    )
+
+
 @pytest.fixture(scope="module")
 def policies(model: PreTrainedModel) -> dict[str, SkipPolicy]:
     importance = learn_importance(model, [random_prompt(model, 64)])
     return {
         "plan": FixedSkipping(PLAN),
+        "replaced": FixedSkipping(replaced(model.config.hidden_size)),
         "EE": EarlyExit(2),
         "SD": SkipDecode(2, horizon=8),
         "US": UnifiedSkipping(2),
@@ -55,7 +71,7 @@ def policies(model: PreTrainedModel) -> dict[str, SkipPolicy]:
     }
 
 
-NAMES = ("plan", "EE", "SD", "US", "ADA")
+NAMES = ("plan", "replaced", "EE", "SD", "US", "ADA")
 
 
 @contextmanager
@@ -114,7 +130,7 @@ def test_a_step_waits_for_nothing(
         assert len(plans) == 2
 
 
-@pytest.mark.parametrize("name", ["plan", "EE", "US"])
+@pytest.mark.parametrize("name", ["plan", "replaced", "EE", "US"])
 def test_compiled_decoding_chooses_the_same_tokens(
     model: PreTrainedModel, policies: dict[str, SkipPolicy], name: str
 ) -> None:

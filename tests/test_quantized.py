@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import prompt, tiny_model
+from test_windows import narrowed
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, QuantizedCache
 
 from adaskip import (
@@ -15,6 +16,7 @@ from adaskip import (
     FixedSkipping,
     SkipPlan,
     Sublayer,
+    Window,
     learn_importance,
     load_model,
     skipping,
@@ -104,6 +106,15 @@ def test_skipping_a_quantized_model_is_leaving_its_sublayers_out(
     for hook in hooks:
         hook.remove()
     assert torch.equal(skipped, by_hand)
+    window = Window(7, sinks=3)
+    with torch.no_grad(), skipping(model, SkipPlan({Sublayer(1, "attn"): window})):
+        windowed = model(prompt(20)).logits
+    hook = model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, narrowed(module, kwargs, window)), with_kwargs=True
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(windowed, model(prompt(20)).logits, rtol=1e-3, atol=1e-3)
+    hook.remove()
     importance = learn_importance(model, [prompt(30)])
     with skipping(model, AdaSkip(importance, 2)):
         assert len(tokens(model)) == 28

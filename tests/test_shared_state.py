@@ -31,7 +31,8 @@ from adaskip import (
     learn_importance,
     skipping,
 )
-from adaskip.kvcache import SkippedCacheLayer, prepare
+from adaskip.kvcache import prepare
+from adaskip.skipped_cache import SkippedCacheLayer
 
 PLAN = SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): None})
 

@@ -1,0 +1,150 @@
+"""The cache layer of a windowed attention: the sinks and a ring of the last tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaskip.errors import UnsupportedCallError
+from adaskip.skipped_cache import SkippedCacheLayer
+from adaskip.window_track import BlockStep, DecodeStep, WindowStep, WindowTrack, moved
+
+
+class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of `size + sinks` tokens at most, whatever the context.
+
+    After a reset it does what the layer does that it replaces, as every placeholder.
+
+    Attributes:
+        track: says which places hold what; shared by the layers with the same window.
+        leads: whether it is the one that moves the track along when rows are moved.
+        is_open: whether a forward is under way in which its attention sees a window.
+    """
+
+    # transformers would cut it back, and what has fallen out of the window cannot come back.
+    is_croppable = False
+
+    def __init__(
+        self, replaced: Any, index: int, length: int, device: torch.device, track: WindowTrack
+    ) -> None:
+        super().__init__(replaced, index, length, device)
+        self.kept = 0
+        self.track = track
+        self.leads = False
+        self.is_open = False
+        # [batch, heads, sinks + ring, width] each; None before the first token.
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """Of the sinks and the ring: [batch, heads, sinks + ring, width]; None before a token."""
+        return self.replaced.keys if self._held is None else self._held[0]
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """Likewise."""
+        return self.replaced.values if self._held is None else self._held[1]
+
+    def update(self, *states: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values as they are: the attention function puts them away.
+
+        Raises:
+            CacheHoleError: an attention that sees more than the window asks for them.
+        """
+        if self.is_open:
+            return states[0], states[1]
+        return super().update(*states, **kwargs)
+
+    def earlier(self, step: BlockStep) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the earlier tokens that are seen, in order; None before the first."""
+        if self._held is None:
+            return None
+        return self._held[0].index_select(2, step.order), self._held[1].index_select(2, step.order)
+
+    def put(self, key: Tensor, value: Tensor, step: WindowStep) -> tuple[Tensor, Tensor]:
+        """Keeps what a window needs of the new tokens, and returns all that is held then."""
+        old = self._held or (None, None)
+        if isinstance(step, DecodeStep):
+            self._held = self._with_one(old[0], key, step), self._with_one(old[1], value, step)
+        else:
+            keys = self._with_several(old[0], key, step)
+            self._held = keys, self._with_several(old[1], value, step)
+        return self._held
+
+    def reset(self) -> None:
+        """Empties it; the next request brings a layer of its own."""
+        super().reset()
+        self._held = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuses to forget tokens.
+
+        Raises:
+            UnsupportedCallError: tokens are to be removed.
+        """
+        if not self.lacks_tokens:
+            super().crop(tokens_to_remove)
+        elif tokens_to_remove < 0 or 0 < tokens_to_remove < self.length:
+            raise UnsupportedCallError(
+                "A cache with windowed attention cannot be cut back: what has left a window is "
+                "gone. Begin with an empty cache."
+            )
+
+    def prefetch(self) -> None:
+        """Fetches nothing: a window is never moved off the device."""
+
+    def _move(self, name: str, argument: Any) -> None:
+        if self._held is None:
+            super()._move(name, argument)
+        else:
+            self._held = moved(self._held[0], argument), moved(self._held[1], argument)
+            if self.leads:
+                self.track.move(argument)
+
+    def _with_several(self, buffer: Tensor | None, new: Tensor, step: BlockStep) -> Tensor:
+        buffer = self._sized(buffer, new, step.room)
+        n_sinks = self.track.window.sinks
+        sinks = torch.where(step.fill, sinks_among(new, step), buffer[:, :, :n_sinks])
+        last = new[:, :, new.shape[2] - step.stored :]
+        if torch.is_grad_enabled():
+            buffer = buffer.index_copy(2, step.places, last)
+            return torch.cat([sinks, buffer[:, :, n_sinks:]], dim=2)
+        buffer.index_copy_(2, step.places, last)
+        buffer[:, :, :n_sinks] = sinks
+        return buffer
+
+    def _with_one(self, buffer: Tensor | None, new: Tensor, step: DecodeStep) -> Tensor:
+        buffer = self._sized(buffer, new, step.room)
+        n_sinks = self.track.window.sinks
+        if torch.is_grad_enabled():
+            buffer = buffer.index_copy(2, step.place, new)
+        else:
+            buffer.index_copy_(2, step.place, new)
+        if step.fill is None:
+            return buffer
+        sinks = torch.where(step.fill, new, buffer[:, :, :n_sinks])
+        if torch.is_grad_enabled():
+            return torch.cat([sinks, buffer[:, :, n_sinks:]], dim=2)
+        buffer[:, :, :n_sinks] = sinks
+        return buffer
+
+    def _sized(self, buffer: Tensor | None, new: Tensor, room: int) -> Tensor:
+        """A buffer of `room` places that holds what the present one holds."""
+        if buffer is not None and buffer.shape[2] == room:
+            return buffer
+        shape = (*new.shape[:2], room, new.shape[3])
+        with torch.inference_mode(mode=False):
+            grown = torch.zeros(shape, dtype=new.dtype, device=new.device)
+        if self.is_compileable:
+            torch._dynamo.mark_static_address(grown)
+        if buffer is not None:
+            grown[:, :, : buffer.shape[2]] = buffer
+        return grown
+
+
+def sinks_among(new: Tensor, step: BlockStep) -> Tensor:
+    """Of new keys or values those of the sinks: [batch, heads, sinks, width]; else anything."""
+    batch, heads, _, width = new.shape
+    return new.gather(2, step.sink_at[:, None, :, None].expand(batch, heads, -1, width))

@@ -1,0 +1,192 @@
+"""Which tokens a window of attention sees, and where their keys and values are kept.
+
+The keys and values of a windowed attention lie in one buffer: the sinks, then a ring in which token
+t has place `t modulo size`. Attention does not care for the order of keys, so nothing is ever moved
+there. A `WindowTrack` knows, for all layers that share a window, which places hold a token that may
+be seen, and says so to each forward in a `WindowStep`; nothing of it reads the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from adaskip.replacements import Window
+
+# Queries are computed in blocks of so many: each sees its block and the window before it. Measured
+# on a CPU at windows of 64 to 256 tokens, 64 is as fast as any other size or faster.
+BLOCK = 64
+# The ring of a cache that grows is allocated in steps of so many tokens.
+_ROOM = 64
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeStep:
+    """What one forward of one token needs; tensors on the device.
+
+    Attributes:
+        mask: whether a place of the buffer is seen: bool [rows, 1, 1, sinks + ring].
+        place: of the token in the buffer: [1].
+        fill: whether the token is a sink, by sink: bool [rows, 1, sinks, 1]; None if all sinks are
+            there.
+        room: length of the buffer.
+    """
+
+    mask: Tensor
+    place: Tensor
+    fill: Tensor | None
+    room: int
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStep:
+    """What one forward of several tokens needs; tensors on the device.
+
+    Attributes:
+        mask: whether a query sees a key: bool [rows, blocks, block, sinks + before + block].
+        block: queries in a block.
+        before: keys before a block that it may see.
+        order: places of the earlier tokens that are seen, in order: [held tokens].
+        sink_at: the new token that is each sink: [rows, sinks].
+        fill: whether there is one: bool [rows, 1, sinks, 1].
+        stored: new tokens that stay: the last so many.
+        places: of those in the buffer: [stored].
+        room: length of the buffer.
+    """
+
+    mask: Tensor
+    block: int
+    before: int
+    order: Tensor
+    sink_at: Tensor
+    fill: Tensor
+    stored: int
+    places: Tensor
+    room: int
+
+
+WindowStep = DecodeStep | BlockStep
+
+
+class WindowTrack:
+    """What a request's windows of one shape hold.
+
+    Args:
+        window: their shape.
+        device: of the layers that have them.
+        static: whether the cache is one that is compiled: everything keeps its shape.
+    """
+
+    def __init__(self, window: Window, device: torch.device, *, static: bool = False) -> None:
+        self.window = window
+        self._device = device
+        self._static = static
+        self._length = 0
+        self._decoded = 0
+        self._padded = False
+        self._filling = True
+        # One row as long as all rows of the batch are alike.
+        self._n_real = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self._sinks = torch.zeros(1, window.sinks, dtype=torch.bool, device=device)
+        self._ring = torch.zeros(1, 0, dtype=torch.bool, device=device)
+
+    def advance(self, real: Tensor | None, tokens: int, *, decoding: bool = False) -> WindowStep:
+        """Takes in the tokens of the coming forward.
+
+        Args:
+            real: False at padding: [batch, tokens]; None if there is none.
+            tokens: new tokens per sequence.
+            decoding: whether it is known that every row has its prompt.
+        """
+        # Every row has a real token before its first decode step, so after as many steps as there
+        # are sinks it has them all; where the device alone knows, they are always looked for.
+        self._padded |= real is not None
+        passed = self._decoded if self._padded else self._length
+        self._filling = self._static or passed < self.window.sinks
+        self._decoded += decoding
+        if real is None:
+            real = torch.ones(1, tokens, dtype=torch.bool, device=self._device)
+        real = real.to(self._device)
+        rank = self._n_real + real.cumsum(-1) - 1
+        self._n_real = rank[:, -1:] + 1
+        is_sink = real & (rank < self.window.sinks)
+        rows = len(is_sink)
+        self._sinks = self._sinks.expand(rows, -1)
+        room = self._room(tokens)
+        self._ring = pad(self._ring.expand(rows, -1), (0, room - self._ring.shape[1]))
+        numbers = torch.arange(self.window.sinks, device=self._device)
+        of_sink = is_sink[:, None] & (rank[:, None] == numbers[:, None])
+        step = (self._one if tokens == 1 else self._several)(real & ~is_sink, is_sink, of_sink)
+        self._length += tokens
+        return step
+
+    def move(self, argument: Tensor | int) -> None:
+        """Selects rows, or repeats each, as `moved`."""
+        for field in ("_n_real", "_sinks", "_ring"):
+            rows: Tensor = getattr(self, field)
+            # A single row stands for all of them.
+            if len(rows) > 1:
+                setattr(self, field, moved(rows, argument))
+
+    def _room(self, tokens: int) -> int:
+        """Places of the ring."""
+        size = self.window.size
+        needed = -(-(self._length + tokens) // _ROOM) * _ROOM
+        return size if self._static else min(size, needed)
+
+    def _one(self, seen: Tensor, is_sink: Tensor, of_sink: Tensor) -> DecodeStep:
+        """A forward of one token."""
+        sinks, size = self.window.sinks, self.window.size
+        at = self._length % size
+        place = torch.full((1,), sinks + at, device=self._device)
+        self._sinks = self._sinks | of_sink[..., 0]
+        self._ring = self._ring.index_copy(1, place - sinks, seen)
+        # Padding sees itself: a query that sees nothing would be NaN.
+        visible = self._ring.index_copy(1, place - sinks, ~is_sink)
+        mask = torch.cat([self._sinks, visible], dim=1)[:, None, None]
+        fill = of_sink[:, None] if self._filling and sinks else None
+        return DecodeStep(mask, place, fill, mask.shape[-1])
+
+    def _several(self, seen: Tensor, is_sink: Tensor, of_sink: Tensor) -> BlockStep:
+        """A forward of several tokens."""
+        (rows, tokens), device = seen.shape, self._device
+        sinks, size = self.window.sinks, self.window.size
+        n_held = min(size - 1, self._length)
+        before = min(size - 1, self._length + tokens - 1)
+        block = min(BLOCK, tokens)
+        n_blocks = -(-tokens // block)
+        tail = n_blocks * block - tokens
+        order = (torch.arange(n_held, device=device) + self._length - n_held) % size
+        keys = torch.cat([self._ring[:, order], seen], dim=1)
+        keys = pad(keys, (before - n_held, tail)).unfold(1, before + block, block)
+        query = torch.arange(block, device=device)[:, None] + before
+        key = torch.arange(before + block, device=device)
+        band = (key <= query) & (key > query - size)
+        own = pad(~is_sink, (0, tail), value=True).view(rows, n_blocks, block, 1)
+        # Padding sees itself: a query that sees nothing would be NaN.
+        mask = (keys[:, :, None] & band) | (own & (key == query))
+        found, sink_at = of_sink.any(-1), of_sink.int().argmax(-1)
+        never = tokens + block
+        since = sink_at.masked_fill(~found, never).masked_fill(self._sinks, -1)
+        time = torch.arange(n_blocks * block, device=device).view(n_blocks, block, 1)
+        mask = torch.cat([since[:, None, None] <= time, mask], dim=-1)
+        stored = min(tokens, size)
+        places = torch.arange(self._length + tokens - stored, self._length + tokens, device=device)
+        places = places % size
+        self._sinks = self._sinks | found
+        self._ring = self._ring.index_copy(1, places, seen[:, tokens - stored :])
+        room = sinks + self._ring.shape[1]
+        fill = found[:, None, :, None]
+        return BlockStep(
+            mask, block, before, order + sinks, sink_at, fill, stored, places + sinks, room
+        )
+
+
+def moved(rows: Tensor, argument: Tensor | int) -> Tensor:
+    """The rows with these indices, or each row so many times."""
+    if isinstance(argument, int):
+        return rows.repeat_interleave(argument, dim=0)
+    return rows[argument.to(rows.device)]

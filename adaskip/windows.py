@@ -1,0 +1,117 @@
+"""The windows of attention in one session: where they are, and what each forward of them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from adaskip import window_attention
+from adaskip.blocks import BlockSpec
+from adaskip.plan import SkipPlan
+from adaskip.requests import Request
+from adaskip.sublayers import Switches
+from adaskip.window_cache import WindowCacheLayer
+from adaskip.window_track import WindowStep, WindowTrack
+
+# Per layer the track of its window, and the step in which a new track took in an earlier context.
+Tracked = dict[int, tuple[WindowTrack, WindowStep | None]]
+
+
+class Windows:
+    """Gives attention its windows, and takes them back.
+
+    Args:
+        layers: of the model.
+        block: their family's row.
+        switches: of each layer.
+        devices: of each layer.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        block: BlockSpec,
+        switches: Sequence[Switches],
+        devices: Sequence[torch.device],
+    ) -> None:
+        self._layers = layers
+        self._body = block.attn.body
+        self._switches = switches
+        self._devices = devices
+        self._windowed: frozenset[int] = frozenset()
+        self._open: list[WindowCacheLayer] = []
+
+    def place(self, plan: SkipPlan) -> None:
+        """Makes the layers of a plan that have a window compute one, and no other layer."""
+        wanted = frozenset(plan.windows)
+        for index in wanted ^ self._windowed:
+            attention: nn.Module = getattr(self._layers[index], self._body)
+            window_attention.switch(attention, windowed=index in wanted)
+        self._windowed = wanted
+
+    def take_back(self) -> None:
+        """Gives every layer its own attention back."""
+        self.place(SkipPlan())
+
+    def tracked(
+        self,
+        request: Request,
+        plan: SkipPlan,
+        history: Tensor | None,
+        past: int,
+        *,
+        static: bool,
+    ) -> Tracked:
+        """The track of each layer that has a window.
+
+        Args:
+            request: whose tracks they are.
+            plan: of the coming forward.
+            history: False at padding among the earlier tokens: [batch, past]; None if there is
+                none.
+            past: earlier tokens.
+            static: whether the cache is compiled.
+        """
+        known = dict(request.windows) if past else {}
+        new: dict[WindowTrack, WindowStep | None] = {}
+        found: Tracked = {}
+        for layer, window in plan.windows.items():
+            key = (window, self._devices[layer])
+            if key not in known:
+                known[key] = track = WindowTrack(*key, static=static)
+                new[track] = track.advance(history, past) if past else None
+            found[layer] = (known[key], new.get(known[key]))
+        request.windows = known
+        return found
+
+    def begin(
+        self,
+        cache: Cache | None,
+        request: Request,
+        plan: SkipPlan,
+        real: Tensor | None,
+        tokens: int,
+        *,
+        decoding: bool,
+    ) -> None:
+        """Takes the coming forward's tokens in, and tells the layers what to see."""
+        steps: dict[WindowTrack, WindowStep] = {}
+        for layer, window in plan.windows.items():
+            track = request.windows[window, self._devices[layer]]
+            if track not in steps:
+                steps[track] = track.advance(real, tokens, decoding=decoding)
+            self._switches[layer].window = steps[track]
+            held = None if cache is None else cache.layers[layer]
+            if isinstance(held, WindowCacheLayer):
+                held.is_open = True
+                self._open.append(held)
+
+    def end(self) -> None:
+        """Lets go of what a forward needed."""
+        while self._open:
+            self._open.pop().is_open = False
+        for layer in self._windowed:
+            self._switches[layer].window = None

@@ -1,0 +1,427 @@
+"""Attention over a window: against explicit masks in the stock model, and what it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from conftest import N_LAYERS, prompt, reset_empties, tiny_model
+from test_compile import new_graphs
+from test_families import CELLS, GENERATE, generated
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from adaskip import (
+    AdaskipError,
+    CacheHoleError,
+    FixedSkipping,
+    SkipPlan,
+    Sublayer,
+    UnsupportedCallError,
+    Window,
+    skipping,
+)
+from adaskip.blocks import block_spec
+from adaskip.growing_cache import kv_tensors
+from adaskip.streams import Sublayers, measuring
+from adaskip.window_track import BLOCK
+
+# The prompt of the matrix has 29 tokens, the answer 12: one window is passed in prefill, one later.
+NARROW, WIDE = Window(7, sinks=3), Window(33, sinks=2)
+
+# What lets some layer of a family see all that is before it.
+UNSLID: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma3_text": {"layer_types": ["full_attention", "sliding_attention"] * (N_LAYERS // 2)},
+}
+
+
+def full_layers(model: PreTrainedModel) -> list[int]:
+    """The layers in which each token sees all before it."""
+    config: Any = model.config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * N_LAYERS
+    return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+
+
+def windows_for(model: PreTrainedModel) -> dict[int, Window]:
+    layers = full_layers(model)
+    return {layers[0]: NARROW, layers[-1]: WIDE if len(layers) > 1 else NARROW}
+
+
+def plan_of(windows: Mapping[int, Window]) -> SkipPlan:
+    return SkipPlan({Sublayer(layer, "attn"): window for layer, window in windows.items()})
+
+
+def masked(model: PreTrainedModel, windows: Mapping[int, Window]) -> PreTrainedModel:
+    """An unpatched copy whose attention is given the definition of a window as a mask."""
+    other = type(model)(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    for layer, window in windows.items():
+        other.model.layers[layer].self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs, window=window: (args, narrowed(module, kwargs, window)),
+            with_kwargs=True,
+        )
+    return other
+
+
+def narrowed(module: nn.Module, kwargs: dict[str, Any], window: Window) -> dict[str, Any]:
+    """What an attention is given, with the mask of a window."""
+    x, cache, given = (
+        kwargs.get(n) for n in ("hidden_states", "past_key_values", "attention_mask")
+    )
+    past = 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
+    n_keys = past + x.shape[1] if given is None else given.shape[-1]
+    if cache is not None and cache.is_compileable:
+        n_keys = cache.layers[module.layer_idx].max_cache_len
+    real = torch.ones(len(x), n_keys, dtype=torch.bool)
+    if given is not None:
+        last = given[:, 0, -1]
+        real = (last if last.dtype == torch.bool else last >= 0).expand(len(x), -1).clone()
+    query = torch.arange(past, past + x.shape[1])[:, None]
+    key = torch.arange(n_keys)
+    seen = (key > query - window.size) | ((real.cumsum(-1) - 1) < window.sinks)[:, None]
+    # Padding sees itself, as in the library.
+    seen = (seen & (key <= query) & real[:, None]) | (key == query)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    return kwargs | {"attention_mask": mask[:, None]}
+
+
+@pytest.fixture(scope="module", params=CELLS, ids=["-".join(cell) for cell in CELLS])
+def cell(request: pytest.FixtureRequest) -> PreTrainedModel:
+    family, attention = request.param
+    return tiny_model(family, attention, **UNSLID.get(family, {}))
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("mode", GENERATE)
+def test_windows_in_every_mode(cell: PreTrainedModel, mode: str) -> None:
+    windows = windows_for(cell)
+    plan = plan_of(windows) | SkipPlan({Sublayer(1, "ffn"): 1.25})
+    stock = masked(cell, windows)
+    ids = prompt(29, batch=2)
+    with skipping(stock, SkipPlan({Sublayer(1, "ffn"): 1.25})):
+        expected = generated(stock, ids, **GENERATE[mode])
+    with skipping(cell, plan):
+        actual = generated(cell, ids, **GENERATE[mode])
+    assert torch.equal(actual[0], expected[0])
+    if expected[1] is not None:
+        torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=5e-5)
+    dense = generated(cell, ids, **GENERATE[mode])
+    assert not torch.equal(actual[0], dense[0]) or mode == "sampling"
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beam search", "chunked prefill", "static cache"])
+def test_windows_of_padded_rows(cell: PreTrainedModel, mode: str) -> None:
+    windows = windows_for(cell)
+    ids, mask = prompt(29, batch=3), torch.ones(3, 29, dtype=torch.long)
+    for row, n_padding in ((0, 6), (2, 23)):
+        ids[row, :n_padding] = mask[row, :n_padding] = 0
+    kwargs = GENERATE[mode] | {"attention_mask": mask}
+    expected = generated(masked(cell, windows), ids, **kwargs)
+    with skipping(cell, plan_of(windows)):
+        actual = generated(cell, ids, **kwargs)
+    assert torch.equal(actual[0], expected[0])
+
+
+@pytest.mark.parametrize("chunks", [(200,), (1,) * 60, (3, 1, 60, 2, 20, 1, 1, 1, 70, 1, 40)])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "window",
+    [Window(1, 0), Window(1, 5), Window(16, 4), Window(63), Window(64), Window(65, 0), Window(250)],
+    ids=str,
+)
+def test_chunks_of_any_size_are_one_prefill(
+    model: PreTrainedModel, chunks: tuple[int, ...], padded: bool, window: Window
+) -> None:
+    ids, real = prompt(sum(chunks), batch=2), torch.ones(2, sum(chunks), dtype=torch.long)
+    if padded:
+        real[0, :37] = 0
+    positions = (real.cumsum(-1) - 1).clamp_min(0)
+    windows = {0: window, 2: window}
+    with torch.no_grad():
+        expected = masked(model, windows)(
+            ids, attention_mask=real, position_ids=positions, use_cache=False
+        ).logits
+        cache, found, at = DynamicCache(), [], 0
+        with skipping(model, plan_of(windows)) as session:
+            for tokens in chunks:
+                end = at + tokens
+                with session.prefill():
+                    out = model(
+                        ids[:, at:end],
+                        attention_mask=real[:, :end] if padded else None,
+                        position_ids=positions[:, at:end] if padded else None,
+                        past_key_values=cache,
+                    )
+                found.append(out.logits)
+                at = end
+    seen = real.bool()
+    torch.testing.assert_close(torch.cat(found, dim=1)[seen], expected[seen], rtol=0, atol=1e-4)
+
+
+def test_a_window_holds_its_tokens_and_no_more(model: PreTrainedModel) -> None:
+    windows = {1: NARROW, 3: NARROW}
+    cache = DynamicCache()
+    with skipping(model, plan_of(windows) | SkipPlan({Sublayer(0, "attn"): 1.1})), torch.no_grad():
+        for tokens in (40, 1, 1, 25, 1):
+            model(prompt(tokens, batch=2), past_key_values=cache)
+            context = cache.get_seq_length()
+            heads, width, bytes_per = 2, 8, 4
+            per_token = 2 * 2 * heads * width * bytes_per
+            held = sum(t.numel() * t.element_size() for t in kv_tensors(cache))
+            assert held == (context + 2 * (7 + 3)) * per_token
+    assert context == 68
+
+
+def test_a_short_context_does_not_take_a_whole_window(model: PreTrainedModel) -> None:
+    cache = DynamicCache()
+    with skipping(model, plan_of({0: Window(200, 4)})), torch.no_grad():
+        model(prompt(10), past_key_values=cache)
+        assert cache.layers[0].keys.shape[2] == 4 + BLOCK
+        for _ in range(4):
+            model(prompt(50), past_key_values=cache)
+        assert cache.layers[0].keys.shape[2] == 204
+
+
+def test_prefill_computes_blocks(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adaskip import window_attention
+
+    stock, products = window_attention.scaled_dot_product_attention, []
+
+    def counted(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        products.append(query.shape[:-2].numel() * query.shape[-2] * key.shape[-2])
+        return stock(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(window_attention, "scaled_dot_product_attention", counted)
+    with skipping(model, plan_of({0: NARROW})), torch.no_grad():
+        model(prompt(3 * BLOCK), use_cache=False)
+    heads = 4
+    assert sum(products) == heads * 3 * BLOCK * (3 + 6 + BLOCK)
+
+
+def test_many_blocks_are_computed_part_by_part(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, plan = prompt(240, batch=2), plan_of({0: NARROW})
+    with skipping(model, plan), torch.no_grad():
+        expected = model(ids).logits
+        monkeypatch.setattr("adaskip.window_attention._TOGETHER", 1)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_window_that_begins_with_decoding(cell: PreTrainedModel) -> None:
+    windows = windows_for(cell)
+    stock = masked(cell, windows)
+    ids, mask = prompt(29, batch=2), torch.ones(2, 29, dtype=torch.long)
+    ids[0, :6] = mask[0, :6] = 0
+    kwargs = {"attention_mask": mask, "do_sample": False}
+    for mode in ({}, {"cache_implementation": "static"}):
+        cache = DynamicCache(config=cell.config)
+        if mode:
+            cache = StaticCache(config=cell.config, max_cache_len=64)
+        with torch.no_grad():
+            first = cell.generate(
+                ids, max_new_tokens=1, past_key_values=cache, min_new_tokens=1, **kwargs
+            )
+            token, grown = first[:, -1:], torch.cat([mask, torch.ones(2, 1).long()], dim=1)
+            positions = (grown.cumsum(-1) - 1)[:, -1:]
+            expected = stock(
+                token, attention_mask=grown, position_ids=positions, past_key_values=cache
+            ).logits
+        with skipping(cell, plan_of(windows), scope="decode") as session:
+            tokens = cell.generate(ids, max_new_tokens=3, min_new_tokens=3, **kwargs, **mode)
+            assert torch.equal(tokens[:, 29], first[:, 29])
+            assert torch.equal(tokens[:, 30], expected[:, -1].argmax(-1))
+            assert session.plan == plan_of(windows)
+
+
+def test_decoding_from_a_full_cache_frees_what_no_window_sees(model: PreTrainedModel) -> None:
+    cache = DynamicCache()
+    with skipping(model, plan_of({1: NARROW}), scope="decode"), torch.no_grad():
+        model(prompt(40), past_key_values=cache)
+        assert cache.layers[1].keys.shape[2] == 40
+        model(prompt(1), past_key_values=cache)
+    assert cache.layers[1].keys.shape[2] == 10
+    assert sum(t.shape[2] for t in kv_tensors(cache)) == 2 * (3 * 41 + 10)
+
+
+def test_windows_in_bfloat16(model: PreTrainedModel) -> None:
+    windows = {0: NARROW, 2: WIDE}
+    ids = prompt(50)
+    expected = masked(model, windows)(ids).logits
+    with skipping(model.bfloat16(), plan_of(windows)), torch.no_grad():
+        logits = model(ids).logits
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - expected).norm() < 0.1 * expected.norm()
+
+
+def test_one_graph_per_plan_of_windows(model: PreTrainedModel) -> None:
+    torch._dynamo.reset()
+    assert new_graphs(model, FixedSkipping(plan_of({0: NARROW, 2: NARROW}))) == 2
+    assert new_graphs(model, FixedSkipping(plan_of({0: NARROW, 2: NARROW}))) == 0
+    torch._dynamo.reset()
+
+
+def test_leaving_gives_the_stock_attention_back(model: PreTrainedModel) -> None:
+    ids = prompt(40)
+    dense = model(ids).logits
+    configs = [layer.self_attn.config for layer in model.model.layers]
+    with skipping(model, plan_of({0: NARROW})), torch.no_grad():
+        model(ids)
+        inside = copy.deepcopy(model)
+    with contextlib.suppress(RuntimeError), skipping(model, plan_of({0: NARROW})):
+        model(ids)
+        raise RuntimeError("amid")
+    assert [layer.self_attn.config for layer in model.model.layers] == configs
+    assert torch.equal(model(ids).logits, dense)
+    assert torch.equal(inside(ids).logits, dense)
+
+
+def test_gradients_are_those_of_the_mask(model: PreTrainedModel) -> None:
+    ids = prompt(40)
+    grads = []
+    stock = masked(model, {0: NARROW})
+    for each, plan in ((stock, SkipPlan()), (model, plan_of({0: NARROW}))):
+        with skipping(each, plan):
+            each(ids).logits.square().mean().backward()
+        grads.append(each.model.layers[0].self_attn.k_proj.weight.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
+
+
+def test_copied_caches_go_on_apart(model: PreTrainedModel) -> None:
+    cache = DynamicCache()
+    ids, other = prompt(31), prompt(31, seed=5)
+    with skipping(model, plan_of({0: NARROW, 1: NARROW})), torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        one = model(ids[:, 20:], past_key_values=cache).logits
+        two = model(other[:, 20:], past_key_values=twin).logits
+        whole = torch.cat([ids[:, :20], other[:, 20:]], dim=1)
+        torch.testing.assert_close(model(ids).logits[:, 20:], one, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(whole).logits[:, 20:], two, rtol=0, atol=1e-5)
+
+
+def test_the_stream_of_a_window_is_that_of_the_model(cell: PreTrainedModel) -> None:
+    windows = windows_for(cell)
+    plan = plan_of(windows)
+    ids = prompt(50)
+    with measuring(cell):
+        sublayers = Sublayers(cell)
+        x, calls = sublayers.begin({"input_ids": ids})
+        for layer in range(N_LAYERS):
+            for kind in ("attn", "ffn"):
+                x = sublayers.through(Sublayer(layer, kind), x, calls, plan)
+        found = sublayers.logits(ids, x, 50)
+    with skipping(cell, plan), torch.no_grad():
+        expected = cell(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_plan_file_keeps_windows(tmp_path: Path) -> None:
+    plan = plan_of({0: NARROW, 2: WIDE}) | SkipPlan({Sublayer(1, "attn"): 1.5})
+    plan.save(tmp_path / "plan.safetensors")
+    loaded = SkipPlan.load(tmp_path / "plan.safetensors")
+    assert loaded == plan
+    assert loaded.windows == {0: NARROW, 2: WIDE}
+    assert loaded.layers("attn") == (1,)
+    assert loaded.gains == {Sublayer(1, "attn"): 1.5}
+
+
+@pytest.mark.parametrize(
+    ("size", "sinks", "message"),
+    [(0, 4, "size is a whole number from 1 up, not 0"), (3.0, 4, "not 3.0"), (4, -1, "from 0 up")],
+)
+def test_windows_that_cannot_be(size: Any, sinks: Any, message: str) -> None:
+    with pytest.raises(AdaskipError, match=message):
+        Window(size, sinks)
+
+
+def test_what_no_model_or_sublayer_takes(model: PreTrainedModel) -> None:
+    with pytest.raises(AdaskipError, match="takes the place of attention, not of ffn1"):
+        SkipPlan({Sublayer(1, "ffn"): NARROW})
+    cases = [
+        (model, {0: Window(256, 1)}, "256 \\+ 1 tokens, more than the model's 256 positions"),
+        (tiny_model("mistral"), {1: NARROW}, "sliding window of 24 tokens already"),
+        (tiny_model("gemma2", "eager"), {0: NARROW}, "sliding window of 16 tokens already"),
+    ]
+    for each, windows, message in cases:
+        with (
+            skipping(each, plan_of(windows)) as session,
+            pytest.raises(AdaskipError, match=message),
+        ):
+            each(prompt(3))
+        assert session.step is None
+
+
+def test_calls_in_which_a_window_would_be_wrong(model: PreTrainedModel) -> None:
+    ids = prompt(20)
+    four = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+    calls: list[tuple[dict[str, Any], str]] = [
+        ({"attention_mask": four}, "not one that says for each token"),
+        ({"attention_mask": {"full_attention": four}}, "not one that says for each token"),
+        ({"position_ids": torch.arange(20)[None] % 10}, "several sequences into one row"),
+        ({"output_attentions": True}, "has no weights to return"),
+    ]
+    with skipping(model, plan_of({0: NARROW})) as session, torch.no_grad():
+        for kwargs, message in calls:
+            with pytest.raises(UnsupportedCallError, match=message):
+                model(ids, **kwargs)
+            assert session.step is None
+        with pytest.raises(UnsupportedCallError, match="without an assistant"):
+            model.generate(ids, max_new_tokens=4, prompt_lookup_num_tokens=2)
+        cache = DynamicCache()
+        model(ids, past_key_values=cache)
+        with pytest.raises(UnsupportedCallError, match="cannot be cut back"):
+            cache.layers[0].crop(10)
+
+
+def test_what_a_window_dropped_does_not_come_back(model: PreTrainedModel) -> None:
+    cache = DynamicCache()
+    with skipping(model, plan_of({0: NARROW})), torch.no_grad():
+        model(prompt(20), past_key_values=cache)
+    for plan in (SkipPlan(), plan_of({0: WIDE})):
+        with (
+            skipping(model, plan),
+            torch.no_grad(),
+            pytest.raises(CacheHoleError, match="had a window of 7 tokens earlier"),
+        ):
+            model(prompt(2), past_key_values=cache)
+    # Skipping it from now on needs nothing of what was dropped.
+    with skipping(model, SkipPlan({Sublayer(0, "attn"): None})), torch.no_grad():
+        model(prompt(2), past_key_values=cache)
+    assert block_spec("llama").attn.body == "self_attn"
+
+
+def test_a_cache_with_windows_outside_of_the_block(model: PreTrainedModel) -> None:
+    ids = prompt(20)
+    dense = model(ids).logits
+    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=64)):
+        with skipping(model, plan_of({0: NARROW, 2: NARROW})), torch.no_grad():
+            model(ids, past_key_values=cache)
+        with torch.no_grad(), pytest.raises(CacheHoleError, match="cannot run again"):
+            model(ids, past_key_values=cache)
+        if isinstance(cache, DynamicCache) and not reset_empties():
+            continue
+        cache.reset()
+        with torch.no_grad():
+            found = model(ids, past_key_values=cache).logits
+        torch.testing.assert_close(found, dense, rtol=0, atol=1e-5)
+
+
+def test_windows_beneath_the_hooks_of_accelerate(model: PreTrainedModel) -> None:
+    ids = prompt(40, batch=2)
+    expected = generated(masked(model, {0: NARROW, 3: WIDE}), ids, do_sample=False)
+    hooked = cpu_offload(model, execution_device=torch.device("cpu"))
+    with skipping(hooked, plan_of({0: NARROW, 3: WIDE})):
+        actual = generated(hooked, ids, do_sample=False)
+    assert torch.equal(actual[0], expected[0])
