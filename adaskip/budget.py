@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.importance import Importance
 from adaskip.numbers import is_finite
-from adaskip.plan import Sublayer
+from adaskip.plan import SkipPlan, Sublayer
 from adaskip.sublayer_times import SublayerTimes
 
 Select = Literal["rank", "knapsack"]
@@ -60,6 +60,12 @@ def check_acceleration(acceleration: object) -> None:
             f"An acceleration of {acceleration!r} is none; give a ratio of times, a number from 1 "
             "up, e.g. 1.2."
         )
+
+
+def kv_share(plan: SkipPlan, n_layers: int, context: int) -> float:
+    """The share of the dense keys and values that a plan holds at a context of so many tokens."""
+    windowed = sum(window.held(context) / context for window in plan.windows.values())
+    return (n_layers - len(plan.layers("attn")) - len(plan.windows) + windowed) / n_layers
 
 
 def _leading(importance: Importance, times: SublayerTimes, target: int) -> tuple[Sublayer, ...]:

@@ -63,10 +63,10 @@ def check_plan(policy: SkipPolicy, plan: object, n_layers: int, config: Pretrain
         )
     plan.check(n_layers, config.hidden_size)
     for layer, window in plan.windows.items():
-        _check_window(layer, window, config)
+        check_window(layer, window, config)
 
 
-def _check_window(layer: int, window: Window, config: PretrainedConfig) -> None:
+def check_window(layer: int, window: Window, config: PretrainedConfig) -> None:
     """Refuses a window that the model's own masks do not allow."""
     limit = config.max_position_embeddings
     if window.size + window.sinks > limit:

@@ -9,8 +9,10 @@ from typing import Any
 
 from adaskip.errors import AdaskipError
 from adaskip.plan import Phase, Sublayer, all_sublayers
+from adaskip.replacements import Linear, Replacement, Window
 
 VERSION = 1
+GAIN = "gain"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,67 @@ class SublayerTimes:
             raise AdaskipError(
                 f"Measured times are damaged ({type(error).__name__} {error}); measure them anew."
             ) from error
+
+
+@dataclass(frozen=True)
+class PlanTimes:
+    """What the sublayers of a model take, and what takes their place.
+
+    Attributes:
+        dense: the sublayers, within a forward of the dense model.
+        replaced: seconds of a replacement by its name (`replacement_name`); gains take none.
+    """
+
+    dense: SublayerTimes
+    replaced: Mapping[str, float] = field(default_factory=dict)
+
+    def saved(self, sublayer: Sublayer, name: str) -> float:
+        """Seconds that one replacement saves, less than 0 if it takes more than the sublayer.
+
+        Raises:
+            AdaskipError: it was not measured.
+        """
+        if name == GAIN:
+            return self.dense.seconds[sublayer]
+        if name not in self.replaced:
+            raise AdaskipError(
+                f"No time of {name!r} was measured; there is one of {', '.join(self.replaced)}."
+            )
+        return self.dense.seconds[sublayer] - self.replaced[name]
+
+    def speedup(self, plan: Mapping[Sublayer, Replacement]) -> float:
+        """The predicted ratio of dense time to that of a plan."""
+        saved = sum(self.saved(s, replacement_name(r)) for s, r in plan.items())
+        return self.dense.total / (self.dense.total - saved)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"dense": self.dense.as_dict(), "replaced": dict(self.replaced)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PlanTimes:
+        """The inverse of `as_dict`.
+
+        Raises:
+            AdaskipError: it is not such a record.
+        """
+        try:
+            replaced = {str(name): float(t) for name, t in content["replaced"].items()}
+            return cls(SublayerTimes.from_dict(content["dense"]), replaced)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise AdaskipError(
+                f"Measured times are damaged ({type(error).__name__} {error}); measure them anew."
+            ) from error
+
+
+def replacement_name(replacement: Replacement) -> str:
+    """How times call what takes a sublayer's place: "gain", "linear", "linear 64", "window 128"."""
+    if isinstance(replacement, Linear):
+        low_rank = len(replacement.factors) == 2
+        return f"linear {replacement.factors[0].shape[1]}" if low_rank else "linear"
+    if isinstance(replacement, Window):
+        return f"window {replacement.size}"
+    return GAIN
 
 
 def combined(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from test_families import CELLS
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from adaskip import AdaskipError, Linear, SkipPlan, Sublayer, search_plan, skipping
+from adaskip import AdaskipError, Linear, SkipPlan, Sublayer, Window, search_plan, skipping
 from adaskip.plan import Phase, all_sublayers
+from adaskip.search.exchange import exchange
+from adaskip.search.greedy import Choice, fill
 from adaskip.search.losses import Losses, Row
+from adaskip.search.menu import Budget, Dishes, Menu, Option
 from adaskip.streams import Sublayers, measuring
-from adaskip.sublayer_times import SublayerTimes
+from adaskip.sublayer_times import PlanTimes, SublayerTimes
 
 ROWS: list[Row] = [
     (prompt(40, seed=2), prompt(7, seed=3)),
@@ -39,11 +43,15 @@ def times(attn: float = 2.0, ffn: float = 1.0, other: float = 3.0) -> SublayerTi
     return SublayerTimes(sum(seconds.values()) + other, seconds, Phase.PREFILL, 40, 1)
 
 
-@torch.no_grad()
 def divergence(model: PreTrainedModel, plan: SkipPlan) -> float:
+    return loss_of(model, plan, ROWS)
+
+
+@torch.no_grad()
+def loss_of(model: PreTrainedModel, plan: SkipPlan, rows: list[Row]) -> float:
     """Nats per answer token from whole forwards of the model."""
     total, count = 0.0, 0
-    for row in ROWS:
+    for row in rows:
         question, answer = (torch.as_tensor(part).flatten() for part in row)
         ids = torch.cat([question, answer])[None, :-1]
         dense = log_softmax(model(ids).logits[0, -len(answer) :].float(), dim=-1)
@@ -112,21 +120,61 @@ def test_exchange_only_lowers_the_loss(model: PreTrainedModel) -> None:
     assert times().speedup(swapped) >= 1.6
 
 
-def test_linear_maps_are_fitted_last_and_lose_less(model: PreTrainedModel) -> None:
-    # With as many tokens as the fit needs.
-    rows = [(prompt(90, seed=2), prompt(7, seed=3)), (prompt(80, seed=4), prompt(5, seed=5))]
-    options: Any = {"acceleration": 1.5, "times": times(1e3, 1e3, 1.0)}
-    gains = search_plan(model, rows, replacements=["gain"], **options)
-    linears = search_plan(model, rows, rank=16, **options)
-    assert list(linears) == list(gains)
+# With as many tokens as a linear map needs.
+LONG: list[Row] = [
+    (prompt(90, seed=2), prompt(7, seed=3)),
+    (prompt(80, seed=4), prompt(5, seed=5)),
+]
+MENU_TIMES = PlanTimes(times(), {"linear 16": 0.5, "window 8": 1.2, "window 16": 1.5})
+
+
+def test_linear_maps_lose_less_than_gains_and_cost_what_was_measured(
+    model: PreTrainedModel,
+) -> None:
+    options: Any = {"acceleration": 1.5, "times": MENU_TIMES, "rank": 16}
+    gains = search_plan(model, LONG, replacements=["gain"], **options)
+    linears = search_plan(model, LONG, replacements=["linear"], **options)
     assert all(isinstance(linear, Linear) for linear in linears.values())
     assert linears.about["loss"] < gains.about["loss"]
+    saved = sum(1.5 if s.kind == "attn" else 0.5 for s in linears)
+    assert linears.about["predicted acceleration"] == pytest.approx(15 / (15 - saved))
+
+
+def test_each_sublayer_gets_what_suits_it(model: PreTrainedModel) -> None:
+    options: Any = {"times": MENU_TIMES, "rank": 16, "windows": (8, 16), "exchanges": 40}
+    mixed = search_plan(model, LONG, acceleration=1.6, **options)
+    assert mixed.about["predicted acceleration"] >= 1.6
+    assert mixed.about["loss"] == pytest.approx(loss_of(model, mixed, LONG), rel=1e-3)
+    for name in ("gain", "linear"):
+        alone = search_plan(model, LONG, acceleration=1.6, replacements=[name], **options)
+        assert mixed.about["loss"] <= alone.about["loss"] * 1.05
+    windows = search_plan(model, LONG, acceleration=1.2, replacements=["window"], **options)
+    assert all(isinstance(r, Window) and s.kind == "attn" for s, r in windows.items())
+    # The larger ones save 0.5 each, which is too little for all four: smaller ones are among them.
+    assert {r.size for r in windows.values() if isinstance(r, Window)} >= {8}
+    assert windows.about["predicted acceleration"] >= 1.2
+
+
+def test_a_window_that_saves_nothing_is_not_chosen(model: PreTrainedModel) -> None:
+    slow = PlanTimes(times(), {"window 8": 2.5})
+    options: Any = {"times": slow, "windows": (8,), "replacements": ["gain", "window"]}
+    plan = search_plan(model, ROWS, acceleration=1.5, **options)
+    assert plan.windows == {}
 
 
 def test_keys_and_values_are_a_budget_too(model: PreTrainedModel) -> None:
     options: Any = {"acceleration": 1.05, "times": times(1, 2), "replacements": ["gain"]}
     plan = search_plan(model, ROWS, kv_share=0.5, **options)
     assert len(plan.layers("attn")) >= N_LAYERS // 2
+    assert plan.about["predicted kv share"] <= 0.5
+    # A window of 4 + 4 tokens holds a fifth of 40 tokens, also where it saves hardly any time.
+    held = PlanTimes(times(), {"window 4": 1.99})
+    options = {"acceleration": 1, "times": held, "windows": (4,), "replacements": ["window"]}
+    plan = search_plan(model, ROWS, kv_share=0.5, **options)
+    assert len(plan.windows) == 3
+    assert plan.about["predicted kv share"] == pytest.approx((1 + 3 * 0.2) / 4)
+    with pytest.raises(AdaskipError, match=r"kv_share of 0\.1 .* the least is 0\.20"):
+        search_plan(model, ROWS, kv_share=0.1, **options)
 
 
 def test_times_are_measured_where_none_are_given(
@@ -139,19 +187,30 @@ def test_times_are_measured_where_none_are_given(
     assert SkipPlan.load(tmp_path / "plan.safetensors").about == plan.about
 
 
+FULL = PlanTimes(times(), {"linear": 0.5})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"acceleration": 100}, r"cannot be reached in prefill at 40 tokens; .* best is 5\.00"),
         ({"acceleration": 0.5}, "give a ratio of times"),
-        ({"replacements": ["window"]}, "Unknown replacement 'window'"),
+        ({"replacements": ["widow"]}, "Unknown replacement 'widow'. Did you mean 'window'"),
         ({"replacements": "gain"}, "give a sequence"),
         ({"replacements": []}, "give a sequence"),
         ({"rank": 33}, "from 1 to 32"),
         ({"kv_share": 0}, "above 0, up to 1"),
         ({"calibration": []}, "No calibration row"),
         ({"calibration": [(prompt(5), [])]}, "no prompt or no answer tokens"),
-        ({"calibration": [(prompt(5), [3, 4])], "replacements": ["linear"]}, "at least 33 tokens"),
+        (
+            {"calibration": [(prompt(5), [3, 4])], "replacements": ["linear"], "times": FULL},
+            "at least 33 tokens",
+        ),
+        ({"replacements": ["linear"]}, "No time of 'linear' was measured"),
+        ({"replacements": ["window"], "windows": ()}, "give sizes in tokens"),
+        ({"replacements": ["window"], "windows": (0,)}, "whole number from 1 up"),
+        ({"replacements": ["window"], "windows": (4096,)}, "more than the model's"),
+        ({"phase": "both"}, "Unknown phase 'both'"),
     ],
 )
 def test_what_cannot_be_searched(
@@ -160,3 +219,74 @@ def test_what_cannot_be_searched(
     given = {"calibration": ROWS, "times": times(), "replacements": ["gain"]} | options
     with pytest.raises(AdaskipError, match=message):
         search_plan(model, given.pop("calibration"), **given)
+
+
+class Additive:
+    """Calibration rows under which losses add up; tells which options were looked at."""
+
+    def __init__(self, lost: dict[str, float]) -> None:
+        self.lost = lost
+        self.plan: dict[Sublayer, str] = {}
+        self.looked: list[str] = []
+
+    def loss(
+        self, options: Iterable[Option] = (), *, dropped: Sublayer | None = None, few: bool = False
+    ) -> float:
+        plan = self.plan | {o.sublayer: str(o) for o in options}
+        self.looked += [f"{o}{' few' if few else ''}" for o in options]
+        return sum(self.lost[name] for s, name in plan.items() if s != dropped)
+
+    def accept(self, options: Iterable[Option], *, dropped: Sublayer | None = None) -> None:
+        self.plan |= {o.sublayer: str(o) for o in options}
+        if dropped is not None:
+            del self.plan[dropped]
+
+    def say(self, text: str) -> None:
+        pass
+
+
+def chosen(lost: dict[str, float], seconds: float, tries: int) -> tuple[set[str], Additive]:
+    """What is chosen of a menu of gains and windows whose losses add up."""
+    plan_times = PlanTimes(times(), {"window 8": 1.2, "window 16": 1.5})
+    menu = Menu(tiny_model("llama"), Dishes(["gain", "window"], (8, 16), None), plan_times)
+    rows = Additive({str(option): 9.0 for option in menu} | lost)
+    choice = Choice(cast(Any, rows), menu, Budget(seconds))
+    fill(choice)
+    exchange(choice, tries)
+    assert {str(option) for option in choice.chosen.values()} == set(rows.plan.values())
+    return set(rows.plan.values()), rows
+
+
+def test_greedy_takes_the_least_loss_per_second_and_upgrades() -> None:
+    lost = {"attn1 window 16": 0.1, "attn1 window 8": 0.12, "attn1 gain": 0.5, "ffn2 gain": 0.9}
+    # Per second: 0.12 / 0.8 for the smaller window, then the gain in its place 0.38 / 1.2.
+    assert chosen(lost, 0.4, 0)[0] == {"attn1 window 8"}
+    assert chosen(lost, 1.5, 0)[0] == {"attn1 gain"}
+    assert chosen(lost, 2.5, 0)[0] == {"attn1 gain", "ffn2 gain"}
+
+
+def test_greedy_looks_at_few_rows_first_and_only_at_what_comes_to_the_top() -> None:
+    lost = {"attn1 window 16": 0.1, "attn1 window 8": 0.12, "attn1 gain": 0.5, "ffn2 gain": 0.9}
+    _, rows = chosen(lost, 0.4, 0)
+    assert rows.looked[:8] == [
+        f"{s} {'gain' if s.kind == 'ffn' else 'window 16'} few" for s in EVERY
+    ]
+    # Nothing else could have been better than the smaller window was.
+    assert sorted(set(rows.looked[8:])) == [
+        "attn1 gain few",
+        "attn1 window 8",
+        "attn1 window 8 few",
+    ]
+
+
+def test_exchange_finds_what_greedy_missed() -> None:
+    attn0 = {"attn0 window 16": 0.05, "attn0 window 8": 0.1}
+    attn3 = {"attn3 window 16": 0.9, "attn3 window 8": 0.9, "attn3 gain": 1.0}
+    # Per second the window is best, but once what it lacks is there, it is not needed.
+    lost = {**attn0, **attn3, "ffn1 gain": 1.1}
+    assert chosen(lost, 1.6, 0)[0] == {"attn0 window 8", "attn3 gain"}
+    assert chosen(lost, 1.6, 10)[0] == {"attn3 gain"}
+    # The last one saves more than is lacking; a smaller window will do then.
+    lost = {**attn0, "attn0 gain": 1.0, "ffn0 gain": 0.6, "ffn1 gain": 0.61}
+    assert chosen(lost, 1.5, 0)[0] == {"attn0 window 8", "ffn0 gain"}
+    assert chosen(lost, 1.5, 10)[0] == {"attn0 window 16", "ffn0 gain"}

@@ -7,8 +7,6 @@ import json
 import logging
 import platform
 import re
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -27,10 +25,8 @@ from adaskip.profiling.timing import (
     MakeCache,
     RequestTimes,
     dynamic_cache,
-    synchronize,
     time_request,
 )
-from adaskip.replacements import Linear
 from adaskip.sublayer_times import VERSION, SublayerTimes
 
 logger = logging.getLogger(__name__)
@@ -122,7 +118,7 @@ def _paths(
     model: PreTrainedModel, folder: Path, context: int, batch: int, make_cache: MakeCache
 ) -> dict[Phase, Path]:
     """Where the times of each phase are kept, by all that they depend on."""
-    facts = [*_identity(model), context, batch, make_cache.__name__, VERSION]
+    facts = [*identity(model), context, batch, make_cache.__name__, VERSION]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     name = f"{model.config.model_type}-%s-{context}x{batch}-{digest}.json"
     return {phase: folder / (name % phase) for phase in Phase}
@@ -139,38 +135,9 @@ def hardware(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def _identity(model: PreTrainedModel) -> list[str]:
+def identity(model: PreTrainedModel) -> list[str]:
     """What a time depends on besides context and batch."""
     parameters = [f"{name}{tuple(p.shape)}" for name, p in model.named_parameters()]
     shape = hashlib.sha256("".join(parameters).encode()).hexdigest()
     attention = str(getattr(model.config, "_attn_implementation", ""))
     return [hardware(model.device), shape, str(model.dtype), attention, torch.__version__]
-
-
-@torch.no_grad()
-def linear_seconds(
-    model: PreTrainedModel, times: SublayerTimes, rank: int | None, repeats: int = REPEATS
-) -> float:
-    """What a linear map in a sublayer's place takes, where `times` were measured: the median.
-
-    Args:
-        model: whose width, precision and device count.
-        times: their phase, context length and batch.
-        rank: of the map; None for a full one.
-        repeats: forwards that are timed.
-    """
-    hidden = model.config.get_text_config(decoder=True).hidden_size
-    sizes = [(hidden, hidden)] if rank is None else [(hidden, rank), (rank, hidden)]
-    factors = [torch.ones(size) / hidden for size in sizes]
-    linear = Linear.of(factors, torch.zeros(hidden)).to(model.device, model.dtype)
-    tokens = times.context if times.phase is Phase.PREFILL else 1
-    x = torch.ones(times.batch, tokens, hidden, dtype=model.dtype, device=model.device)
-    seconds = []
-    for _ in range(repeats + 1):
-        synchronize(model.device)
-        start = time.perf_counter()
-        linear(x)
-        synchronize(model.device)
-        seconds.append(time.perf_counter() - start)
-    # The first one warms up.
-    return statistics.median(seconds[1:])

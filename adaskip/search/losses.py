@@ -1,4 +1,4 @@
-"""What a plan costs in quality: the divergence from the dense model over answer tokens.
+"""What a plan costs in quality, measured over the answer tokens of calibration rows.
 
 The residual stream before every sublayer is kept, so that only what lies behind a candidate is
 computed again.
@@ -6,22 +6,31 @@ computed again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax, nll_loss
 
-from adaskip.errors import AdaskipError
+from adaskip.errors import AdaskipError, unknown_name
+from adaskip.fitting import Moments
 from adaskip.plan import Sublayer, all_sublayers
 from adaskip.recorders import median
-from adaskip.replacements import Replacement
+from adaskip.replacements import Linear, Replacement
 from adaskip.streams import Calls, Sublayers
 from adaskip.warmup import checked_prompts
 
 Ids = Tensor | Sequence[int]
 Row = tuple[Ids, Ids]
+# "kl": KL(dense || plan); "nll": negative log-likelihood of the answer itself.
+Measure = Literal["kl", "nll"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+# Of so many rows one is looked at where a first estimate will do.
+_STRIDE = 4
+# First tokens of a row that no linear map is fitted on, attention sinks.
+_SINKS, _RIDGE = 4, 1e-3
 
 
 @dataclass
@@ -30,17 +39,17 @@ class _Stream:
 
     Attributes:
         ids: prompt and answer without its last token: [1, tokens].
-        n_answer: answer tokens, each predicted by the position before it.
+        answer: the answer's tokens, each predicted by the position before it: [n].
         calls: what each layer is given besides the residual stream.
         before: the stream before every sublayer, and behind the last one.
         dense: the dense model's log-probabilities of the answer's positions.
     """
 
     ids: Tensor
-    n_answer: int
+    answer: Tensor
     calls: Calls
     before: list[Tensor]
-    dense: Tensor
+    dense: Tensor = field(init=False)
 
 
 class Losses:
@@ -49,6 +58,7 @@ class Losses:
     Args:
         sublayers: of the model.
         rows: `(prompt ids, answer ids)` each.
+        measure: "kl", the divergence from the dense model, or "nll", that of the answer.
 
     Raises:
         AdaskipError: there is no row, or one without prompt or answer tokens.
@@ -58,67 +68,116 @@ class Losses:
         forwards: what was computed, in forwards of a row.
     """
 
-    def __init__(self, sublayers: Sublayers, rows: Iterable[Row]) -> None:
-        self._sublayers = sublayers
-        self._order = all_sublayers(len(sublayers.decoder.layers))
+    def __init__(self, sublayers: Sublayers, rows: Iterable[Row], measure: Measure = "kl") -> None:
+        if measure not in MEASURES:
+            raise unknown_name("measure", str(measure), MEASURES)
+        self.sublayers = sublayers
+        self.order = all_sublayers(len(sublayers.decoder.layers))
         self.plan: dict[Sublayer, Replacement] = {}
         self.forwards = 0.0
+        self._measure = measure
         self._streams = [self._stream(*row) for row in rows]
         if not self._streams:
             raise AdaskipError("No calibration row was given; a search needs at least one.")
-        self._n_tokens = sum(stream.n_answer for stream in self._streams)
 
     @property
     def longest_prompt(self) -> int:
         """Tokens of the longest calibration prompt."""
-        return max(stream.ids.shape[1] + 1 - stream.n_answer for stream in self._streams)
+        return max(stream.ids.shape[1] + 1 - len(stream.answer) for stream in self._streams)
 
     def gain(self, sublayer: Sublayer) -> float:
         """Median over tokens of a sublayer's output norm / input norm, on the present streams."""
         ratios = []
-        for stream in self._streams:
-            x = stream.before[sublayer.position]
-            y = self._sublayers.run(sublayer, x, stream.calls)
-            ratios.append((y.float().norm(dim=-1) / x.float().norm(dim=-1)).flatten())
+        for x, delta in self.pairs(sublayer):
+            ratios.append((x + delta).float().norm(dim=-1) / x.float().norm(dim=-1))
         together = torch.cat(ratios)
         return float(median(together[None, None], torch.ones_like(together)[None]))
+
+    def linear(self, sublayer: Sublayer, rank: int | None) -> Linear:
+        """The linear map nearest to a sublayer, fitted on the present streams.
+
+        Raises:
+            AdaskipError: the rows have too few tokens.
+        """
+        pairs = self.pairs(sublayer)
+        moments = Moments(pairs[0][0])
+        for x, delta in pairs:
+            moments.add(x[_SINKS:], delta[_SINKS:])
+        return moments.solve(rank, _RIDGE)
 
     def pairs(self, sublayer: Sublayer) -> list[tuple[Tensor, Tensor]]:
         """Per row a sublayer's input and what it adds: [tokens, hidden] each."""
         found = []
         for stream in self._streams:
             x = stream.before[sublayer.position]
-            found.append((x[0], (self._sublayers.run(sublayer, x, stream.calls) - x)[0]))
+            found.append((x[0], (self.sublayers.run(sublayer, x, stream.calls) - x)[0]))
+        self.forwards += len(self._streams) / len(self.order)
         return found
 
     def loss(
-        self, changed: Mapping[Sublayer, Replacement], *, dropped: Sublayer | None = None
+        self,
+        changed: Mapping[Sublayer, Replacement],
+        *,
+        dropped: Sublayer | None = None,
+        few: bool = False,
     ) -> float:
         """Nats per answer token of the plan with some sublayers replaced in addition.
 
         Args:
             changed: what is replaced in addition, or otherwise.
             dropped: a sublayer of the plan that runs again.
+            few: whether to look at every fourth row only.
         """
-        plan = {s: r for s, r in (self.plan | dict(changed)).items() if s != dropped}
-        touched = [*changed, *([] if dropped is None else [dropped])]
-        first = min((s.position for s in touched), default=len(self._order))
-        losses = [self._divergence(s, self._behind(s, first, plan)[-1]) for s in self._streams]
-        return float(torch.stack(losses).sum()) / self._n_tokens
+        plan, first = self._changed(changed, dropped)
+        streams = self._streams[::_STRIDE] if few else self._streams
+        losses = [self._lost(s, self._behind(s, first, plan)[-1]) for s in streams]
+        return float(torch.stack(losses).sum()) / sum(len(s.answer) for s in streams)
 
     def accept(
         self, changed: Mapping[Sublayer, Replacement], *, dropped: Sublayer | None = None
     ) -> None:
         """Makes a change part of the plan."""
-        self.plan |= changed
-        if dropped is not None:
-            del self.plan[dropped]
-        first = min(s.position for s in (*changed, *([] if dropped is None else [dropped])))
+        self.plan, first = self._changed(changed, dropped)
         for stream in self._streams:
             stream.before[first + 1 :] = self._behind(stream, first, self.plan)
 
+    def relearn(self, learn: Callable[[Sublayer], Replacement]) -> bool:
+        """Learns every replacement of the plan anew, in depth order, if that lowers the loss.
+
+        Args:
+            learn: what takes a sublayer's place, learned on the present streams.
+
+        Returns:
+            Whether it did.
+        """
+        loss, plan = self.loss({}), self.plan
+        streams = [stream.before[:] for stream in self._streams]
+        self.plan = dict(plan)
+        for sublayer in self.order:
+            if sublayer in plan:
+                self.plan[sublayer] = learn(sublayer)
+            position = sublayer.position
+            for stream in self._streams:
+                x, calls = stream.before[position], stream.calls
+                stream.before[position + 1] = self.sublayers.through(sublayer, x, calls, self.plan)
+        self.forwards += len(self._streams)
+        if self.loss({}) < loss:
+            return True
+        self.plan = plan
+        for stream, before in zip(self._streams, streams, strict=True):
+            stream.before = before
+        return False
+
+    def _changed(
+        self, changed: Mapping[Sublayer, Replacement], dropped: Sublayer | None
+    ) -> tuple[dict[Sublayer, Replacement], int]:
+        """The plan after a change, and the position of the first sublayer that it touches."""
+        plan = {s: r for s, r in (self.plan | dict(changed)).items() if s != dropped}
+        touched = [*changed, *([] if dropped is None else [dropped])]
+        return plan, min((s.position for s in touched), default=len(self.order))
+
     def _stream(self, prompt: Ids, answer: Ids) -> _Stream:
-        vocab_size = self._sublayers.model.config.get_text_config(decoder=True).vocab_size
+        vocab_size = self.sublayers.model.config.get_text_config(decoder=True).vocab_size
         parts = [torch.as_tensor(part, dtype=torch.long).flatten() for part in (prompt, answer)]
         if not all(map(len, parts)):
             raise AdaskipError(
@@ -127,8 +186,8 @@ class Losses:
             )
         [inputs] = checked_prompts([torch.cat(parts)[None]], vocab_size)
         ids = inputs["input_ids"][:, :-1]
-        x, calls = self._sublayers.begin({"input_ids": ids})
-        stream = _Stream(ids.to(x.device), len(parts[1]), calls, [x], x)
+        x, calls = self.sublayers.begin({"input_ids": ids})
+        stream = _Stream(ids.to(x.device), parts[1].to(x.device), calls, [x])
         stream.before += self._behind(stream, 0, {})
         stream.dense = self._log_probabilities(stream, stream.before[-1])
         return stream
@@ -138,18 +197,20 @@ class Losses:
     ) -> list[Tensor]:
         """The streams behind every sublayer from the first changed one on."""
         x = stream.before[first] if first < len(stream.before) else stream.before[-1]
-        behind = [] if first < len(self._order) else [x]
-        for sublayer in self._order[first:]:
-            x = self._sublayers.through(sublayer, x, stream.calls, plan)
+        behind = [] if first < len(self.order) else [x]
+        for sublayer in self.order[first:]:
+            x = self.sublayers.through(sublayer, x, stream.calls, plan)
             behind.append(x)
-        self.forwards += (len(self._order) - first) / len(self._order)
+        self.forwards += (len(self.order) - first) / len(self.order)
         return behind
 
     def _log_probabilities(self, stream: _Stream, x: Tensor) -> Tensor:
-        logits = self._sublayers.logits(stream.ids, x, stream.n_answer)
+        logits = self.sublayers.logits(stream.ids, x, len(stream.answer))
         return log_softmax(logits[0].float(), dim=-1)
 
-    def _divergence(self, stream: _Stream, x: Tensor) -> Tensor:
-        """Sum over the answer of KL(dense || plan), a scalar on the device."""
+    def _lost(self, stream: _Stream, x: Tensor) -> Tensor:
+        """The loss of a row, summed over its answer: a scalar on the device."""
         found = self._log_probabilities(stream, x)
+        if self._measure == "nll":
+            return nll_loss(found, stream.answer, reduction="sum")
         return kl_div(found, stream.dense, reduction="sum", log_target=True)

@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-import heapq
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from adaskip.budget import check_acceleration
+from adaskip.budget import check_acceleration, kv_share as kv_share_of
 from adaskip.errors import AdaskipError, unknown_name
-from adaskip.fingerprint import model_fingerprint
-from adaskip.fitting import Moments, check_rank
+from adaskip.fingerprint import fingerprint_name, model_fingerprint
+from adaskip.fitting import check_rank
+from adaskip.numbers import is_finite
 from adaskip.plan import Phase, SkipPlan, Sublayer
-from adaskip.profiling.calibration import linear_seconds, measured_times
-from adaskip.replacements import Linear, Replacement
+from adaskip.profiling.plan_times import measured_acceleration, measured_plan_times
+from adaskip.replacements import Replacement
+from adaskip.search.exchange import exchange
+from adaskip.search.greedy import Choice, fill
+from adaskip.search.journal import Journal, digest_of
 from adaskip.search.losses import Losses, Row
+from adaskip.search.menu import MENU, Budget, Dishes, Menu, Name, check_reach
+from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
-from adaskip.sublayer_times import SublayerTimes
+from adaskip.sublayer_times import PlanTimes, SublayerTimes
 
-Menu = Literal["gain", "linear"]
-MENU: tuple[Menu, ...] = get_args(Menu)
-_SINKS, _RIDGE = 4, 1e-3
-
-
-@dataclass(frozen=True)
-class _Budget:
-    """What a plan has to save.
-
-    Attributes:
-        times: of the dense model.
-        target: seconds to save.
-        cost: seconds that what takes a sublayer's place costs.
-    """
-
-    times: SublayerTimes
-    target: float
-    cost: float
-
-    def saved(self, chosen: Iterable[Sublayer]) -> float:
-        """Seconds that replacing these sublayers saves."""
-        return sum(self.times.seconds[sublayer] - self.cost for sublayer in chosen)
-
-    def speedup(self, chosen: Iterable[Sublayer]) -> float:
-        """Dense time over the predicted one."""
-        return self.times.total / (self.times.total - self.saved(chosen))
+WINDOWS = (64, 128, 256)
 
 
 def search_plan(
@@ -58,20 +39,24 @@ def search_plan(
     context: int | None = None,
     batch: int = 1,
     kv_share: float | None = None,
-    replacements: Sequence[Menu] = MENU,
+    replacements: Sequence[Name] = MENU,
+    windows: Sequence[int] = WINDOWS,
     rank: int | None = None,
-    times: SublayerTimes | None = None,
+    times: PlanTimes | SublayerTimes | None = None,
     exchanges: int = 24,
+    record: str | os.PathLike[str] | None = None,
+    measure: bool = False,
     source: str = "",
     progress: bool = False,
 ) -> SkipPlan:
     """The plan that reaches an acceleration at the least loss it finds.
 
-    Sublayers are chosen one by one, by the loss they add per second they save: the divergence
-    `KL(dense || plan)` over the answer tokens of the calibration rows, with gains in their place.
-    Stale losses wait in a heap; only the one on top is computed anew. Afterwards chosen sublayers
-    are exchanged for others while that helps. Linear maps, if they are on the menu, are fitted
-    last, in depth order, on the streams that the plan itself produces.
+    What replaces a sublayer is chosen one by one, by the loss it adds per second it saves: the
+    divergence `KL(dense || plan)` over the answer tokens of the calibration rows, with what was
+    learned on the stream of the plan so far. Losses are looked at on every fourth row first, and
+    again only when their option comes to the top. Afterwards options are exchanged for others while
+    that helps; last, gains and linear maps are learned anew, in depth order, on the streams that
+    the whole plan produces, if that helps.
 
     Args:
         model: a causal language model of a supported family, outside of `skipping()`.
@@ -80,187 +65,157 @@ def search_plan(
         phase: "prefill" or "decode", in which it is reached.
         context: prompt tokens at which times count; by default the longest calibration prompt.
         batch: sequences at which times count.
-        kv_share: the largest share of the dense keys and values that may be held; None for any.
-        replacements: what may take a sublayer's place: "gain", "linear" or both; with both, linear
-            maps are used and their time counts.
+        kv_share: the largest share of the dense keys and values that may be held at that context;
+            None for any.
+        replacements: what may take a sublayer's place, of "gain", "linear" and "window".
+        windows: sizes of windows, in tokens.
         rank: of linear maps; None for full ones.
-        times: of the sublayers, in place of measured ones.
-        exchanges: candidates tried in exchange at most.
+        times: of sublayers and replacements, in place of measured ones.
+        exchanges: exchanges tried at most.
+        record: a file that keeps what was computed; an interrupted search with the same file goes
+            on from there and finds the same plan.
+        measure: whether to measure at the end what the plan reaches.
         source: what the rows are, kept in the plan.
         progress: whether to show a progress bar.
 
     Returns:
-        The plan with the model's fingerprint; `about` has the budget, the predicted acceleration,
-        the loss in nats per answer token, and what the search computed, in forwards of a row.
+        The plan with the model's fingerprint; `about` has the budget, what is predicted of time,
+        keys and values and loss (in nats per answer token), what was measured if that was asked
+        for, and what the search computed, in forwards of a row.
 
     Raises:
         AdaskipError: an argument is wrong, a row has no answer, or the budget cannot be reached.
+        RunError: the record is of another search, or damaged.
 
     Source: lazy greedy as in SLEB (arXiv 2402.09025) and BlockPruner (2406.10594), here by loss per
     time, with exchange; METHOD, "Search".
     """
-    check_acceleration(acceleration)
-    _check(model, replacements, rank, kv_share)
+    dishes = Dishes(replacements, windows, rank)
+    asked = _Asked(acceleration, str(phase), context, batch, kv_share, exchanges)
+    asked.check()
+    dishes.check()
+    check_rank(rank, model.config.get_text_config(decoder=True).hidden_size)
+    samples = dishes.samples(model)
     rows = list(calibration)
-    sublayers = Sublayers(model)
     with measuring(model):
-        losses = Losses(sublayers, rows)
-        if times is None:
-            times = measured_times(model, phase, context or losses.longest_prompt, batch=batch)
-        linear = "linear" in replacements
-        cost = linear_seconds(model, times, rank) if linear else 0.0
-        budget = _Budget(times, times.total * (1 - 1 / acceleration), cost)
-        _check_reach(budget, acceleration)
-        _choose(losses, budget, kv_share, progress)
-        _exchange(losses, budget, kv_share, exchanges)
-        if linear:
-            _fit(losses, rank)
+        losses = Losses(Sublayers(model), rows)
+        asked = replace(asked, context=asked.context or losses.longest_prompt)
+        given = PlanTimes(times) if isinstance(times, SublayerTimes) else times
+        header = {"times": None if given is None else given.as_dict(), **asdict(asked)}
+        journal = Journal(record, _identity(model, rows) | asdict(dishes) | header)
+        plan_times = given or _times(model, asked, samples, journal)
+        menu = Menu(model, dishes, plan_times)
+        trials = Trials(losses, rank, journal, progress=progress)
+        with closing(trials):
+            _choose(trials, menu, asked, plan_times)
         loss = losses.loss({})
-    about: dict[str, str | float | None] = {
-        "acceleration": float(acceleration),
-        "phase": str(times.phase),
-        "context": times.context,
-        "batch": times.batch,
-        "predicted acceleration": budget.speedup(losses.plan),
+    about = {
+        **_described(asked, dishes, plan_times, losses.plan),
         "loss": loss,
-        "forwards": round(losses.forwards, 1),
+        "forwards": round(trials.forwards, 1),
         "calibration": source or f"{len(rows)} rows",
     }
-    return SkipPlan(losses.plan, fingerprint=model_fingerprint(model), about=about)
+    plan = SkipPlan(losses.plan, fingerprint=model_fingerprint(model), about=about)
+    return with_measured(model, plan, progress=progress) if measure else plan
 
 
-def _check(
-    model: PreTrainedModel, replacements: Sequence[str], rank: int | None, kv_share: float | None
-) -> None:
-    for name in [replacements] if isinstance(replacements, str) else replacements:
-        if name not in MENU:
-            raise unknown_name("replacement", str(name), MENU)
-    if isinstance(replacements, str) or not replacements:
-        raise AdaskipError(
-            f"replacements is {replacements!r}; give a sequence of {', '.join(MENU)}."
-        )
-    check_rank(rank, model.config.get_text_config(decoder=True).hidden_size)
-    if kv_share is not None and not 0 < kv_share <= 1:
-        raise AdaskipError(f"A kv_share of {kv_share!r} is none; give a number above 0, up to 1.")
+@dataclass(frozen=True)
+class _Asked:
+    """What a plan has to reach, where, and how long it is exchanged; as `search_plan` takes it."""
 
+    acceleration: float
+    phase: str
+    context: int | None
+    batch: int
+    kv_share: float | None
+    exchanges: int
 
-def _check_reach(budget: _Budget, acceleration: float) -> None:
-    """Refuses a budget that replacing everything worth it does not reach, and names the best."""
-    worth = [s for s, t in budget.times.seconds.items() if t > budget.cost]
-    if budget.saved(worth) < budget.target:
-        raise AdaskipError(
-            f"An acceleration of {acceleration} cannot be reached in {budget.times.phase} at "
-            f"{budget.times.context} tokens; with these replacements the best is "
-            f"{budget.speedup(worth):.2f}. Give less."
-        )
-
-
-def _met(losses: Losses, budget: _Budget, kv_share: float | None) -> bool:
-    n_layers = budget.times.n_layers
-    n_attention = sum(sublayer.kind == "attn" for sublayer in losses.plan)
-    holds = kv_share is None or n_layers - n_attention <= kv_share * n_layers
-    return holds and budget.saved(losses.plan) >= budget.target
-
-
-@dataclass(frozen=True, order=True)
-class _Candidate:
-    """A sublayer that may be chosen next; the smallest is the best.
-
-    Attributes:
-        score: loss it adds, per second that replacing it saves.
-        position: in the model's depth, for ties.
-        n_chosen: sublayers that were chosen when this was computed.
-        sublayer: it.
-        gain: what takes its place.
-        loss: of the plan with it.
-    """
-
-    score: float
-    position: int
-    n_chosen: int
-    sublayer: Sublayer = field(compare=False)
-    gain: float = field(compare=False)
-    loss: float = field(compare=False)
-
-
-def _candidate(losses: Losses, budget: _Budget, sublayer: Sublayer, base: float) -> _Candidate:
-    """A sublayer under the plan so far, whose loss is `base`."""
-    gain = losses.gain(sublayer)
-    loss = losses.loss({sublayer: gain})
-    score = (loss - base) / (budget.times.seconds[sublayer] - budget.cost)
-    return _Candidate(score, sublayer.position, len(losses.plan), sublayer, gain, loss)
-
-
-def _choose(losses: Losses, budget: _Budget, kv_share: float | None, progress: bool) -> None:
-    """Lazy greedy, until the budget is met."""
-    worth = [s for s, t in budget.times.seconds.items() if t > budget.cost]
-    base = 0.0
-    heap = [
-        _candidate(losses, budget, sublayer, base)
-        for sublayer in tqdm(worth, "first losses", disable=not progress)
-    ]
-    heapq.heapify(heap)
-    while not _met(losses, budget, kv_share):
-        if kv_share is not None and budget.saved(losses.plan) >= budget.target:
-            # The time is met, keys and values are not: attention alone helps.
-            heap = [candidate for candidate in heap if candidate.sublayer.kind == "attn"]
-            heapq.heapify(heap)
-        if not heap:
+    def check(self) -> None:
+        """Raises an `AdaskipError` if something cannot be asked for."""
+        check_acceleration(self.acceleration)
+        if self.phase not in list(Phase):
+            raise unknown_name("phase", self.phase, list(Phase))
+        if self.kv_share is not None and not (is_finite(self.kv_share) and 0 < self.kv_share <= 1):
             raise AdaskipError(
-                f"A kv_share of {kv_share} cannot be reached: with these replacements attention "
-                "takes no less time. Leave it out, or allow gains only."
+                f"A kv_share of {self.kv_share!r} is none; give a number above 0, up to 1."
             )
-        best = heapq.heappop(heap)
-        if best.n_chosen < len(losses.plan):
-            heapq.heappush(heap, _candidate(losses, budget, best.sublayer, base))
-            continue
-        losses.accept({best.sublayer: best.gain})
-        base = best.loss
 
 
-def _exchange(losses: Losses, budget: _Budget, kv_share: float | None, tries: int) -> None:
-    """Swaps a chosen sublayer for another one while that lowers the loss and the budget holds."""
-    base, improved = losses.loss({}), True
-    while improved and tries > 0:
-        improved = False
-        # Those whose return helps most come first.
-        gains = {s: losses.loss({}, dropped=s) for s in losses.plan}
-        for dropped in sorted(gains, key=lambda s: (gains[s], s.position)):
-            for taken in _others(losses, budget, dropped, kv_share):
-                if tries <= 0 or gains[dropped] >= base:
-                    break
-                tries -= 1
-                replacement: Mapping[Sublayer, Replacement] = {taken: losses.gain(taken)}
-                loss = losses.loss(replacement, dropped=dropped)
-                if loss < base:
-                    losses.accept(replacement, dropped=dropped)
-                    base, improved = loss, True
-                    break
-            if improved:
-                break
+def _times(
+    model: PreTrainedModel, asked: _Asked, samples: Sequence[Replacement], journal: Journal
+) -> PlanTimes:
+    """Measured times, those of the record where it has them."""
+    known = journal.earlier("times")
+    if known is not None:
+        return PlanTimes.from_dict(known["times"])
+    assert asked.context is not None  # noqa: S101 - the longest prompt took its place
+    times = measured_plan_times(model, asked.phase, asked.context, samples, batch=asked.batch)
+    journal.add("times", times=times.as_dict())
+    return times
 
 
-def _others(
-    losses: Losses, budget: _Budget, dropped: Sublayer, kv_share: float | None
-) -> list[Sublayer]:
-    """What may take a chosen sublayer's part, its neighbours first."""
-    left = budget.saved(losses.plan) - budget.saved([dropped])
-    found = [
-        s
-        for s in budget.times.seconds
-        if s not in losses.plan
-        and left + budget.saved([s]) >= budget.target
-        and (kv_share is None or s.kind == dropped.kind or s.kind == "attn")
-    ]
-    return sorted(found, key=lambda s: (abs(s.position - dropped.position), s.position))
+def _choose(trials: Trials, menu: Menu, asked: _Asked, times: PlanTimes) -> None:
+    """Makes the plan of the trials the one that is asked for."""
+    seconds = times.dense.total * (1 - 1 / asked.acceleration)
+    budget = Budget(seconds, 1 - (asked.kv_share or 1))
+    check_reach(
+        menu, budget, times, {"acceleration": asked.acceleration, "kv_share": asked.kv_share}
+    )
+    choice = Choice(trials, menu, budget)
+    fill(choice)
+    exchange(choice, asked.exchanges)
+    trials.relearn(choice.chosen.values())
 
 
-def _fit(losses: Losses, rank: int | None) -> None:
-    """Puts linear maps in the place of the gains, in depth order."""
-    for sublayer in sorted(losses.plan):
-        pairs = losses.pairs(sublayer)
-        moments = Moments(pairs[0][0])
-        for x, delta in pairs:
-            moments.add(x[_SINKS:], delta[_SINKS:])
-        fitted: Linear = moments.solve(rank, _RIDGE)
-        losses.accept({sublayer: fitted})
+def _described(
+    asked: _Asked, dishes: Dishes, times: PlanTimes, plan: Mapping[Sublayer, Replacement]
+) -> dict[str, str | float | None]:
+    """What a plan tells about itself."""
+    dense = times.dense
+    share = kv_share_of(SkipPlan(plan), dense.n_layers, dense.context)
+    return {
+        "method": "search",
+        "replacements": " ".join(dishes.names),
+        "acceleration": float(asked.acceleration),
+        **({} if asked.kv_share is None else {"kv share": float(asked.kv_share)}),
+        "phase": str(dense.phase),
+        "context": dense.context,
+        "batch": dense.batch,
+        "predicted acceleration": times.speedup(plan),
+        "predicted kv share": share,
+    }
+
+
+def with_measured(model: PreTrainedModel, plan: SkipPlan, *, progress: bool = False) -> SkipPlan:
+    """A plan that also tells what it reaches now, beside what was predicted.
+
+    Args:
+        model: outside of `skipping(...)`.
+        plan: made for a phase, a context length and a batch, which its `about` has.
+        progress: whether to show a progress bar.
+    """
+    about: Mapping[str, Any] = plan.about
+    found = measured_acceleration(
+        model,
+        plan,
+        about["phase"],
+        int(about["context"]),
+        batch=int(about["batch"]),
+        progress=progress,
+    )
+    measured = {
+        "measured acceleration": found.median,
+        "measured from": found.low,
+        "measured to": found.high,
+    }
+    return SkipPlan(plan, fingerprint=plan.fingerprint, about={**about, **measured})
+
+
+def _identity(model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, Any]:
+    """What a search depends on besides its arguments."""
+    return {
+        "model": fingerprint_name(model_fingerprint(model)),
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "calibration": digest_of(rows),
+    }

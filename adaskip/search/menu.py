@@ -1,0 +1,210 @@
+"""What may take each sublayer's place, what that saves, and what a plan has to save."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from transformers import PreTrainedModel
+
+from adaskip.errors import AdaskipError, unknown_name
+from adaskip.plan import Sublayer, all_sublayers
+from adaskip.profiling.plan_times import linear_like, windowable
+from adaskip.replacements import Replacement, Window
+from adaskip.sublayer_times import GAIN, PlanTimes, replacement_name
+
+Name = Literal["gain", "linear", "window"]
+MENU: tuple[Name, ...] = get_args(Name)
+# Sums of seconds and of shares are compared up to their rounding.
+_TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class Option:
+    """One sublayer, replaced in one way.
+
+    Attributes:
+        sublayer: it.
+        name: of what takes its place, as times call it.
+        window: which, if it is one; a gain or a linear map is learned when it is tried.
+        saved: seconds of a forward.
+        freed: share of the model's keys and values.
+    """
+
+    sublayer: Sublayer
+    name: str
+    window: Window | None
+    saved: float
+    freed: float
+
+    def __str__(self) -> str:
+        return f"{self.sublayer} {self.name}"
+
+    def less_than(self, other: Option) -> bool:
+        """Whether it replaces less of the same sublayer: it saves less, or as much and frees less.
+
+        What a candidate leaves of its sublayer decides how little it loses.
+        """
+        return (self.saved, self.freed) < (other.saved, other.freed)
+
+
+@dataclass(frozen=True)
+class Dishes:
+    """What a search may put in a sublayer's place.
+
+    Attributes:
+        names: "gain", "linear", "window".
+        windows: sizes in tokens.
+        rank: of linear maps; None for full ones.
+    """
+
+    names: Sequence[Name]
+    windows: Sequence[int]
+    rank: int | None
+
+    def check(self) -> None:
+        """Raises an `AdaskipError` if there is nothing, or something unknown, to choose from."""
+        for name in [self.names] if isinstance(self.names, str) else self.names:
+            if name not in MENU:
+                raise unknown_name("replacement", str(name), MENU)
+        if isinstance(self.names, str) or not self.names:
+            raise AdaskipError(
+                f"replacements is {self.names!r}; give a sequence of {', '.join(MENU)}."
+            )
+        if "window" in self.names and not self.windows:
+            raise AdaskipError("No window to choose: give sizes in tokens, e.g. windows=(128,).")
+        for size in self.windows:
+            Window(size)
+
+    def samples(self, model: PreTrainedModel) -> list[Replacement]:
+        """One replacement of each sort, to be timed.
+
+        Raises:
+            AdaskipError: a window does not fit the model.
+        """
+        made: list[Replacement] = []
+        if "window" in self.names:
+            made += [Window(size) for size in self.windows]
+        if "linear" in self.names:
+            made.append(linear_like(model, self.rank))
+        for window in made:
+            if isinstance(window, Window):
+                windowable(model, window)
+        return made
+
+
+class Menu:
+    """Every option, by sublayer, those that replace least first.
+
+    Args:
+        model: whose masks say where a window may be.
+        dishes: what may be chosen.
+        times: of the sublayers and of what may be chosen.
+    """
+
+    def __init__(self, model: PreTrainedModel, dishes: Dishes, times: PlanTimes) -> None:
+        n_layers, context = times.dense.n_layers, times.dense.context
+        sorts: list[tuple[str, Window | None]] = []
+        if GAIN in dishes.names:
+            sorts.append((GAIN, None))
+        for sample in dishes.samples(model):
+            window = sample if isinstance(sample, Window) else None
+            sorts.append((replacement_name(sample), window))
+        allowed = {w: set(windowable(model, w)) for _, w in sorts if w is not None}
+        found: dict[Sublayer, tuple[Option, ...]] = {}
+        for sublayer in all_sublayers(n_layers):
+            options = []
+            for name, window in sorts:
+                if window is not None and (
+                    sublayer.kind != "attn" or sublayer.layer not in allowed[window]
+                ):
+                    continue
+                held = window.held(context) / context if window else 0.0
+                freed = (1 - held) / n_layers if sublayer.kind == "attn" else 0.0
+                saved = times.saved(sublayer, name)
+                options.append(Option(sublayer, name, window, saved, freed))
+            found[sublayer] = tuple(sorted(options, key=lambda o: (o.saved, o.freed)))
+        self.options: Mapping[Sublayer, tuple[Option, ...]] = found
+
+    def __iter__(self) -> Iterator[Option]:
+        return (option for options in self.options.values() for option in options)
+
+    def most(self, sublayer: Sublayer) -> float:
+        """The most seconds that can be saved on a sublayer."""
+        return max([0.0, *(option.saved for option in self.options[sublayer])])
+
+    def freeable(self) -> float:
+        """The largest share of the keys and values that can be freed."""
+        return sum(max([0.0, *(o.freed for o in options)]) for options in self.options.values())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan has to save.
+
+    Attributes:
+        seconds: of a forward.
+        share: of the keys and values.
+    """
+
+    seconds: float
+    share: float = 0.0
+
+    def met(self, chosen: Collection[Option]) -> bool:
+        """Whether a choice meets it."""
+        return self.lacks_time(chosen) <= 0 and self.lacks_share(chosen) <= 0
+
+    def lacks_time(self, chosen: Collection[Option]) -> float:
+        """Seconds that are still to be saved, 0 or less if the time is met."""
+        return self.seconds * (1 - _TINY) - sum(option.saved for option in chosen)
+
+    def lacks_share(self, chosen: Collection[Option]) -> float:
+        """The share that is still to be freed, 0 or less if there is nothing to do."""
+        return self.share - _TINY - sum(option.freed for option in chosen)
+
+    def progress(self, option: Option, chosen: Mapping[Sublayer, Option]) -> float:
+        """How much nearer an option in its sublayer's place brings a choice to the budget.
+
+        Saved time and freed memory count as shares of what is asked of each, and only while it is
+        not met.
+        """
+        present = chosen.get(option.sublayer)
+        saved, freed = option.saved, option.freed
+        if present is not None:
+            saved, freed = saved - present.saved, freed - present.freed
+        found = 0.0
+        if self.lacks_time(chosen.values()) > 0:
+            found += saved / (self.seconds or 1.0)
+        if self.lacks_share(chosen.values()) > 0:
+            found += freed / self.share
+        return found
+
+
+def check_reach(
+    menu: Menu, budget: Budget, times: PlanTimes, asked: Mapping[str, float | None]
+) -> None:
+    """Refuses a budget that no choice meets, and names the best.
+
+    Args:
+        menu: all options.
+        budget: what is to be saved.
+        times: of the dense model.
+        asked: the acceleration, and the share of keys and values that may be held.
+
+    Raises:
+        AdaskipError: it cannot be met.
+    """
+    dense = times.dense
+    most = sum(map(menu.most, menu.options))
+    if most < budget.seconds * (1 - _TINY):
+        raise AdaskipError(
+            f"An acceleration of {asked['acceleration']} cannot be reached in {dense.phase} at "
+            f"{dense.context} tokens; with these replacements the best is "
+            f"{dense.total / (dense.total - most):.2f}. Give less."
+        )
+    if menu.freeable() < budget.share - _TINY:
+        raise AdaskipError(
+            f"A kv_share of {asked['kv_share']} cannot be reached; with these replacements the "
+            f"least is {1 - menu.freeable():.2f}. Give more, or allow gains."
+        )

@@ -1,0 +1,98 @@
+"""Candidates tried on a plan: learned, their loss measured, or looked up in the search's record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+from adaskip.plan import Sublayer
+from adaskip.replacements import Replacement
+from adaskip.search.journal import Journal
+from adaskip.search.losses import Losses
+from adaskip.search.menu import Option
+from adaskip.sublayer_times import GAIN
+
+
+class Trials:
+    """What a search asks of its calibration rows.
+
+    Args:
+        losses: of the plan so far.
+        rank: of linear maps; None for full ones.
+        journal: what earlier calls computed, and where the rest is kept.
+        progress: whether to show a progress bar, in forwards of a row.
+
+    Attributes:
+        saved_forwards: forwards that an earlier call computed.
+    """
+
+    def __init__(
+        self, losses: Losses, rank: int | None, journal: Journal, *, progress: bool = False
+    ) -> None:
+        self.losses = losses
+        self.saved_forwards = 0.0
+        self._rank = rank
+        self._journal = journal
+        self._bar = tqdm(desc="searching", unit=" forwards", disable=not progress)
+
+    @property
+    def forwards(self) -> float:
+        """What the search has taken, in forwards of a row, earlier calls included."""
+        return self.losses.forwards + self.saved_forwards
+
+    def loss(
+        self, options: Iterable[Option] = (), *, dropped: Sublayer | None = None, few: bool = False
+    ) -> float:
+        """Nats per answer token of the plan with a change; few: of every fourth row.
+
+        Args:
+            options: what is replaced in addition, or otherwise.
+            dropped: a sublayer of the plan that runs again.
+            few: whether to look at every fourth row only.
+        """
+        options = list(options)
+        step = " ".join([*map(str, options), *([f"without {dropped}"] if dropped else [])])
+        step = f"{step or 'plan'}{' few' if few else ''}"
+        known = self._journal.loss(step)
+        if known is not None:
+            loss, forwards = known
+            self.saved_forwards += forwards
+        else:
+            before = self.losses.forwards
+            changed = {option.sublayer: self.learn(option) for option in options}
+            loss = self.losses.loss(changed, dropped=dropped, few=few)
+            self._journal.add(step, loss=loss, forwards=self.losses.forwards - before)
+        self._show()
+        return loss
+
+    def accept(self, options: Iterable[Option], *, dropped: Sublayer | None = None) -> None:
+        """Makes a change part of the plan."""
+        changed = {option.sublayer: self.learn(option) for option in options}
+        self.losses.accept(changed, dropped=dropped)
+        self._show()
+
+    def relearn(self, chosen: Iterable[Option]) -> None:
+        """Learns gains and linear maps anew on the streams of the whole plan, if that helps."""
+        by_sublayer = {option.sublayer: option for option in chosen}
+        self.losses.relearn(lambda sublayer: self.learn(by_sublayer[sublayer]))
+        self._show()
+
+    def learn(self, option: Option) -> Replacement:
+        """What takes the sublayer's place, learned on the present streams."""
+        if option.window is not None:
+            return option.window
+        if option.name == GAIN:
+            return self.losses.gain(option.sublayer)
+        return self.losses.linear(option.sublayer, self._rank)
+
+    def say(self, text: str) -> None:
+        """Shows how far the search is beside the progress bar."""
+        self._bar.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self._bar.close()
+
+    def _show(self) -> None:
+        self._bar.update(self.forwards - self._bar.n)

@@ -1,0 +1,137 @@
+"""Times of replacements and of plans: what they are made of, kept, and told of a plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import N_LAYERS, tiny_model
+from test_search import ROWS, times
+
+from adaskip import AdaskipError, Linear, Sublayer, Window, search_plan
+from adaskip.budget import kv_share
+from adaskip.plan import SkipPlan
+from adaskip.profiling import plan_times
+from adaskip.profiling.plan_times import (
+    linear_like,
+    measure_replacements,
+    measured_acceleration,
+    measured_plan_times,
+    windowable,
+)
+from adaskip.profiling.timing import RequestTimes
+from adaskip.sublayer_times import PlanTimes, SublayerTimes, replacement_name
+
+
+@pytest.fixture
+def cost(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Lets every attention take 2 ms, windows 1, linear maps 0.25; the rest takes 4 ms."""
+    requests: Counter[str] = Counter()
+    taken = {"window 8": 1, "linear": 0.25}
+
+    def request(model: Any, plan: SkipPlan, *_: Any) -> RequestTimes:
+        names = [replacement_name(r) for r in plan.values()]
+        requests.update([names[0] if names else "dense"])
+        spent = 4 + 2 * (N_LAYERS - len(plan)) + sum(taken.get(name, 0) for name in names)
+        return RequestTimes(spent / 1e3, spent / 1e3, 0, torch.zeros(1))
+
+    monkeypatch.setattr(plan_times, "_request", request)
+    return requests
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_replacement_costs_what_lies_between_it_and_nothing(
+    cost: Counter[str], phase: Any
+) -> None:
+    model = tiny_model("llama")
+    dense = SublayerTimes(10.0, times().seconds, phase, 40, 1)
+    shares = measure_replacements(model, dense, [Window(8), linear_like(model, None)], repeats=3)
+    # Of a dense forward of 12 ms.
+    assert shares == {"window 8": pytest.approx(1 / 12), "linear": pytest.approx(0.25 / 12)}
+    # One of each warms up.
+    assert cost == {"dense": 4, "window 8": 4, "linear": 4, "gain": 4}
+
+
+def test_times_of_replacements_are_kept(cost: Counter[str], tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    options: dict[str, Any] = {"folder": tmp_path}
+    first = measured_plan_times(model, "prefill", 40, [Window(8)], **options)
+    total = first.dense.total
+    assert first.replaced == {"window 8": pytest.approx(total / 12)}
+    assert measured_plan_times(model, "prefill", 40, [Window(8)], **options) == first
+    assert cost["window 8"] == 6
+    # Only what is not known yet is measured.
+    both = measured_plan_times(
+        model, "prefill", 40, [Window(8), linear_like(model, None)], **options
+    )
+    assert set(both.replaced) == {"window 8", "linear"}
+    assert (cost["window 8"], cost["linear"]) == (6, 6)
+    next(tmp_path.glob("*-replacements-*")).write_text("{")
+    again = measured_plan_times(model, "prefill", 40, [Window(8)], **options)
+    assert again == first
+
+
+def test_replacements_are_timed_where_they_run(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    sorts = [Window(8), linear_like(model, None), linear_like(model, 4)]
+    for phase in ("prefill", "decode"):
+        found = measured_plan_times(model, phase, 24, sorts, folder=tmp_path)
+        assert set(found.replaced) == {"window 8", "linear", "linear 4"}
+        assert all(0 <= seconds < found.dense.total for seconds in found.replaced.values())
+
+
+def test_a_plan_is_as_fast_as_what_is_in_it() -> None:
+    linear = Linear((torch.zeros(32, 4), torch.zeros(4, 32)), torch.zeros(32))
+    plan = {
+        Sublayer(0, "attn"): Window(8),
+        Sublayer(1, "attn"): None,
+        Sublayer(1, "ffn"): 1.1,
+        Sublayer(2, "ffn"): linear,
+    }
+    found = PlanTimes(times(), {"window 8": 1.5, "linear 4": 0.25})
+    assert found.speedup(plan) == pytest.approx(15 / (15 - 0.5 - 2 - 1 - 0.75))
+    assert PlanTimes.from_dict(found.as_dict()) == found
+    with pytest.raises(AdaskipError, match="No time of 'window 8'"):
+        PlanTimes(times()).speedup(plan)
+    with pytest.raises(AdaskipError, match="measure them anew"):
+        PlanTimes.from_dict({"dense": {}, "replaced": {}})
+    # A window holds 8 + 4 of 40 tokens, the others nothing.
+    assert kv_share(SkipPlan(plan), N_LAYERS, 40) == pytest.approx((2 + 0.3) / 4)
+    assert kv_share(SkipPlan(plan), N_LAYERS, 10) == pytest.approx(3 / 4)
+
+
+def test_windows_go_where_all_tokens_are_seen() -> None:
+    assert windowable(tiny_model("llama"), Window(8)) == tuple(range(N_LAYERS))
+    gemma = tiny_model("gemma2", "eager")
+    full = [i for i, t in enumerate(gemma.config.layer_types) if t == "full_attention"]
+    assert 0 < len(full) < N_LAYERS
+    assert windowable(gemma, Window(8)) == tuple(full)
+    plan = search_plan(
+        gemma,
+        ROWS,
+        acceleration=1,
+        kv_share=0.8,
+        times=PlanTimes(times(), {"window 8": 1.0}),
+        windows=(8,),
+        replacements=["window"],
+    )
+    assert set(plan.windows) <= set(full)
+
+
+def test_what_a_plan_reaches_is_measured_beside_what_was_predicted(
+    cost: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    dense = RequestTimes(12e-3, 12e-3, 0, torch.zeros(1))
+    monkeypatch.setattr(plan_times, "time_request", lambda *args, **kwargs: dense)
+    plan = SkipPlan({Sublayer(0, "attn"): Window(8), Sublayer(1, "attn"): None})
+    found = measured_acceleration(model, plan, "prefill", 40, rounds=6)
+    assert found.median == found.low == found.high == pytest.approx(12 / 9)
+    told = search_plan(
+        model, ROWS, acceleration=1.05, times=times(), replacements=["gain"], measure=True
+    ).about
+    assert told["measured acceleration"] >= told["measured from"] > 1  # type: ignore[operator]
+    assert cost["gain"] > 0
