@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
-from adaskip.errors import ProfileError
+from adaskip.errors import AdaskipError, ProfileError
 from adaskip.fingerprint import fingerprint_name, model_fingerprint, same_model
 from adaskip.plan import Sublayer, all_sublayers
 
@@ -36,6 +36,8 @@ class Importance:
         n_requests: warm-up prompts, each sequence of a batch being one.
         n_tokens: their real tokens altogether.
         source: what the warm-up prompts were, for the record.
+        layer_similarity: IO similarity of whole layers, averaged likewise, by layer; empty in
+            profiles of earlier versions.
 
     Raises:
         ProfileError: a value is not a finite number.
@@ -48,6 +50,7 @@ class Importance:
     n_requests: int
     n_tokens: int
     source: str = ""
+    layer_similarity: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         # In depth order: what is wrong in one sublayer is wrong in all that follow.
@@ -78,11 +81,32 @@ class Importance:
         # sorted() is stable and the mapping is in depth order.
         return tuple(sorted(self.similarity, key=lambda s: -self.similarity[s]))
 
+    def layer_ranking(self) -> tuple[int, ...]:
+        """All layers, least important first; ties by lower layer.
+
+        Raises:
+            ProfileError: the profile is of an earlier version, without whole layers.
+        """
+        if not self.layer_similarity:
+            raise ProfileError(
+                "The importance profile tells nothing of whole layers, as those of earlier "
+                "versions; learn it anew."
+            )
+        return tuple(sorted(range(self.n_layers), key=lambda i: -self.layer_similarity[i]))
+
     def gain(self, sublayer: Sublayer, kind: Gain | None) -> float | None:
         """The compensation of a skipped sublayer: METHOD, "Gain"."""
         if kind is None:
             return None
         return (self.gain_norm if kind == "norm" else self.gain_token)[sublayer]
+
+    def check_layers(self, n_layers: int) -> None:
+        """Raises an `AdaskipError` unless it is of a model of so many layers."""
+        if self.n_layers != n_layers:
+            raise AdaskipError(
+                f"The importance profile is of a model of {self.n_layers} layers, the model has "
+                f"{n_layers}; learn a profile of this model."
+            )
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises a `ProfileError` unless this profile was learned on `model`."""
@@ -107,6 +131,7 @@ class Importance:
             "n_tokens": self.n_tokens,
             "source": self.source,
             "sublayers": rows,
+            "layers": list(self.layer_similarity),
         }
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -137,6 +162,14 @@ def _typed(value: Any, *kinds: type) -> Any:
     return value
 
 
+def _layers(values: Any, n_layers: int) -> tuple[float, ...]:
+    """The similarities of whole layers; none in a profile that was learned without."""
+    found = tuple(float(_typed(value, int, float)) for value in _typed(values, list))
+    if len(found) not in (0, n_layers) or not all(abs(value) < 1e6 for value in found):
+        raise ValueError("its layers are not those of the sublayers")
+    return found
+
+
 def _from_content(content: Any, path: object) -> Importance:
     """The profile in parsed JSON, every value checked."""
     damaged = f"The importance profile {path} is damaged: %s. Learn it anew."
@@ -161,6 +194,7 @@ def _from_content(content: Any, path: object) -> Importance:
             n_requests=_typed(content["n_requests"], int),
             n_tokens=_typed(content["n_tokens"], int),
             source=_typed(content["source"], str),
+            layer_similarity=_layers(content.get("layers", []), len(rows) // 2),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ProfileError(damaged % f"{type(error).__name__} {error}") from error

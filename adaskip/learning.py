@@ -21,7 +21,7 @@ from adaskip.warmup import checked_prompts
 
 
 class ImportanceRecorder:
-    """Per request: mean similarity and both gains of every sublayer, over its prefill.
+    """Per request, over its prefill: similarity and both gains of every sublayer, and of layers.
 
     A recorder for `skipping`; requests of several chunks and padded batches are understood, each
     sequence of a batch being a request of its own.
@@ -31,11 +31,12 @@ class ImportanceRecorder:
         self._request = -1
         self._chunks: list[StepStats] = []
         self._means: list[Tensor] = []
+        self._layers: list[Tensor] = []
         self._tokens: list[Tensor] = []
 
     def watch(self, step: Step) -> frozenset[Span]:
-        """Attention and FFN of every layer, in prefill; nothing in decode steps."""
-        wanted: frozenset[Span] = frozenset({"attn", "ffn"})
+        """Attention, FFN and the whole of every layer, in prefill; nothing in decode steps."""
+        wanted: frozenset[Span] = frozenset({"attn", "ffn", "layer"})
         return wanted if step.phase is Phase.PREFILL else frozenset()
 
     def observe(self, step: Step, stats: StepStats) -> None:
@@ -43,16 +44,18 @@ class ImportanceRecorder:
         if step.request != self._request:
             self._close()
             self._request = step.request
-        self._chunks.append(stats.select("attn", "ffn"))
+        self._chunks.append(stats.select("attn", "ffn", "layer"))
 
     def _close(self) -> None:
         """Reduces a finished request on the device: [3, sublayers, batch]."""
         if not self._chunks:
             return
-        stats = StepStats.concatenated(self._chunks)
+        whole = StepStats.concatenated(self._chunks)
         self._chunks = []
-        weights = stats.weights()
+        weights = whole.weights()
         count = weights.sum(dim=-1)
+        self._layers.append((whole.select("layer").similarity() * weights).sum(dim=-1) / count)
+        stats = whole.select("attn", "ffn")
         similarity = (stats.similarity() * weights).sum(dim=-1) / count
         squared_out = (stats.squared_out * weights).sum(dim=-1)
         squared_in = (stats.squared_in * weights).sum(dim=-1)
@@ -71,25 +74,37 @@ class ImportanceRecorder:
             raise ProfileError("No warm-up prompt was given; importance needs at least one.")
         return torch.cat(self._means, dim=-1)
 
+    def layers_per_request(self) -> Tensor:
+        """Similarity of whole layers in each request: [L, requests]; reads nothing.
+
+        Raises:
+            ProfileError: no request has been recorded.
+        """
+        self.per_request()
+        return torch.cat(self._layers, dim=-1)
+
     def n_tokens(self) -> int:
         """Real tokens recorded; reads the device."""
         return int(torch.cat(self._tokens).sum())
 
 
-def importance_from(means: Tensor, fingerprint: str, n_tokens: int, source: str) -> Importance:
-    """The profile that is the mean over requests of `ImportanceRecorder.per_request()`."""
+def importance_from(recorder: ImportanceRecorder, fingerprint: str, source: str) -> Importance:
+    """The profile that is the mean over the requests of a recorder."""
+    means, layers = recorder.per_request(), recorder.layers_per_request()
     sublayers = all_sublayers(means.shape[1] // 2)
-    columns = [
-        dict(zip(sublayers, column, strict=True)) for column in means.double().mean(dim=-1).tolist()
-    ]
+    # One read from the device.
+    values = torch.cat([means.flatten(0, 1), layers]).double().mean(dim=-1).tolist()
+    n = len(sublayers)
+    columns = [dict(zip(sublayers, values[i * n : (i + 1) * n], strict=True)) for i in range(3)]
     return Importance(
         columns[0],
         columns[1],
         columns[2],
         fingerprint=fingerprint,
         n_requests=means.shape[-1],
-        n_tokens=n_tokens,
+        n_tokens=recorder.n_tokens(),
         source=source,
+        layer_similarity=tuple(values[3 * n :]),
     )
 
 
@@ -152,5 +167,4 @@ def learn_importance(
     Source: AdaSkip (arXiv 2501.02336), offline importance learning; METHOD, "Policies".
     """
     recorder = record_prompts(model, prompts, progress=progress)
-    means = recorder.per_request()
-    return importance_from(means, model_fingerprint(model), recorder.n_tokens(), source)
+    return importance_from(recorder, model_fingerprint(model), source)

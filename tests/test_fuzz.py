@@ -185,7 +185,9 @@ def is_profile(content: Any) -> bool:
     """Whether every value of a profile's parsed JSON is of the type that is written."""
     number = int | float
     kinds = {"layer": int, "kind": str} | dict.fromkeys(COLUMNS, number)
-    rows = content.pop("sublayers")
+    rows, layers = content.pop("sublayers"), content.pop("layers", [])
+    if any(type(value) not in (int, float) for value in layers):
+        return False
     whole = {"version": int, "fingerprint": str, "source": str, "n_requests": int, "n_tokens": int}
     return has_types(content, whole) and all(
         kinds.keys() <= row.keys() and has_types({k: row[k] for k in kinds}, kinds) for row in rows
@@ -197,7 +199,7 @@ def is_profile(content: Any) -> bool:
 def test_profiles(tmp_path: Path, data: st.DataObject) -> None:
     values = dict.fromkeys(all_sublayers(2), 0.5)
     path = tmp_path / "profile.json"
-    written = Importance(values, values, values, "f", 1, 1)
+    written = Importance(values, values, values, "f", 1, 1, "", (0.5, 0.25))
     written.save(path)
     assert Importance.load(path) == written
     whole = path.read_bytes()
@@ -213,6 +215,7 @@ def test_profiles(tmp_path: Path, data: st.DataObject) -> None:
             assert getattr(found, name) == column
         for name in ("fingerprint", "n_requests", "n_tokens", "source"):
             assert getattr(found, name) == parsed[name]
+        assert list(found.layer_similarity) == parsed.get("layers", [])
         assert is_profile(parsed)
 
 

@@ -123,6 +123,8 @@ def test_chunked_prefill_is_one_request(model: PreTrainedModel) -> None:
         assert means[0, s.position, 0].item() == pytest.approx(whole.similarity[s], abs=1e-6)
         assert means[1, s.position, 0].item() == pytest.approx(whole.gain_norm[s], abs=1e-6)
         assert means[2, s.position, 0].item() == pytest.approx(whole.gain_token[s], abs=1e-6)
+    layers = recorder.layers_per_request().flatten().tolist()
+    assert layers == pytest.approx(whole.layer_similarity, abs=1e-6)
 
 
 def test_token_statistics_of_layers_and_phases(model: PreTrainedModel) -> None:

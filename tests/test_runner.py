@@ -21,6 +21,7 @@ from adaskip.errors import AdaskipError, ProfileError, RunError
 from adaskip.importance import Importance
 from adaskip.plan import SkipPlan, Step
 from adaskip.policies import POLICIES, SkipPolicy
+from adaskip.policies.factory import LEARNED, takes
 from adaskip.runs import batches
 from adaskip.runs.audit import Audit
 from adaskip.runs.batches import make_batches, pending_batches
@@ -41,7 +42,10 @@ def place(checkpoint: Path, tmp_path: Path) -> Workplace:
     return Workplace(checkpoint, save_data(tmp_path / "data"), tmp_path / "results")
 
 
-BUDGETS = {"EE": ("layers", 2), "SD": ("layers", 2), "US": ("layers", 2), "ADA": ("sublayers", 4)}
+BUDGETS = {
+    **dict.fromkeys(("EE", "SD", "US", "SHORTGPT"), ("layers", 2)),
+    **dict.fromkeys(("ADA", "LLMDROP", "LLMDROP_ATTN", "LLMDROP_FFN"), ("sublayers", 4)),
+}
 
 
 def budget(policy: str) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def test_what_was_skipped_is_kept_with_every_row(
         assert decode["attn"] + decode["ffn"] >= first * decode["forwards"]
         assert row["skipped"]["online_extension"] == []
     record = json.loads((folder / "run.json").read_text())
-    assert (record["importance"] is not None) == (policy == "ADA")
+    assert (record["importance"] is not None) == takes(policy, LEARNED)
     share = record["tasks"]["multifieldqa_en"]["skipped_share"]["prefill"]
     assert share == (0 if experiment == "decode" else first / (2 * N_LAYERS))
 

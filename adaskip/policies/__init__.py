@@ -2,6 +2,8 @@
 
 from adaskip.policies.ada_skip import AdaSkip
 from adaskip.policies.early_exit import EarlyExit
+from adaskip.policies.llm_drop import AttentionDrop, FFNDrop, JointDrop
+from adaskip.policies.short_gpt import ShortGPT
 from adaskip.policies.skip_decode import SkipDecode
 from adaskip.policies.unified_skipping import UnifiedSkipping
 from adaskip.policy import POLICIES, FixedSkipping, SkipPolicy, policy_class, register
@@ -9,8 +11,12 @@ from adaskip.policy import POLICIES, FixedSkipping, SkipPolicy, policy_class, re
 __all__ = [
     "POLICIES",
     "AdaSkip",
+    "AttentionDrop",
     "EarlyExit",
+    "FFNDrop",
     "FixedSkipping",
+    "JointDrop",
+    "ShortGPT",
     "SkipDecode",
     "SkipPolicy",
     "UnifiedSkipping",

@@ -101,11 +101,7 @@ class AdaSkip(SkipPolicy):
 
     @override
     def bind(self, n_layers: int) -> None:
-        if self.importance.n_layers != n_layers:
-            raise AdaskipError(
-                f"The importance profile is of a model of {self.importance.n_layers} layers, the "
-                f"model has {n_layers}; learn a profile of this model."
-            )
+        self.importance.check_layers(n_layers)
         if self.acceleration is not None and self.times is None:
             raise AdaskipError(
                 "AdaSkip reckons an acceleration with what the sublayers take: give "

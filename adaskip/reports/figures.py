@@ -9,10 +9,13 @@ from typing import Any
 
 from adaskip.errors import RunError
 
-# Okabe and Ito's palette, told apart by colour-blind readers.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+# Okabe and Ito's palette, told apart by colour-blind readers, then some of Paul Tol's.
+COLOURS = (
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"),
+    *("#882255", "#44AA99", "#999933", "#332288", "#DDCC77", "#661100"),
+)
 # They serve those who tell no colours apart.
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8")
 # Of a figure within a page: pixels and colours that no eye misses.
 EMBEDDED_WIDTH = 1400
 EMBEDDED_COLOURS = 64
