@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import N_LAYERS, prompt, tiny_model
-from torch.nn.functional import cosine_similarity
+from test_search import loss_of, times
+from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedModel
 
-from adaskip import Importance, ProfileError, SkipPlan, learn_importance, skipping
-from adaskip.errors import AdaskipError
+from adaskip import (
+    AdaskipError,
+    Importance,
+    Linear,
+    ProfileError,
+    RunError,
+    SkipPlan,
+    Sublayer,
+    learn_importance,
+    search_plan,
+    skipping,
+)
+from adaskip.fitting import fit_linears
+from adaskip.methods import METHODS, make_plan, method, method_names
 from adaskip.plan import Phase, Step, all_sublayers, whole_layers
 from adaskip.policies import POLICIES, SkipPolicy
+from adaskip.search.journal import Journal
+from adaskip.search.losses import Losses
+from adaskip.search.trials import Trials
+from adaskip.streams import Sublayers, measuring
+from adaskip.sublayer_times import PlanTimes
 
 PREFILL = Step(Phase.PREFILL, request=0, index=0, tokens=9)
 PROMPTS = [prompt(21, seed=5), prompt(14, seed=6)]
@@ -102,3 +124,194 @@ def test_what_was_learned_has_to_be_of_the_model(importance: Importance, name: s
         skipping(other, policy),
     ):
         pass
+
+
+ROWS = [(prompt(60, seed=7), prompt(9, seed=8)), (prompt(41, seed=9), prompt(6, seed=10))]
+TIMES = PlanTimes(times(attn=2.0, ffn=1.0, other=3.0), {"linear": 0.5})
+
+
+def plans(model: PreTrainedModel, name: str, n: int, **options: Any) -> list[dict[Sublayer, Any]]:
+    """The first plans of a method, smallest first."""
+    with measuring(model):
+        losses = Losses(Sublayers(model), ROWS, METHODS[name].measure)
+        growth = METHODS[name].grow(Trials(losses, None, Journal(None, {})), **options)
+        return [dict(plan) for plan in islice(growth, n)]
+
+
+@torch.no_grad()
+def answer_nll(model: PreTrainedModel, skipped: Iterable[Sublayer]) -> float:
+    """Negative log-likelihood of the answers, by whole forwards."""
+    total = 0.0
+    for question, answer in ROWS:
+        ids = torch.cat([question, answer], dim=1)
+        with skipping(model, SkipPlan(dict.fromkeys(skipped))):
+            logits = model(ids).logits[0, question.shape[1] - 1 : -1]
+        total += float(cross_entropy(logits, answer[0], reduction="sum"))
+    return total
+
+
+@pytest.mark.parametrize("name", ["SLEB", "BLOCKPRUNER"])
+def test_what_is_taken_away_leaves_the_answers_most_likely(
+    model: PreTrainedModel, name: str
+) -> None:
+    sublayers = all_sublayers(N_LAYERS)
+    layers = [(Sublayer(i, "attn"), Sublayer(i, "ffn")) for i in range(N_LAYERS)]
+    parts = layers if name == "SLEB" else [(sublayer,) for sublayer in sublayers]
+    gone: list[Sublayer] = []
+    for plan in plans(model, name, 3, exact=True):
+        losses = {part: answer_nll(model, [*gone, *part]) for part in parts}
+        best = min(losses, key=losses.__getitem__)
+        gone += best
+        parts = [part for part in parts if part != best]
+        assert plan == dict.fromkeys(sorted(gone))
+
+
+@pytest.mark.parametrize("name", ["SLEB", "BLOCKPRUNER"])
+def test_lazily_the_first_is_the_same_and_the_others_are_near(
+    model: PreTrainedModel, name: str
+) -> None:
+    exact, lazy = plans(model, name, 4, exact=True), plans(model, name, 4)
+    assert lazy[0] == exact[0]
+    for one, other in zip(exact, lazy, strict=True):
+        assert answer_nll(model, other) <= 1.2 * answer_nll(model, one)
+
+
+def test_prune_and_comp_looks_again_at_what_is_left(model: PreTrainedModel) -> None:
+    gains: dict[int, float] = {}
+    for plan in plans(model, "PRUNECOMP", 3):
+        # The same model by hand: a layer that is gone scales the stream.
+        similarity, ratio = torch.zeros(N_LAYERS), {}
+        inputs = [torch.cat(row, dim=1)[:, :-1] for row in ROWS]
+        whole = SkipPlan(
+            {Sublayer(i, "attn"): gain for i, gain in gains.items()}
+            | {Sublayer(i, "ffn"): None for i in gains}
+        )
+        with skipping(model, whole):
+            streams_of = [streams(model, ids) for ids in inputs]
+        for layer in range(N_LAYERS):
+            pairs = [(h[layer], h[layer + 1]) for h in streams_of]
+            similarity[layer] = sum(cosine_similarity(x, y, dim=-1).mean() for x, y in pairs)
+            ratios = torch.cat([y.norm(dim=-1) / x.norm(dim=-1) for x, y in pairs])
+            ratio[layer] = float(ratios.median())
+        similarity[list(gains)] = -float("inf")
+        chosen = int(similarity.argmax())
+        gains[chosen] = ratio[chosen]
+        assert {s.layer for s in plan} == set(gains)
+        for layer, gain in gains.items():
+            # The median of an even number of tokens is a matter of taste.
+            assert plan[Sublayer(layer, "attn")] == pytest.approx(gain, rel=2e-2)
+            assert plan[Sublayer(layer, "ffn")] is None
+
+
+def test_nbl_takes_the_attentions_of_highest_canonical_correlations(
+    model: PreTrainedModel,
+) -> None:
+    inputs = [torch.cat(row, dim=1)[:, :-1] for row in ROWS]
+    bounds: dict[Sublayer, float] = {}
+    with measuring(model):
+        runs = Sublayers(model)
+        begun = [runs.begin({"input_ids": ids}) for ids in inputs]
+        xs, calls = [x for x, _ in begun], [given for _, given in begun]
+        for sublayer in all_sublayers(N_LAYERS):
+            ys = [runs.run(sublayer, x, given) for x, given in zip(xs, calls, strict=True)]
+            if sublayer.kind == "attn":
+                x, y = (torch.cat([t[0] for t in s]).double().numpy() for s in (xs, ys))
+                n, d = x.shape
+                x, y = x - x.mean(0), y - y.mean(0)
+                cxx, cyy, cyx = x.T @ x / (n - 1), y.T @ y / (n - 1), y.T @ x / (n - 1)
+                for c in (cxx, cyy):
+                    c += 1e-3 * np.trace(c) / d * np.eye(d)
+                half = [np.linalg.inv(sqrtm(c)) for c in (cyy, cxx)]
+                rho = np.linalg.svd(half[0] @ cyx @ half[1])[1]
+                bounds[sublayer] = float((1 - rho**2).sum())
+            xs = ys
+    order = sorted(bounds, key=bounds.__getitem__)
+    made = plans(model, "NBL", 4)
+    assert [set(plan) for plan in made] == [set(order[: n + 1]) for n in range(4)]
+    fitted = fit_linears(model, inputs, [order[0]])
+    first, alone = made[0][order[0]], fitted[order[0]]
+    assert isinstance(first, Linear)
+    assert isinstance(alone, Linear)
+    torch.testing.assert_close(first.weight, alone.weight, rtol=1e-3, atol=1e-4)
+
+
+def sqrtm(matrix: Any) -> Any:
+    """The square root of a symmetric positive matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    return vectors @ np.diag(np.sqrt(values)) @ vectors.T
+
+
+def test_every_method_is_in_these_tests() -> None:
+    tested = {"SEARCH", "SLEB", "BLOCKPRUNER", "PRUNECOMP", "NBL"}
+    tested |= {"SHORTGPT", "LLMDROP", "LLMDROP_ATTN", "LLMDROP_FFN", "EE", "US", "ADA"}
+    assert set(method_names()) == tested
+    with pytest.raises(TypeError, match="already belongs"):
+        method("SLEB")(METHODS["NBL"].grow)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_makes_the_least_plan_that_is_fast_enough(
+    model: PreTrainedModel, name: str
+) -> None:
+    options: Any = {"importance": learn_importance(model, [row[0] for row in ROWS])}
+    if name == "SEARCH":
+        gains = search_plan(model, ROWS, acceleration=1.3, times=TIMES.dense, replacements=["gain"])
+        assert gains.about["method"] == "SEARCH"
+        return
+    plan = make_plan(model, ROWS, name, acceleration=1.3, times=TIMES, **options)
+    about: Any = plan.about
+    assert about["method"] == name
+    assert about["predicted acceleration"] == pytest.approx(TIMES.speedup(plan))
+    assert about["predicted acceleration"] >= 1.3
+    assert about["loss"] == pytest.approx(loss_of(model, plan, ROWS), rel=1e-3)
+    plan.check_model(model)
+    # One step less is too slow.
+    step = 2 if name in {"EE", "US", "SHORTGPT", "SLEB", "PRUNECOMP"} else 1
+    assert len(plan) % step == 0
+    smaller = make_plan(model, ROWS, name, acceleration=1.01, times=TIMES, **options)
+    assert len(smaller) == step
+    assert make_plan(model, ROWS, name, acceleration=1, times=TIMES, **options) == SkipPlan()
+    with pytest.raises(AdaskipError, match=r"acceleration of 50 .* its best is"):
+        make_plan(model, ROWS, name, acceleration=50, times=TIMES, **options)
+
+
+def test_a_method_goes_on_from_its_record_towards_any_acceleration(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, options = tmp_path / "sleb.jsonl", {"times": TIMES}
+    less = make_plan(model, ROWS, "SLEB", acceleration=1.2, record=record, **options)
+    whole = make_plan(model, ROWS, "SLEB", acceleration=1.8, **options)
+    looked, compute = [0], Losses.loss
+
+    def counted(self: Losses, *args: Any, **kwargs: Any) -> float:
+        looked[0] += 1
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(Losses, "loss", counted)
+    assert make_plan(model, ROWS, "SLEB", acceleration=1.2, record=record, **options) == less
+    # Only the loss that it tells at the end.
+    assert looked[0] == 1
+    more = make_plan(model, ROWS, "SLEB", acceleration=1.8, record=record, **options)
+    assert more == whole
+    assert more.about == whole.about
+    with pytest.raises(RunError, match="method: SLEB then, BLOCKPRUNER now"):
+        make_plan(model, ROWS, "BLOCKPRUNER", acceleration=1.2, record=record, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "SLEP"}, "Unknown method 'SLEP'. Did you mean 'SLEB'"),
+        ({"method": "SD"}, "Unknown method 'SD'"),
+        ({"acceleration": 0}, "give a ratio of times"),
+        ({"calibration": []}, "No calibration row"),
+        ({"method": "NBL", "exact": True}, "exact=True is for BLOCKPRUNER, SLEB; NBL is always"),
+        ({"method": "NBL", "calibration": [(prompt(20), [3, 4])]}, "at least 33 tokens"),
+    ],
+)
+def test_what_no_method_can_make(
+    model: PreTrainedModel, options: dict[str, Any], message: str
+) -> None:
+    given: dict[str, Any] = {"calibration": ROWS, "method": "SLEB", "times": TIMES} | options
+    with pytest.raises(AdaskipError, match=message):
+        make_plan(model, given.pop("calibration"), given.pop("method"), **given)

@@ -85,13 +85,18 @@ class Losses:
         """Tokens of the longest calibration prompt."""
         return max(stream.ids.shape[1] + 1 - len(stream.answer) for stream in self._streams)
 
+    def before(self, sublayer: Sublayer) -> list[Tensor]:
+        """Per row the present stream before a sublayer: [tokens, hidden]."""
+        return [stream.before[sublayer.position][0] for stream in self._streams]
+
+    def behind(self, sublayer: Sublayer) -> list[Tensor]:
+        """Per row the present stream behind a sublayer, or what takes its place."""
+        return [stream.before[sublayer.position + 1][0] for stream in self._streams]
+
     def gain(self, sublayer: Sublayer) -> float:
         """Median over tokens of a sublayer's output norm / input norm, on the present streams."""
-        ratios = []
-        for x, delta in self.pairs(sublayer):
-            ratios.append((x + delta).float().norm(dim=-1) / x.float().norm(dim=-1))
-        together = torch.cat(ratios)
-        return float(median(together[None, None], torch.ones_like(together)[None]))
+        pairs = self.pairs(sublayer)
+        return token_gain([x for x, _ in pairs], [x + delta for x, delta in pairs])
 
     def linear(self, sublayer: Sublayer, rank: int | None) -> Linear:
         """The linear map nearest to a sublayer, fitted on the present streams.
@@ -120,6 +125,7 @@ class Losses:
         *,
         dropped: Sublayer | None = None,
         few: bool = False,
+        measure: Measure | None = None,
     ) -> float:
         """Nats per answer token of the plan with some sublayers replaced in addition.
 
@@ -127,10 +133,12 @@ class Losses:
             changed: what is replaced in addition, or otherwise.
             dropped: a sublayer of the plan that runs again.
             few: whether to look at every fourth row only.
+            measure: in place of the one that was given.
         """
+        measure = measure or self._measure
         plan, first = self._changed(changed, dropped)
         streams = self._streams[::_STRIDE] if few else self._streams
-        losses = [self._lost(s, self._behind(s, first, plan)[-1]) for s in streams]
+        losses = [self._lost(s, self._behind(s, first, plan)[-1], measure) for s in streams]
         return float(torch.stack(losses).sum()) / sum(len(s.answer) for s in streams)
 
     def accept(
@@ -208,9 +216,20 @@ class Losses:
         logits = self.sublayers.logits(stream.ids, x, len(stream.answer))
         return log_softmax(logits[0].float(), dim=-1)
 
-    def _lost(self, stream: _Stream, x: Tensor) -> Tensor:
+    def _lost(self, stream: _Stream, x: Tensor, measure: Measure) -> Tensor:
         """The loss of a row, summed over its answer: a scalar on the device."""
         found = self._log_probabilities(stream, x)
-        if self._measure == "nll":
+        if measure == "nll":
             return nll_loss(found, stream.answer, reduction="sum")
         return kl_div(found, stream.dense, reduction="sum", log_target=True)
+
+
+def token_gain(before: Sequence[Tensor], behind: Sequence[Tensor]) -> float:
+    """Median over the tokens of all rows of the ratio of two streams' norms: METHOD, "Gain"."""
+    ratios = torch.cat(
+        [
+            y.float().norm(dim=-1) / x.float().norm(dim=-1)
+            for x, y in zip(before, behind, strict=True)
+        ]
+    )
+    return float(median(ratios[None, None], torch.ones_like(ratios)[None]))

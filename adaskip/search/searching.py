@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from adaskip.budget import check_acceleration, kv_share as kv_share_of
+from adaskip.budget import check_acceleration
 from adaskip.errors import AdaskipError, unknown_name
-from adaskip.fingerprint import fingerprint_name, model_fingerprint
+from adaskip.fingerprint import model_fingerprint
 from adaskip.fitting import check_rank
 from adaskip.numbers import is_finite
-from adaskip.plan import Phase, SkipPlan, Sublayer
-from adaskip.profiling.plan_times import measured_acceleration, measured_plan_times
+from adaskip.plan import Phase, SkipPlan
+from adaskip.profiling.plan_times import measured_plan_times
 from adaskip.replacements import Replacement
+from adaskip.search.describing import described, identity, with_measured
 from adaskip.search.exchange import exchange
 from adaskip.search.greedy import Choice, fill
-from adaskip.search.journal import Journal, digest_of
+from adaskip.search.journal import Journal
 from adaskip.search.losses import Losses, Row
 from adaskip.search.menu import MENU, Budget, Dishes, Menu, Name, check_reach
 from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
 from adaskip.sublayer_times import PlanTimes, SublayerTimes
 
+NAME = "SEARCH"
 WINDOWS = (64, 128, 256)
 
 
@@ -102,15 +103,18 @@ def search_plan(
         asked = replace(asked, context=asked.context or losses.longest_prompt)
         given = PlanTimes(times) if isinstance(times, SublayerTimes) else times
         header = {"times": None if given is None else given.as_dict(), **asdict(asked)}
-        journal = Journal(record, _identity(model, rows) | asdict(dishes) | header)
+        journal = Journal(record, identity(model, rows) | asdict(dishes) | header)
         plan_times = given or _times(model, asked, samples, journal)
         menu = Menu(model, dishes, plan_times)
         trials = Trials(losses, rank, journal, progress=progress)
         with closing(trials):
             _choose(trials, menu, asked, plan_times)
         loss = losses.loss({})
-    about = {
-        **_described(asked, dishes, plan_times, losses.plan),
+    about: dict[str, str | float | None] = {
+        "method": NAME,
+        "replacements": " ".join(replacements),
+        **described(losses.plan, plan_times, acceleration),
+        **({} if kv_share is None else {"kv share": float(kv_share)}),
         "loss": loss,
         "forwards": round(trials.forwards, 1),
         "calibration": source or f"{len(rows)} rows",
@@ -165,57 +169,3 @@ def _choose(trials: Trials, menu: Menu, asked: _Asked, times: PlanTimes) -> None
     fill(choice)
     exchange(choice, asked.exchanges)
     trials.relearn(choice.chosen.values())
-
-
-def _described(
-    asked: _Asked, dishes: Dishes, times: PlanTimes, plan: Mapping[Sublayer, Replacement]
-) -> dict[str, str | float | None]:
-    """What a plan tells about itself."""
-    dense = times.dense
-    share = kv_share_of(SkipPlan(plan), dense.n_layers, dense.context)
-    return {
-        "method": "search",
-        "replacements": " ".join(dishes.names),
-        "acceleration": float(asked.acceleration),
-        **({} if asked.kv_share is None else {"kv share": float(asked.kv_share)}),
-        "phase": str(dense.phase),
-        "context": dense.context,
-        "batch": dense.batch,
-        "predicted acceleration": times.speedup(plan),
-        "predicted kv share": share,
-    }
-
-
-def with_measured(model: PreTrainedModel, plan: SkipPlan, *, progress: bool = False) -> SkipPlan:
-    """A plan that also tells what it reaches now, beside what was predicted.
-
-    Args:
-        model: outside of `skipping(...)`.
-        plan: made for a phase, a context length and a batch, which its `about` has.
-        progress: whether to show a progress bar.
-    """
-    about: Mapping[str, Any] = plan.about
-    found = measured_acceleration(
-        model,
-        plan,
-        about["phase"],
-        int(about["context"]),
-        batch=int(about["batch"]),
-        progress=progress,
-    )
-    measured = {
-        "measured acceleration": found.median,
-        "measured from": found.low,
-        "measured to": found.high,
-    }
-    return SkipPlan(plan, fingerprint=plan.fingerprint, about={**about, **measured})
-
-
-def _identity(model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, Any]:
-    """What a search depends on besides its arguments."""
-    return {
-        "model": fingerprint_name(model_fingerprint(model)),
-        "dtype": str(model.dtype),
-        "device": model.device.type,
-        "calibration": digest_of(rows),
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from tqdm import tqdm
 
@@ -53,15 +53,37 @@ class Trials:
         """
         options = list(options)
         step = " ".join([*map(str, options), *([f"without {dropped}"] if dropped else [])])
-        step = f"{step or 'plan'}{' few' if few else ''}"
+        return self.look(
+            step or "plan",
+            lambda: {option.sublayer: self.learn(option) for option in options},
+            dropped=dropped,
+            few=few,
+        )
+
+    def look(
+        self,
+        step: str,
+        change: Callable[[], Mapping[Sublayer, Replacement]],
+        *,
+        dropped: Sublayer | None = None,
+        few: bool = False,
+    ) -> float:
+        """The loss of the plan with a change, which is made unless the record has it.
+
+        Args:
+            step: what the record calls the change.
+            change: makes what is replaced in addition, or otherwise.
+            dropped: a sublayer of the plan that runs again.
+            few: whether to look at every fourth row only.
+        """
+        step = f"{step}{' few' if few else ''}"
         known = self._journal.loss(step)
         if known is not None:
             loss, forwards = known
             self.saved_forwards += forwards
         else:
             before = self.losses.forwards
-            changed = {option.sublayer: self.learn(option) for option in options}
-            loss = self.losses.loss(changed, dropped=dropped, few=few)
+            loss = self.losses.loss(change(), dropped=dropped, few=few)
             self._journal.add(step, loss=loss, forwards=self.losses.forwards - before)
         self._show()
         return loss

@@ -1,0 +1,172 @@
+"""Makes the plan of any method at the same predicted time, so that methods can be compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from adaskip.budget import check_acceleration
+from adaskip.errors import AdaskipError, unknown_name
+from adaskip.fingerprint import model_fingerprint
+from adaskip.importance import Importance
+from adaskip.learning import learn_importance
+from adaskip.methods.method import METHODS, Growth, Method
+from adaskip.plan import Phase, SkipPlan, Step, Sublayer
+from adaskip.policies import POLICIES
+from adaskip.policies.factory import LEARNED, build_policy, takes
+from adaskip.profiling.plan_times import linear_like, measured_plan_times
+from adaskip.replacements import Replacement
+from adaskip.search import search_plan
+from adaskip.search.describing import described, identity, with_measured
+from adaskip.search.journal import Journal
+from adaskip.search.losses import Losses, Row
+from adaskip.search.searching import NAME as SEARCH
+from adaskip.search.trials import Trials
+from adaskip.streams import Sublayers, measuring
+from adaskip.sublayer_times import PlanTimes
+
+
+def method_names() -> tuple[str, ...]:
+    """What `make_plan` can make: the search, the field's methods, policies of one plan."""
+    fixed = [name for name in POLICIES if takes(name, "n_skip") and not takes(name, "horizon")]
+    return (SEARCH, *METHODS, *fixed)
+
+
+def make_plan(
+    model: PreTrainedModel,
+    calibration: Iterable[Row],
+    method: str,
+    *,
+    acceleration: float = 1.2,
+    phase: Phase | str = Phase.PREFILL,
+    context: int | None = None,
+    batch: int = 1,
+    times: PlanTimes | None = None,
+    importance: Importance | None = None,
+    exact: bool = False,
+    record: str | os.PathLike[str] | None = None,
+    measure: bool = False,
+    source: str = "",
+    progress: bool = False,
+) -> SkipPlan:
+    """The least that a method replaces to reach an acceleration by predicted time.
+
+    Args:
+        model: a causal language model of a supported family, outside of `skipping()`.
+        calibration: `(prompt ids, answer ids)` each; apart from what the plan is tested on.
+        method: one of `method_names()`.
+        acceleration: ratio of dense to predicted time to reach, 1 or more.
+        phase: "prefill" or "decode", in which it is reached.
+        context: prompt tokens at which times count; by default the longest calibration prompt.
+        batch: sequences at which times count.
+        times: of sublayers and of the method's replacements, in place of measured ones.
+        importance: what a policy has learned; by default from the calibration's prompts.
+        exact: whether a lazy method (`METHODS[name].lazy`) looks at all that is left in every
+            round, as its paper has it, at five to ten times the cost.
+        record: a file that keeps what was computed; the method goes on from there, also towards
+            another acceleration (the search only to the same).
+        measure: whether to measure at the end what the plan reaches.
+        source: what the rows are, kept in the plan.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The plan with the model's fingerprint; `about` has the method, the budget, what is predicted
+        and perhaps measured, its loss (KL to the dense model), and what it took, in forwards of a
+        row.
+
+    Raises:
+        AdaskipError: an argument is wrong, or the method does not reach the acceleration.
+        RunError: the record is of something else, or damaged.
+    """
+    if method not in method_names():
+        raise unknown_name("method", method, method_names())
+    check_acceleration(acceleration)
+    if exact and not (method in METHODS and METHODS[method].lazy):
+        lazy = ", ".join(name for name in METHODS if METHODS[name].lazy)
+        raise AdaskipError(f"exact=True is for {lazy}; {method} is always exact: leave it out.")
+    rows = list(calibration)
+    if method == SEARCH:
+        return search_plan(
+            model,
+            rows,
+            acceleration=acceleration,
+            phase=phase,
+            context=context,
+            batch=batch,
+            times=times,
+            record=record,
+            measure=measure,
+            source=source,
+            progress=progress,
+        )
+    chosen = METHODS.get(method) or _of_policy(method, model, rows, importance)
+    with measuring(model):
+        losses = Losses(Sublayers(model), rows, chosen.measure)
+        journal = Journal(record, {"method": method, "exact": exact, **identity(model, rows)})
+        if times is None:
+            sorts = [linear_like(model, None)] if chosen.linear else []
+            place = context or losses.longest_prompt
+            times = measured_plan_times(model, phase, place, sorts, batch=batch)
+        trials = Trials(losses, None, journal, progress=progress)
+        grow = partial(chosen.grow, exact=True) if exact else chosen.grow
+        with closing(trials):
+            plan = _first_that_reaches(grow(trials), times, acceleration, method)
+        cost = trials.forwards
+        losses.accept(plan)
+        loss = losses.loss({}, measure="kl")
+    about: dict[str, str | float | None] = {
+        "method": method,
+        **described(plan, times, acceleration),
+        "loss": loss,
+        "forwards": round(cost, 1),
+        "calibration": source or f"{len(rows)} rows",
+    }
+    made = SkipPlan(plan, fingerprint=model_fingerprint(model), about=about)
+    return with_measured(model, made, progress=progress) if measure else made
+
+
+def _first_that_reaches(
+    growth: Growth, times: PlanTimes, acceleration: float, method: str
+) -> Mapping[Sublayer, Replacement]:
+    """The first of ever larger plans that is fast enough."""
+    best = 1.0
+    plan: Mapping[Sublayer, Replacement] = {}
+    if acceleration <= 1:
+        return plan
+    for plan in growth:
+        speedup = times.speedup(plan)
+        if speedup >= acceleration:
+            return plan
+        best = max(best, speedup)
+    raise AdaskipError(
+        f"{method} does not reach an acceleration of {acceleration} in {times.dense.phase} at "
+        f"{times.dense.context} tokens; its best is {best:.2f}. Give less."
+    )
+
+
+def _of_policy(
+    name: str, model: PreTrainedModel, rows: Sequence[Row], importance: Importance | None
+) -> Method:
+    """A policy whose plan does not follow the steps, as a method."""
+    if importance is None and takes(name, LEARNED):
+        prompts = [torch.as_tensor(prompt, dtype=torch.long).reshape(1, -1) for prompt, _ in rows]
+        importance = learn_importance(model, prompts)
+
+    def learned() -> Importance:
+        assert importance is not None  # noqa: S101 - asked for only where a policy learns
+        return importance
+
+    def grow(trials: Trials) -> Iterator[SkipPlan]:
+        n_layers = len(trials.losses.order) // 2
+        step = Step(Phase.PREFILL, request=0, index=0, tokens=1)
+        for n_skip in range(1, POLICIES[name].most(n_layers) + 1):
+            policy = build_policy(name, n_skip, {"online": False}, learned)
+            policy.bind(n_layers)
+            yield policy.plan(step)
+
+    return Method(name, grow)
