@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.models.spec import model_names
 from adaskip.plan import SCOPES, Scope
 from adaskip.runs.loaded import warmup_task
 from adaskip.runs.reference_quality import PerplexitySettings
-from adaskip.runs.rows import first_problem
 from adaskip.runs.runconfig import DENSE, RunConfig, budget_flag, check_file_name, refuse_unused
+from adaskip.runs.yamlfile import read_yaml
 from adaskip.tasks.spec import task_spec
 
 T = TypeVar("T")
@@ -121,7 +121,7 @@ def read_sweep(path: Path, folder: Path | None = None, **settings: Any) -> Sweep
     Raises:
         AdaskipError: it is missing, no YAML, or asks for something unknown.
     """
-    content = _read(path)
+    content = read_yaml(path, SweepFile)
     name = check_file_name("sweep name", content.name)
     experiments: dict[Scope, tuple[str, ...]] = {}
     for experiment, tasks in content.experiments.items():
@@ -169,27 +169,6 @@ def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     if not left:
         raise AdaskipError(f"No cell matches --only {' '.join(only)}; --dry_run lists all of them.")
     return left
-
-
-def _read(path: Path) -> SweepFile:
-    import yaml
-
-    keys = [*SweepFile.model_fields]
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise AdaskipError(f"The sweep file {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise AdaskipError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise AdaskipError(f"{path} must be a mapping with the keys {', '.join(keys)}.")
-    for key in content:
-        if key not in keys:
-            raise AdaskipError(f"{path}: {unknown_name('key', str(key), keys)}")
-    try:
-        return SweepFile.model_validate(content)
-    except ValidationError as error:
-        raise AdaskipError(f"{path}: {first_problem(error)}.") from error
 
 
 def _cells(

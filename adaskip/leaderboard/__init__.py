@@ -1,0 +1,1 @@
+"""Methods beside each other at equal measured time: plans, their losses, their times."""

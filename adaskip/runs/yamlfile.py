@@ -1,0 +1,39 @@
+"""Reads a YAML file that a user writes, checked by a pydantic model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from adaskip.errors import AdaskipError, unknown_name
+from adaskip.runs.rows import first_problem
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_yaml(path: Path, kind: type[M]) -> M:
+    """What the file says.
+
+    Raises:
+        AdaskipError: it is missing, no YAML, or says something else than it may.
+    """
+    import yaml
+
+    keys = [*kind.model_fields]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdaskipError(f"The file {path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise AdaskipError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise AdaskipError(f"{path} must be a mapping with the keys {', '.join(keys)}.")
+    for key in content:
+        if key not in keys:
+            raise AdaskipError(f"{path}: {unknown_name('key', str(key), keys)}")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise AdaskipError(f"{path}: {first_problem(error)}.") from error
