@@ -12,13 +12,13 @@ from adaskip.errors import AdaskipError
 
 
 def config_path(name: str) -> Path:
-    """The path of `configs/<name>`, in a checkout or in an installed wheel.
+    """The path of `configs/<name>`, in an installed wheel or in a checkout.
 
     Raises:
         AdaskipError: there is no such file.
     """
     package = Path(__file__).parent
-    for folder in (package.parent / "configs", package / "configs"):
+    for folder in (package / "configs", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
     raise AdaskipError(f"No configuration file {name!r} beside the adaskip package; reinstall it.")
