@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from adaskip.importance import Importance as Importance
     from adaskip.learning import learn_importance as learn_importance
     from adaskip.methods import make_plan as make_plan
-    from adaskip.models import load_model as load_model, load_tokenizer as load_tokenizer
+    from adaskip.models.loading import (
+        load_model as load_model,
+        load_tokenizer as load_tokenizer,
+    )
     from adaskip.plan import (
         Phase as Phase,
         SkipPlan as SkipPlan,
@@ -66,7 +69,7 @@ _HOMES = {
     "adaskip.learning": ("learn_importance",),
     "adaskip.profiling.memory": ("keep_freed_memory",),
     "adaskip.methods": ("make_plan",),
-    "adaskip.models": ("load_model", "load_tokenizer"),
+    "adaskip.models.loading": ("load_model", "load_tokenizer"),
     "adaskip.plan": ("Phase", "SkipPlan", "Step", "Sublayer"),
     "adaskip.policies": (
         "POLICIES",

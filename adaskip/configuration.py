@@ -17,11 +17,20 @@ def config_path(name: str) -> Path:
     Raises:
         AdaskipError: there is no such file.
     """
-    package = Path(__file__).parent
-    for folder in (package / "configs", package.parent / "configs"):
+    for folder in _config_folders():
         if (folder / name).is_file():
             return folder / name
     raise AdaskipError(f"No configuration file {name!r} beside the adaskip package; reinstall it.")
+
+
+def config_names() -> list[str]:
+    """The names of all configuration files, without `.yaml`."""
+    return sorted({path.stem for folder in _config_folders() for path in folder.glob("*.yaml")})
+
+
+def _config_folders() -> tuple[Path, Path]:
+    package = Path(__file__).parent
+    return package / "configs", package.parent / "configs"
 
 
 @cache

@@ -47,10 +47,15 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> AdaskipError:
         allowed: every name that would have been accepted.
     """
     names = sorted(allowed)
-    nearest = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(given.lower(), nearest, n=1)
-    hint = f" Did you mean {nearest[close[0]]!r}?" if close else ""
+    hint = did_you_mean(given, names)
     return AdaskipError(f"Unknown {kind} {given!r}.{hint} Choose one of: {', '.join(names)}.")
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """A sentence that names the nearest allowed name, after a space; empty if none is near."""
+    nearest = {name.lower(): name for name in allowed}
+    close = difflib.get_close_matches(given.lower(), nearest, n=1)
+    return f" Did you mean {nearest[close[0]]!r}?" if close else ""
 
 
 def refuse_below_one(options: Mapping[str, int | None]) -> None:

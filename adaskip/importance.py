@@ -20,6 +20,8 @@ Gain = Literal["norm", "token"]
 GAINS: tuple[Gain, ...] = get_args(Gain)
 
 PROFILE_VERSION = 2
+# Profiles that come with the package, by the short name of their model.
+_SHIPPED = Path(__file__).parent / "profiles"
 _COLUMNS = ("similarity", "gain_norm", "gain_token")
 
 
@@ -143,16 +145,30 @@ class Importance:
     def load(cls, path: str | os.PathLike[str]) -> Importance:
         """Reads a profile.
 
+        Args:
+            path: a file; or the name of a model whose profile is shipped, e.g. "smollm2".
+
         Raises:
             ProfileError: it is missing, damaged, or of another version.
         """
+        file = Path(path)
+        if not file.exists() and str(path) in shipped_profiles():
+            file = _SHIPPED / f"{path}.json"
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ProfileError(f"There is no importance profile at {path}.") from None
+            shipped = ", ".join(shipped_profiles())
+            raise ProfileError(
+                f"There is no importance profile at {path}; shipped are those of: {shipped}."
+            ) from None
         except (ValueError, OSError) as error:
             raise ProfileError(f"The importance profile {path} cannot be read: {error}.") from error
         return _from_content(content, path)
+
+
+def shipped_profiles() -> tuple[str, ...]:
+    """The names that `Importance.load` knows without a file."""
+    return tuple(sorted(path.stem for path in _SHIPPED.glob("*.json")))
 
 
 def _typed(value: Any, *kinds: type) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip.blocks import execution_device
 from adaskip.errors import ProfileError
@@ -17,7 +18,7 @@ from adaskip.importance import Importance
 from adaskip.plan import EMPTY_PLAN, Phase, Step, all_sublayers
 from adaskip.recorders import Span, StepStats, median
 from adaskip.session import skipping
-from adaskip.warmup import checked_prompts
+from adaskip.warmup import checked_prompts, tokenized
 
 
 class ImportanceRecorder:
@@ -142,8 +143,9 @@ def record_prompts(
 
 def learn_importance(
     model: PreTrainedModel,
-    prompts: Iterable[Tensor | Mapping[str, Tensor]],
+    prompts: Iterable[Tensor | Mapping[str, Tensor] | str],
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     source: str = "",
     progress: bool = False,
 ) -> Importance:
@@ -151,8 +153,10 @@ def learn_importance(
 
     Args:
         model: a causal language model of a supported family.
-        prompts: input ids [batch, tokens], or mappings with `input_ids` and `attention_mask`;
-            METHOD, "Policies" takes 20 of more than 4,000 words.
+        prompts: texts; or input ids [batch, tokens], or mappings with `input_ids` and
+            `attention_mask`. METHOD, "Policies" takes 20 of more than 4,000 words.
+        tokenizer: the model's own, with which texts become prompts; a text longer than the model
+            has positions is cut at its end, which is logged.
         source: what the prompts are, kept in the profile.
         progress: whether to show a progress bar.
 
@@ -166,5 +170,8 @@ def learn_importance(
 
     Source: AdaSkip (arXiv 2501.02336), offline importance learning; METHOD, "Policies".
     """
-    recorder = record_prompts(model, prompts, progress=progress)
+    given: Any = prompts
+    if tokenizer is not None:
+        given = tokenized(given, tokenizer, model.config.get_text_config(decoder=True))
+    recorder = record_prompts(model, given, progress=progress)
     return importance_from(recorder, model_fingerprint(model), source)

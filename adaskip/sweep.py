@@ -6,6 +6,7 @@ reported, the rest goes on, and the exit code is 1.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import time
@@ -14,12 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from adaskip.waiting import wait_briefly
+from adaskip.cli.starting import begin
 
 if __name__ == "__main__":
-    wait_briefly()  # before the imports below load torch
+    begin()  # before the imports below load torch
 
-from adaskip.cli.command import FAILED, Parser, guarded, say
+from adaskip.cli.command import FAILED, Command, say
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
 from adaskip.reports.sweep_report import write_report
@@ -28,7 +29,7 @@ from adaskip.runs.loaded import SAMPLE_ROWS, LoadedModel
 from adaskip.runs.reference_quality import PerplexitySettings, is_measured, measure_perplexity
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve, run
-from adaskip.runs.sweepfile import Cell, Sweep, read_sweep, select
+from adaskip.runs.sweepfile import Cell, Sweep, read_sweep, select, sweep_path
 from adaskip.tables import markdown_table
 from adaskip.tasks.spec import task_spec
 
@@ -133,36 +134,46 @@ def sweep(asked: Sweep, only: Sequence[str] = ()) -> int:
     return FAILED if failures else 0
 
 
+def _options(parser: argparse.ArgumentParser) -> None:
+    text = "the sweep's file, e.g. configs/demo.yaml, or the name of a shipped one: demo, paper"
+    parser.add_argument("file", help=text)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="run these cells only: model, experiment, policy, budget, task",
+    )
+    parser.add_argument("--results_dir", help="in place of the file's")
+    parser.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="also read weights from .bin files: pickles, of which torch reads tensors only",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="list the cells, run nothing")
+
+
+def _act(given: argparse.Namespace) -> int:
+    folder = Path(given.results_dir) if given.results_dir else None
+    settings = {"allow_pickle": True} if given.allow_pickle else {}
+    asked = read_sweep(sweep_path(given.file), folder, **settings)
+    if given.dry_run:
+        say(listed(select(asked.cells, given.only)))
+        return 0
+    return sweep(asked, given.only)
+
+
+SWEEP = Command(
+    "Runs every cell of a sweep that is not finished, then writes its tables and figures.",
+    _options,
+    _act,
+    "demo --dry_run",
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of `python -m adaskip.sweep`."""
-
-    def action() -> int:
-        parser = Parser(prog="python -m adaskip.sweep", description=__doc__, allow_abbrev=False)
-        parser.add_argument("file", help="the sweep, e.g. configs/demo.yaml")
-        parser.add_argument(
-            "--only",
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="run these cells only: model, experiment, policy, budget, task",
-        )
-        parser.add_argument("--results_dir", help="in place of the file's")
-        parser.add_argument(
-            "--allow_pickle",
-            action="store_true",
-            help="also read weights from .bin files: pickles, of which torch reads tensors only",
-        )
-        parser.add_argument("--dry_run", action="store_true", help="list the cells, run nothing")
-        given = parser.parse_args(argv)
-        folder = Path(given.results_dir) if given.results_dir else None
-        settings = {"allow_pickle": True} if given.allow_pickle else {}
-        asked = read_sweep(Path(given.file), folder, **settings)
-        if given.dry_run:
-            say(listed(select(asked.cells, given.only)))
-            return 0
-        return sweep(asked, given.only)
-
-    return guarded(action)
+    return SWEEP.main(argv, prog="python -m adaskip.sweep")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from adaskip.errors import ProfileError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
 _WANTED = (
     "give a list of input ids [batch, tokens], e.g. [tokenizer(text, return_tensors='pt')"
-    ".input_ids], or of mappings with input_ids and attention_mask"
+    ".input_ids], of mappings with input_ids and attention_mask, or of texts with tokenizer="
 )
+
+
+def tokenized(
+    prompts: object, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> list[object]:
+    """The prompts with the ids of each text in its place; others stay as they are.
+
+    Args:
+        prompts: an iterable of texts, and of what `checked_prompts` takes.
+        tokenizer: the model's own.
+        config: the model's; a text beyond its `max_position_embeddings` is cut there.
+
+    Raises:
+        ProfileError: a text has no token, or the prompts are one text.
+    """
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise ProfileError(f"The prompts are one {type(prompts).__name__}; {_WANTED}.")
+    limit = getattr(config, "max_position_embeddings", None)
+    found: list[object] = []
+    for number, prompt in enumerate(prompts, start=1):
+        if isinstance(prompt, str):
+            ids: Any = tokenizer(prompt, return_tensors="pt").input_ids
+            if not ids.numel():
+                raise ProfileError(f"Text {number} has no token; leave it out.")
+            if limit is not None and ids.shape[1] > limit:
+                logger.warning(
+                    "Text %d has %d tokens; the first %d, which the model has positions for, are "
+                    "used.",
+                    *(number, ids.shape[1], limit),
+                )
+            found.append(ids[:, :limit])
+        else:
+            found.append(prompt)
+    return found
 
 
 def checked_prompts(prompts: object, vocab_size: int) -> list[dict[str, Tensor]]:

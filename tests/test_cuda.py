@@ -26,7 +26,7 @@ from adaskip import (
     skipping,
 )
 from adaskip.growing_cache import kv_tensors
-from adaskip.models import random_model
+from adaskip.models.loading import random_model
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.timing import growing_cache, time_request
 from adaskip.speedtest.cases import compiled_call

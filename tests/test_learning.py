@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import VOCAB, prompt, tiny_model
+from run_fixtures import save_checkpoint
 from transformers import PreTrainedModel
 
-from adaskip import ProfileError, UnsupportedModelError, learn_importance
+from adaskip import (
+    ProfileError,
+    UnsupportedModelError,
+    learn_importance,
+    load_model,
+    load_tokenizer,
+)
 
 
 @pytest.fixture
@@ -30,7 +38,7 @@ def masked(mask: Any, ids: torch.Tensor | None = None) -> list[dict[str, Any]]:
     ("prompts", "message"),
     [
         ("some text", "are one str; give a list of input ids"),
-        (["some text"], "input_ids of prompt 1 is a str"),
+        (["some text"], "input_ids of prompt 1 is a str; .* or of texts with tokenizer="),
         (prompt(5), "are one Tensor; give a list"),
         (None, "are one NoneType"),
         ({"input_ids": prompt(5)}, "are one dict"),
@@ -62,6 +70,35 @@ def test_prompts_that_cannot_be_right(unused: PreTrainedModel, prompts: Any, mes
 def test_prompts_that_are_right(kind: Callable[[list[torch.Tensor]], Iterator[Any]]) -> None:
     importance = learn_importance(tiny_model("llama"), kind([prompt(5), prompt(5).int()]))
     assert importance.n_requests == 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 1,024 positions whose tokens are bytes."""
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_texts_are_prompts_with_a_tokenizer(checkpoint: Path) -> None:
+    model, tokenizer = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)
+    texts = ["a text of some length", "another one"]
+    ids = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    expected = learn_importance(model, ids)
+    assert learn_importance(model, texts, tokenizer=tokenizer) == expected
+    assert learn_importance(model, [texts[0], ids[1]], tokenizer=tokenizer) == expected
+    with pytest.raises(ProfileError, match="are one str"):
+        learn_importance(model, texts[0], tokenizer=tokenizer)
+    with pytest.raises(ProfileError, match="Text 2 has no token"):
+        learn_importance(model, ["a", ""], tokenizer=tokenizer)
+
+
+def test_a_text_beyond_the_model_is_cut_and_that_is_said(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)
+    found = learn_importance(model, ["long " * 300], tokenizer=tokenizer)
+    assert found == learn_importance(model, ["long " * 204 + "long"], tokenizer=tokenizer)
+    assert found.n_tokens == 1024
+    assert "Text 1 has 1500 tokens; the first 1024" in caplog.text
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, lambda model: None])

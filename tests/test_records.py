@@ -12,16 +12,9 @@ from pathlib import Path
 import pytest
 
 from adaskip.errors import AdaskipError, RunError
-from adaskip.runs import files
-from adaskip.runs.files import (
-    SCHEMA,
-    environment,
-    git_commit,
-    lock,
-    read_json,
-    write_json,
-    write_text,
-)
+from adaskip.runs import environment as where
+from adaskip.runs.environment import environment, git_commit
+from adaskip.runs.files import SCHEMA, lock, read_json, write_json, write_text
 from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import RunConfig, check_file_name
 from adaskip.runs.store import Share, Store
@@ -276,12 +269,17 @@ def test_a_record_reads_back_as_its_configuration() -> None:
 def test_the_environment_names_what_a_result_depends_on() -> None:
     known = environment("cpu")
     assert {"adaskip", "torch", "transformers", "python", "device", "commit"} <= set(known)
+    assert {"cuda", "attention", "metrics"} <= set(known)
+    assert known["attention"][:2] == ["sdpa", "eager"]
+    assert known["metrics"]["rouge-score"]
+    assert environment("cpu", "eager")["attention"] == "eager"
+    assert json.loads(json.dumps(known)) == known
 
 
 def test_results_do_not_make_a_checkout_dirty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(where, "CHECKOUT", tmp_path)
     assert git_commit() is None
     code, result = tmp_path / "code.py", tmp_path / "results" / "table.md"
     result.parent.mkdir()

@@ -177,6 +177,23 @@ def test_a_run_is_found_by_its_name_and_by_its_folders(tmp_path: Path) -> None:
     assert runs_of(tmp_path, name) == [two, ten]
 
 
+def test_the_runs_of_a_sweep_are_found_one_folder_deeper(tmp_path: Path) -> None:
+    rows = [made_row(0, "dog"), made_row(1, "red")]
+    save_run(tmp_path / "runs", [made_row(0, "dog"), made_row(1, "dog")], policy="dense")
+    deep = save_run(tmp_path / "runs", rows, policy="EE", skip_full_layer_num=2)
+    name = "llama-EE-PREFILL"
+    assert runs_of(tmp_path, name) == [deep]
+    assert "-16.67" in evaluate(tmp_path, name)  # beside the dense run of the same folder
+    with pytest.raises(RunError, match=f"its runs are: .*{deep.name}"):
+        runs_of(tmp_path, "llama")
+    # Two sweeps may have a run of this name each; which one is meant cannot be known.
+    save_run(tmp_path / "others", rows, policy="EE", skip_full_layer_num=2)
+    with pytest.raises(RunError, match=r"in others and runs of .*; say which"):
+        runs_of(tmp_path, name)
+    own = save_run(tmp_path, rows, policy="EE", skip_full_layer_num=4)
+    assert runs_of(tmp_path, name) == [own]
+
+
 PACKAGES = [
     ("gov_report", "rouge", "rouge"),
     ("gov_report", "rouge_score", "rouge-score"),

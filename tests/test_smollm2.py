@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaskip import Importance, learn_importance
 from adaskip.configuration import cache_root
-from adaskip.errors import AdaskipError
+from adaskip.errors import AdaskipError, ProfileError
 from adaskip.models import smollm2
 from adaskip.models.loading import load_model, load_tokenizer, model_spec
 from adaskip.models.smollm2 import smollm2_folder
@@ -209,6 +210,30 @@ def test_it_can_be_saved_and_carries_no_quantization_record(model: PreTrainedMod
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "model.safetensors").unlink()
+
+
+@needs_package
+def test_the_shipped_profile_is_this_models(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+):
+    shipped = Importance.load("smollm2")
+    shipped.check_model(model)
+    assert shipped.n_requests == 20
+    # A text of another kind tells something near to it.
+    text = "Importance of a sublayer is how much it changes what passes through it. " * 20
+    other = learn_importance(model, [text], tokenizer=tokenizer)
+    common = set(shipped.ranking()[:16]) & set(other.ranking()[:16])
+    assert len(common) >= 10
+
+
+def test_a_profile_that_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ProfileError, match=r"profile at smolm2; shipped are .*: smollm2"):
+        Importance.load("smolm2")
+    # A file of the name comes first.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").write_text("{")
+    with pytest.raises(ProfileError, match="smollm2 cannot be read"):
+        Importance.load("smollm2")
 
 
 @needs_package

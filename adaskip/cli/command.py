@@ -6,27 +6,76 @@ import argparse
 import io
 import logging
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
-from adaskip.errors import AdaskipError
+from typing_extensions import override
+
+from adaskip.errors import AdaskipError, did_you_mean
 from adaskip.models.processes import launched_as_main
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+_EXAMPLE = "example: "
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Leaves an example on its line, so that it can be copied."""
+
+    @override
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(_EXAMPLE) else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that reports a bad option as every other bad input: in one sentence."""
 
+    def __init__(self, prog: str | None = None, **settings: Any) -> None:
+        script = sys.argv[0]
+        own = f"python {script}" if script.endswith(".py") else None
+        ours: dict[str, Any] = {"formatter_class": _Formatter, "allow_abbrev": False}
+        super().__init__(prog or own, **(ours | settings))
+
+    @override
     def error(self, message: str) -> NoReturn:
         """Raises an `AdaskipError` in place of printing the usage."""
-        raise AdaskipError(f"{message} (see {self.prog} --help)")
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        hint = did_you_mean(unknown[0], self._option_string_actions) if unknown else ""
+        raise AdaskipError(f"{message}{hint and '.'}{hint} (see {self.prog} --help)")
 
 
-def say(text: str) -> None:
-    """Prints a result: the command lines' one outlet."""
+@dataclass(frozen=True)
+class Command:
+    """One command line: its options, and what it does with them.
+
+    Attributes:
+        summary: what it does, in a sentence.
+        options: adds its options to a parser.
+        action: does it with the options that were given, and returns the exit code.
+        example: options with which it works.
+    """
+
+    summary: str
+    options: Callable[[argparse.ArgumentParser], None]
+    action: Callable[[argparse.Namespace], int]
+    example: str
+
+    def parser(self, prog: str | None = None) -> Parser:
+        """What parses it, called `prog`; by default as the script that was called."""
+        example = f"{_EXAMPLE}%(prog)s {self.example}".rstrip()
+        parser = Parser(prog=prog, description=self.summary, epilog=example)
+        self.options(parser)
+        return parser
+
+    def main(self, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+        """Runs it on options, by default those of the command line; returns the exit code."""
+        return guarded(lambda: self.action(self.parser(prog).parse_args(argv)))
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Prints a result, or a part of one: the command lines' one outlet."""
     if launched_as_main():
-        print(text, flush=True)  # noqa: T201 - what the user asked for goes to stdout
+        print(text, end=end, flush=True)  # noqa: T201 - what the user asked for goes to stdout
 
 
 def guarded(action: Callable[[], int]) -> int:

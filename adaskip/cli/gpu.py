@@ -6,6 +6,7 @@ again; so a machine that is lent for minutes is enough.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.command import FAILED, Parser, guarded, say
+from adaskip.cli.command import FAILED, Command, say
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.plan import Phase
 from adaskip.tables import markdown_table, number
@@ -41,34 +42,29 @@ def gpu_main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 if a part failed or ran out of time, 2 for bad input.
     """
-
-    def action() -> int:
-        given = _parser().parse_args(argv)
-        for part in given.parts:
-            if part not in PARTS:
-                raise unknown_name("part", part, PARTS)
-        if not given.try_on_cpu:
-            _refuse_without_gpu()
-        folder = Path(given.results_dir)
-        failed = {}
-        for part in given.parts:
-            say(f"== {part}")
-            reason = _run(_command(part, folder, tried=given.try_on_cpu), 60 * given.minutes)
-            if reason is not None:
-                failed[part] = reason
-        say(_table(folder, "try" if given.try_on_cpu else "cuda"))
-        for part, reason in failed.items():
-            say(f"{part}: {reason}. The same command goes on from there.")
-        return FAILED if failed else 0
-
-    return guarded(action)
+    return GPU.main(argv)
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        description="The checks and timings that need a GPU, e.g.: speed/on_gpu.py --parts checks.",
-        allow_abbrev=False,
-    )
+def _act(given: argparse.Namespace) -> int:
+    for part in given.parts:
+        if part not in PARTS:
+            raise unknown_name("part", part, PARTS)
+    if not given.try_on_cpu:
+        _refuse_without_gpu()
+    folder = Path(given.results_dir)
+    failed = {}
+    for part in given.parts:
+        say(f"== {part}")
+        reason = _run(_command(part, folder, tried=given.try_on_cpu), 60 * given.minutes)
+        if reason is not None:
+            failed[part] = reason
+    say(_table(folder, "try" if given.try_on_cpu else "cuda"))
+    for part, reason in failed.items():
+        say(f"{part}: {reason}. The same command goes on from there.")
+    return FAILED if failed else 0
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
     names = f"which parts, in this order: {', '.join(PARTS)} (default: all)"
     parser.add_argument("--parts", nargs="+", default=[*PARTS], metavar="PART", help=names)
     parser.add_argument("--minutes", type=float, default=10.0, help="limit of a part (default: 10)")
@@ -76,7 +72,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--try_on_cpu", action="store_true", help="run all parts in small, to see that they run"
     )
-    return parser
+
+
+GPU = Command(
+    "The checks and timings that need a GPU, part by part.", _options, _act, "--parts checks"
+)
 
 
 def _refuse_without_gpu() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from adaskip.cli.command import Parser, guarded, say
+from adaskip.cli.command import Command, say
 from adaskip.cli.run import add_run_options
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
@@ -75,21 +75,32 @@ def observation_main(observation: str, argv: Sequence[str] | None = None) -> int
         The exit code.
     """
 
-    def action() -> int:
-        parser = _parser(observation)
-        given = vars(parser.parse_args(argv))
-        models: list[str] = list(dict.fromkeys(given.pop("model")))
-        if given["model_path"] and len(models) > 1:
-            raise AdaskipError("--model_path replaces the weights of one model; give one --model.")
-        scores = given.pop("scores", False)
-        configs = [configured(observation, model, given) for model in models]
-        open_model = ModelSlot().get
-        found = {c.run_name: _measured(observation, c, open_model, scores) for c in configs}
-        command = f"python observations/{observation}.py --model {' '.join(models)}"
-        say(team().on_main(lambda: write_observation(observation, command, configs, found)))
-        return 0
+    def options(parser: argparse.ArgumentParser) -> None:
+        _options(parser)
+        if observation == "ob0":
+            _add_scores(parser)
 
-    return guarded(action)
+    def action(given: argparse.Namespace) -> int:
+        return _observe(observation, vars(given), f"python observations/{observation}.py")
+
+    summary = f"{TITLES[observation]}."
+    return Command(summary, options, action, "--model smollm2").main(argv)
+
+
+def _observe(observation: str, given: dict[str, Any], command: str) -> int:
+    """Measures the models that are asked for, and writes what was found."""
+    models: list[str] = list(dict.fromkeys(given.pop("model")))
+    if given["model_path"] and len(models) > 1:
+        raise AdaskipError("--model_path replaces the weights of one model; give one --model.")
+    scores = given.pop("scores", False)
+    if scores and observation != "ob0":
+        raise AdaskipError(f"--scores belongs to ob0, not to {observation}: leave it out.")
+    configs = [configured(observation, model, given) for model in models]
+    open_model = ModelSlot().get
+    found = {c.run_name: _measured(observation, c, open_model, scores) for c in configs}
+    command = f"{command} --model {' '.join(models)}"
+    say(team().on_main(lambda: write_observation(observation, command, configs, found)))
+    return 0
 
 
 def _measured(observation: str, config: RunConfig, open_model: OpenModel, scores: bool) -> Numbers:
@@ -101,8 +112,7 @@ def _measured(observation: str, config: RunConfig, open_model: OpenModel, scores
     return observed(observation, config, open_model)
 
 
-def _parser(observation: str) -> Parser:
-    parser = Parser(description=f"{TITLES[observation]}.", allow_abbrev=False)
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         nargs="+",
@@ -112,8 +122,30 @@ def _parser(observation: str) -> Parser:
     )
     add_options(parser, DATA_OPTIONS)
     parser.set_defaults(results_dir="results/observations")
-    if observation == "ob0":
-        parser.add_argument(
-            "--scores", action="store_true", help="also generate answers and score them"
-        )
-    return parser
+
+
+def _add_scores(parser: argparse.ArgumentParser) -> None:
+    text = "also generate answers and score them (ob0)"
+    parser.add_argument("--scores", action="store_true", help=text)
+
+
+def _any_options(parser: argparse.ArgumentParser) -> None:
+    """Those of `adaskip observe`, which also takes what a script has in its name."""
+    listed = "; ".join(f"{name}: {title[0].lower()}{title[1:]}" for name, title in TITLES.items())
+    parser.add_argument("observation", metavar="OBSERVATION", choices=[*TITLES], help=listed)
+    _options(parser)
+    _add_scores(parser)
+
+
+def _any(given: argparse.Namespace) -> int:
+    options = vars(given)
+    observation = options.pop("observation")
+    return _observe(observation, options, f"adaskip observe {observation}")
+
+
+OBSERVE = Command(
+    "The paper's observations on a model, and how stable the chosen sublayers are.",
+    _any_options,
+    _any,
+    "ob2 --model smollm2 --limit 2",
+)

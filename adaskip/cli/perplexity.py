@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.command import Parser, guarded, say
+from adaskip.cli.command import Command, say
 from adaskip.cli.observe import DATA_OPTIONS, FACTS, configured
 from adaskip.cli.run import add_run_options
 from adaskip.configuration import read_config
@@ -17,7 +18,7 @@ from adaskip.models.processes import team
 from adaskip.plan import SCOPES
 from adaskip.policies import POLICIES
 from adaskip.policies.factory import LEARNED, takes
-from adaskip.runs.files import environment
+from adaskip.runs.environment import environment
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import Loss, Perplexity
 from adaskip.runs.reference_quality import losses
@@ -39,37 +40,26 @@ ROWS = 10
 
 
 def perplexity_main(argv: Sequence[str] | None = None) -> int:
-    """What `eval/perplexity.py` calls.
-
-    Args:
-        argv: the options, by default those of the command line.
-
-    Returns:
-        The exit code.
-    """
-
-    def action() -> int:
-        given = vars(_parser().parse_args(argv))
-        model, scope = given.pop("model"), given.pop("scope")
-        max_tokens = given.pop("reference_tokens")
-        policies = given.pop("policy")
-        refuse_unused(given, policies or [DENSE])
-        budgets = {flag: given.pop(flag) or [] for flag in BUDGETS.values()}
-        given["limit"] = given["limit"] or ROWS
-        base = dataclasses.replace(configured("perplexity", model, given), experiment=scope)
-        cells = cells_of(base, policies, budgets)
-        path, found = measure(cells, max_tokens)
-        say(f"{table(found, cells)}\n\nWritten: {path}.")
-        return 0
-
-    return guarded(action)
+    """What `eval/perplexity.py` calls: the exit code of its options."""
+    return PERPLEXITY.main(argv)
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        description="Perplexity of reference answers under policies and budgets, beside dense.",
-        allow_abbrev=False,
-    )
+def _act(options: argparse.Namespace) -> int:
+    given = vars(options)
+    model, scope = given.pop("model"), given.pop("scope")
+    max_tokens = given.pop("reference_tokens")
+    policies = given.pop("policy")
+    refuse_unused(given, policies or [DENSE])
+    budgets = {flag: given.pop(flag) or [] for flag in BUDGETS.values()}
+    given["limit"] = given["limit"] or ROWS
+    base = dataclasses.replace(configured("perplexity", model, given), experiment=scope)
+    cells = cells_of(base, policies, budgets)
+    path, found = measure(cells, max_tokens)
+    say(f"{table(found, cells)}\n\nWritten: {path}.")
+    return 0
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="NAME", help="as in configs/models.yaml")
     parser.add_argument(
         "--policy",
@@ -94,7 +84,14 @@ def _parser() -> Parser:
         help=f"tokens of each reference that count (default: {tokens})",
     )
     add_run_options(parser, (*DATA_OPTIONS, *POLICY_OPTIONS, *WARMING_UP))
-    return parser
+
+
+PERPLEXITY = Command(
+    "Perplexity of reference answers under policies and budgets, beside dense.",
+    _options,
+    _act,
+    "--model smollm2 --policy ADA --skip_sub_layer_num 8 --limit 2",
+)
 
 
 def cells_of(

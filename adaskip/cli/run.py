@@ -11,12 +11,24 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.command import Parser, guarded, say
-from adaskip.plan import Scope
+from adaskip.cli.command import Command, say
+from adaskip.models.spec import model_names
+from adaskip.plan import SCOPES, Scope
 from adaskip.policies import POLICIES
 from adaskip.policies.factory import takers
 from adaskip.runs.runconfig import DENSE, POLICY_OPTIONS, RunConfig, refuse_unused
 from adaskip.tasks.spec import task_names
+
+# Options that say how a model is loaded.
+LOADING = ("model_path", "dtype", "device", "device_map", "allow_pickle")
+# Whose warm-up documents teach importance where no experiment says it: they need no download.
+WARM_UP = "sample_qa"
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that says which model."""
+    text = f"{', '.join(model_names())}, a folder or a hub id"
+    parser.add_argument("--model", dest="model_name", required=True, metavar="NAME", help=text)
 
 
 def add_run_options(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
@@ -56,6 +68,16 @@ def _names() -> dict[str, str]:
     return {key: ", ".join(names) for key, names in listed.items()}
 
 
+def run_command(experiment: Scope, model_name: str) -> Command:
+    """What a script does: one experiment on one model."""
+    return Command(
+        f"The {experiment} experiment on {model_name}: generates answers with sublayers skipped.",
+        _options,
+        lambda given: _run(vars(given) | {"experiment": experiment, "model_name": model_name}),
+        "--policy EE --skip_full_layer_num 4",
+    )
+
+
 def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = None) -> int:
     """What `prefill/run_llama.py` and its like call.
 
@@ -67,72 +89,93 @@ def run_main(experiment: Scope, model_name: str, argv: Sequence[str] | None = No
     Returns:
         The exit code.
     """
-
-    def action() -> int:
-        parser = Parser(
-            description=f"The {experiment} experiment on {model_name}: generates answers with "
-            "sublayers skipped; eval/eval.py scores them.",
-            allow_abbrev=False,
-        )
-        add_run_options(parser)
-        users = takers("acceleration")
-        parser.add_argument(
-            "--acceleration",
-            type=float,
-            metavar="RATIO",
-            help=f"budget as the ratio of dense to skipped time, of {', '.join(users)}",
-        )
-        given = vars(parser.parse_args(argv))
-        refuse_unused(given, [given["policy"]])
-        acceleration, loaded = given.pop("acceleration"), None
-        named = {"experiment": experiment, "model_name": model_name}
-        config = RunConfig.from_dict(named | given)
-        from adaskip.runs.runner import accelerated, run
-
-        if acceleration is not None:
-            config, loaded = accelerated(config, acceleration)
-        config.check()
-        folder = run(config, loaded)
-        say(f"{folder} is complete; score it: {scoring_command(config)}")
-        return 0
-
-    return guarded(action)
+    return run_command(experiment, model_name).main(argv)
 
 
-def scoring_command(config: RunConfig) -> str:
+def _options(parser: argparse.ArgumentParser) -> None:
+    add_run_options(parser)
+    users = ", ".join(takers("acceleration"))
+    text = f"budget as the ratio of dense to skipped time, of {users}"
+    parser.add_argument("--acceleration", type=float, metavar="RATIO", help=text)
+
+
+def _any_options(parser: argparse.ArgumentParser) -> None:
+    """Those of `adaskip run`, which also takes what a script has in its name."""
+    parser.add_argument(
+        "--experiment", choices=SCOPES, default="e2e", help="where plans apply (default: e2e)"
+    )
+    add_model(parser)
+    _options(parser)
+
+
+def _run(given: dict[str, Any], scorer: str = "python eval/eval.py") -> int:
+    """Makes a run and says what scores it."""
+    refuse_unused(given, [given["policy"]])
+    acceleration, loaded = given.pop("acceleration"), None
+    config = RunConfig.from_dict(given)
+    from adaskip.runs.runner import accelerated, run
+
+    if acceleration is not None:
+        config, loaded = accelerated(config, acceleration)
+    config.check()
+    folder = run(config, loaded)
+    say(f"{folder} is complete; score it: {scoring_command(config, scorer)}")
+    return 0
+
+
+def scoring_command(config: RunConfig, scorer: str = "python eval/eval.py") -> str:
     """What scores a run, to be pasted into a shell."""
-    words = ["python", "eval/eval.py", "--name", config.run_name]
+    words = [*scorer.split(), "--name", config.run_name]
     if config.results_dir != RunConfig.results_dir:
         words += ["--results_dir", config.results_dir]
     return shlex.join(words)
 
 
+RUN = Command(
+    "Runs one experiment on a model: generates answers with sublayers skipped.",
+    _any_options,
+    lambda given: _run(vars(given), scorer="adaskip score"),
+    "--model smollm2 --policy ADA --skip_sub_layer_num 8 --limit 2",
+)
+
+
+def _score_options(parser: argparse.ArgumentParser) -> None:
+    from adaskip.runs.scoring import MIN_LENGTH
+
+    # The paper's README calls it --model.
+    parser.add_argument(
+        "--name", "--model", required=True, help="the run's name, e.g. llama-EE-PREFILL"
+    )
+    parser.add_argument(
+        "--results_dir", default="results", help="folder that holds the runs, or a sweep's"
+    )
+    parser.add_argument(
+        "--min_length",
+        type=int,
+        default=MIN_LENGTH,
+        metavar="N",
+        help=f"LongBench rows must be longer to count (default: {MIN_LENGTH})",
+    )
+
+
+def _score(given: argparse.Namespace) -> int:
+    from adaskip.runs.evaluation import evaluate
+
+    say(evaluate(Path(given.results_dir), given.name, min_length=given.min_length))
+    return 0
+
+
+SCORE = Command(
+    "Scores every budget of a run and shows the dense run beside it.",
+    _score_options,
+    _score,
+    "--name smollm2-ADA-E2E",
+)
+
+
 def eval_main(argv: Sequence[str] | None = None) -> int:
-    """What `eval/eval.py` calls: scores every budget of a run and prints the table."""
-
-    def action() -> int:
-        from adaskip.runs.scoring import MIN_LENGTH
-
-        parser = Parser(description="Scores every budget of a run.", allow_abbrev=False)
-        # The paper's README calls it --model.
-        parser.add_argument(
-            "--name", "--model", required=True, help="the run's name, e.g. llama-EE-PREFILL"
-        )
-        parser.add_argument("--results_dir", default="results", help="folder that holds the runs")
-        parser.add_argument(
-            "--min_length",
-            type=int,
-            default=MIN_LENGTH,
-            metavar="N",
-            help=f"LongBench rows must be longer to count (default: {MIN_LENGTH})",
-        )
-        given = parser.parse_args(argv)
-        from adaskip.runs.evaluation import evaluate
-
-        say(evaluate(Path(given.results_dir), given.name, min_length=given.min_length))
-        return 0
-
-    return guarded(action)
+    """What `eval/eval.py` calls."""
+    return SCORE.main(argv)
 
 
 def _plain_type(hint: Any) -> type:

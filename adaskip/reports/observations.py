@@ -11,7 +11,8 @@ from adaskip.observing.layer_skipping import DENSE, HIGHEST, LOWEST
 from adaskip.plan import KINDS, Phase
 from adaskip.recorders import Span
 from adaskip.reports.observation_figures import Curve, Panel, draw
-from adaskip.runs.files import SCHEMA, environment, write_json, write_text
+from adaskip.runs.environment import environment
+from adaskip.runs.files import SCHEMA, write_json, write_text
 from adaskip.runs.runconfig import RunConfig
 from adaskip.tables import MISSING, markdown_table, number
 

@@ -21,7 +21,7 @@ def evaluate(results_dir: Path, name: str, *, min_length: int = MIN_LENGTH) -> s
         RunError: there is no such run, or its files are damaged.
     """
     runs = [score_run(path, min_length=min_length) for path in runs_of(results_dir, name)]
-    bases = [dense_scores(results_dir, run, min_length=min_length) for run in runs]
+    bases = [dense_scores(run.folder.parent, run, min_length=min_length) for run in runs]
     rows: list[tuple[str, ...]] = []
     notes: list[str] = []
     for task in dict.fromkeys(task for run in runs for task in run.tasks):
@@ -34,7 +34,8 @@ def evaluate(results_dir: Path, name: str, *, min_length: int = MIN_LENGTH) -> s
         if base is not None and all(run.config.policy != DENSE for run in runs):
             shown.insert(0, (DENSE, base, None))
         if base is None:
-            notes.append(f"{task}: no dense run with the same settings in {results_dir}, no delta.")
+            place = runs[0].folder.parent
+            notes.append(f"{task}: no dense run with the same settings in {place}, no delta.")
         for label, score, own in shown:
             rows.append(_row(label, score, own))
             notes += notes_on(label, score)

@@ -10,17 +10,13 @@ import errno
 import fcntl
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from adaskip.errors import RunError
 
 SCHEMA = 1
-CHECKOUT = Path(__file__).parents[2]
 Record = dict[str, Any]
 
 
@@ -132,61 +128,3 @@ def lock(folder: Path) -> Iterator[None]:
                 "(--name)."
             ) from error
         yield
-
-
-def environment(device: str) -> Record:
-    """Versions, code and hardware behind a run."""
-    import torch
-
-    from adaskip.version import __version__
-
-    on_cuda = device.startswith("cuda") and torch.cuda.is_available()
-    return {
-        "adaskip": __version__,
-        "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "commit": git_commit(),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's model and how many of its threads there are."""
-    name = platform.processor() or platform.machine() or "cpu"
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name} × {os.cpu_count()}"
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout the package runs from; None outside one.
-
-    With `-dirty` if a tracked file differs from it, results aside: those are what runs change.
-    """
-    if not (CHECKOUT / ".git").exists():
-        return None
-    try:
-        commit = _git("rev-parse", "HEAD")
-        changed = _git("diff", "--name-only", "HEAD", "--", ".", ":(exclude)results")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{commit}-dirty" if changed else commit
-
-
-def _git(*arguments: str) -> str:
-    """What a git command prints about the checkout."""
-    done = subprocess.run(  # noqa: S603 - the arguments are those above
-        ["git", *arguments],  # noqa: S607 - whichever git the user has
-        cwd=CHECKOUT,
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=True,
-    )
-    return done.stdout.strip()

@@ -16,7 +16,8 @@ from adaskip.errors import RunError
 from adaskip.importance import Importance
 from adaskip.models.processes import team
 from adaskip.policies.factory import LEARNED, takes
-from adaskip.runs.files import SCHEMA, Record, differences, environment, read_json, write_json
+from adaskip.runs.environment import environment
+from adaskip.runs.files import SCHEMA, Record, differences, read_json, write_json
 from adaskip.runs.rows import GeneratedRow, Stored
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.store import Store
@@ -159,7 +160,12 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def begin(
-    config: RunConfig, *, n_layers: int, profile: str | None, n_rows: Mapping[str, int]
+    config: RunConfig,
+    *,
+    n_layers: int,
+    profile: str | None,
+    n_rows: Mapping[str, int],
+    attention: str | None = None,
 ) -> None:
     """Writes `run.json` for a start or a continuation.
 
@@ -168,6 +174,7 @@ def begin(
         n_layers: decoder layers of the model.
         profile: name of the importance profile, if the policy has one.
         n_rows: rows of each task.
+        attention: the implementation that the model uses.
 
     Raises:
         RunError: the run was made with other settings or another profile, or cannot be written.
@@ -197,7 +204,7 @@ def begin(
         "n_layers": n_layers,
         "importance": profile,
         "tasks": tasks,
-        "sessions": _commands(old, str(config.device)),
+        "sessions": _commands(old, environment(str(config.device), attention)),
     }
     write_json(folder / RUN_FILE, record)
 
@@ -223,8 +230,8 @@ def _covers(recorded: int | None, asked: int | None) -> bool:
     return recorded is None or (asked is not None and asked <= recorded)
 
 
-def _commands(old: RunRecord | None, device: str) -> list[Record]:
+def _commands(old: RunRecord | None, made_in: Record) -> list[Record]:
     """Those of the record so far, and this one with where it runs."""
     started = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     earlier = [] if old is None else [c.as_dict() for c in old.sessions if c.id != command_id()]
-    return [*earlier, {"id": command_id(), "started": started, **environment(device)}]
+    return [*earlier, {"id": command_id(), "started": started, **made_in}]

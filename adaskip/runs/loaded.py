@@ -180,7 +180,7 @@ class LoadedModel:
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
         task = _warmup_of(config)
         size = f"-{config.sample_tokens}tokens" if task_spec(task).offline else ""
-        name = f"{config.model_name}-{task}-{config.warmup}rows{size}-{digest}.json"
+        name = f"{Path(config.model_name).name}-{task}-{config.warmup}rows{size}-{digest}.json"
         return Path(config.results_dir) / "importance" / name
 
     def _load(self, config: RunConfig, task: str, *, warmup: bool) -> list[Row]:

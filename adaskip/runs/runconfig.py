@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import field
+from pathlib import PurePath
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -120,7 +121,8 @@ class RunConfig:
     @property
     def run_name(self) -> str:
         """The run's name, as given or by default."""
-        return self.name or f"{self.model_name}-{self.policy}-{self.experiment.upper()}"
+        model = PurePath(self.model_name).name  # of a folder or hub id, the last part
+        return self.name or f"{model}-{self.policy}-{self.experiment.upper()}"
 
     @property
     def folder_name(self) -> str:

@@ -92,13 +92,17 @@ def run(config: RunConfig, loaded: LoadedModel | None = None) -> Path:
         rows = {task: loaded.rows(config, task) for task in config.tasks}
         policies = {task: loaded.policy(config, task) for task in config.tasks}
     profile = loaded.importance(config).name if takes(config.policy, LEARNED) else None
-    n_layers, n_rows = loaded.n_layers, {task: len(rows[task]) for task in config.tasks}
+    facts = {
+        "n_layers": loaded.n_layers,
+        "n_rows": {task: len(rows[task]) for task in config.tasks},
+        "attention": loaded.model.config._attn_implementation,
+    }
     with locked(folder):
-        group.on_main(lambda: begin(config, n_layers=n_layers, profile=profile, n_rows=n_rows))
+        group.on_main(lambda: begin(config, profile=profile, **facts))
         torch.manual_seed(config.seed)
         for task in config.tasks:
             made = _run_task(config, task, loaded, policies[task], rows[task])
-            shares = phase_shares((row.skipped for row in made), n_layers)
+            shares = phase_shares((row.skipped for row in made), loaded.n_layers)
             group.on_main(partial(update, folder, task, {"skipped_share": shares}))
     return folder
 

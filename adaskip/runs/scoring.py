@@ -160,24 +160,37 @@ def runs_of(results_dir: Path, name: str) -> list[Path]:
     """The folders of every budget of a run, by budget.
 
     Args:
-        results_dir: the folder that holds the runs.
+        results_dir: the folder that holds the runs, or the folder of a sweep, whose runs lie one
+            folder deeper.
         name: a run's name, or that of one folder: a run's name with its budget.
 
     Raises:
-        RunError: there is none; the message lists the runs there are.
+        RunError: there is none, and the message lists the runs there are; or several folders in
+            it hold one.
     """
     check_file_name("run name (--name)", name)
-    budgets = {
-        path.parent: int(match[1])
-        for path in results_dir.glob(f"*-SKIP-*/{RUN_FILE}")
-        if (match := _RUN_FOLDER.fullmatch(path.parent.name))
-    }
-    found = [path for path in budgets if name in (path.name, path.name.rpartition("-SKIP-")[0])]
-    if not found:
-        names = sorted(path.name for path in budgets)
-        known = f"its runs are: {', '.join(names)}" if names else "it holds no run"
-        raise RunError(f"No run {name!r} in {results_dir}; {known}.")
-    return sorted(found, key=budgets.__getitem__)
+    known: list[Path] = []
+    for pattern in (f"*-SKIP-*/{RUN_FILE}", f"*/*-SKIP-*/{RUN_FILE}"):
+        runs = [path.parent for path in results_dir.glob(pattern) if _budget(path.parent)]
+        found = [run for run in runs if name in (run.name, run.name.rpartition("-SKIP-")[0])]
+        places = sorted({run.parent.name for run in found})
+        if len(places) > 1:
+            raise RunError(
+                f"Run {name!r} is in {' and '.join(places)} of {results_dir}; say which, e.g. "
+                f"--results_dir {results_dir / places[0]}."
+            )
+        if found:
+            return sorted(found, key=lambda run: int(_budget(run)))
+        known += runs
+    names = sorted({run.name for run in known})
+    held = f"its runs are: {', '.join(names)}" if names else "it holds no run"
+    raise RunError(f"No run {name!r} in {results_dir}; {held}.")
+
+
+def _budget(folder: Path) -> str:
+    """The number at the end of a run's folder; empty if it is no run's."""
+    match = _RUN_FOLDER.fullmatch(folder.name)
+    return match[1] if match else ""
 
 
 def dense_scores(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from adaskip.configuration import config_names, config_path, read_config
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.models.spec import model_names
 from adaskip.plan import SCOPES, Scope
@@ -108,6 +109,22 @@ class Sweep:
     experiments: dict[Scope, tuple[str, ...]]
     cells: tuple[Cell, ...]
     perplexity: PerplexitySettings | None = None
+
+
+def sweep_path(given: str) -> Path:
+    """The file of a sweep: a path, or the name of one that is shipped.
+
+    Raises:
+        AdaskipError: it is a name, and of none.
+    """
+    path = Path(given)
+    shipped = [name for name in config_names() if "policies" in read_config(f"{name}.yaml")]
+    if path.exists() or str(path.parent) not in (".", "configs"):
+        return path
+    # Also configs/demo.yaml, where there is no such folder.
+    if path.stem not in shipped:
+        raise unknown_name("sweep", given, shipped)
+    return config_path(f"{path.stem}.yaml")
 
 
 def read_sweep(path: Path, folder: Path | None = None, **settings: Any) -> Sweep:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from adaskip.profiling.calibration import hardware
-from adaskip.runs.files import environment, read_json, write_bytes, writing
+from adaskip.runs.environment import environment
+from adaskip.runs.files import read_json, write_bytes, writing
 from adaskip.runs.store import Store
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,167 @@
+"""`adaskip chat`: talks to a model, dense or with sublayers skipped, or to both by turns."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from adaskip.cli.command import Command, say
+from adaskip.cli.run import LOADING, WARM_UP, add_model, add_run_options
+from adaskip.configuration import cache_root
+from adaskip.errors import AdaskipError
+from adaskip.importance import shipped_profiles
+from adaskip.plan import SCOPES, SkipPlan
+from adaskip.policies import POLICIES, FixedSkipping, SkipPolicy
+from adaskip.policies.factory import LEARNED, takes
+from adaskip.runs.conversation import Answer, Conversation
+from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.runconfig import BUDGETS, DENSE, POLICY_OPTIONS, RunConfig, refuse_unused
+from adaskip.runs.runner import resolve
+from adaskip.tables import MISSING, markdown_table, number
+
+NEW, QUIT = "/new", "/quit"
+# Said before a conversation, so that the first answer's times hold no first call's cost.
+_HELLO = "Hello."
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join((DENSE, *POLICIES))
+    add_model(parser)
+    parser.add_argument("--plan", metavar="FILE", help="what is skipped: a plan's file")
+    parser.add_argument("--policy", default=DENSE, metavar="NAME", help=f"or one of: {names}")
+    add_run_options(parser, (*BUDGETS.values(), *POLICY_OPTIONS))
+    parser.add_argument(
+        "--scope", default="e2e", choices=SCOPES, help="where plans apply (default: e2e)"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="every answer dense as well, with times and memory"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and end")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, metavar="N", help="answer length (default: 256)"
+    )
+    add_run_options(parser, LOADING)
+
+
+def _act(given: argparse.Namespace) -> int:
+    options = vars(given)
+    own = {key: options.pop(key) for key in ("plan", "compare", "prompt")}
+    config = _configured(options, own["plan"])
+    # Whatever is wrong with a plan's file is found before a model is loaded.
+    plan = SkipPlan.load(own["plan"]) if own["plan"] else None
+    loaded = LoadedModel.open(config)
+    policy = loaded.policy(config, WARM_UP) if plan is None else FixedSkipping(plan)
+    talks = _conversations(loaded, config, policy, compare=own["compare"])
+    for talk in talks.values():
+        replace(talk, messages=[], max_new_tokens=2).ask(_HELLO, lambda text: None)
+    first = next(iter(talks.values()))
+    if own["prompt"] is not None:
+        _turn(talks, own["prompt"])
+        return 0
+    say(f"{config.model_name}: {policy or 'nothing skipped'}. {NEW} begins anew, {QUIT} ends.")
+    if not first.remembers:
+        say("The tokenizer has no chat template: every question stands alone.")
+    _talk(talks, _questions())
+    return 0
+
+
+def _configured(options: dict[str, Any], plan: str | None) -> RunConfig:
+    """The resolved configuration; what is learned for it is kept in the cache folder.
+
+    Raises:
+        AdaskipError: an option is wrong, or both a plan and a policy are given.
+    """
+    policy, scope = options["policy"], options.pop("scope")
+    if plan is not None and policy != DENSE:
+        raise AdaskipError(f"--plan and --policy {policy} both say what is skipped: give one.")
+    refuse_unused(options, [policy])
+    if takes(policy, LEARNED) and options["model_name"] in shipped_profiles():
+        options.setdefault(LEARNED, options["model_name"])
+    if takes(policy, "online"):
+        options.setdefault("online", False)
+    rest = {"tasks": (WARM_UP,), "warmup_task": WARM_UP, "results_dir": str(cache_root())}
+    return resolve(RunConfig.from_dict({"experiment": scope, **rest, **options}))
+
+
+def _conversations(
+    loaded: LoadedModel, config: RunConfig, policy: SkipPolicy | None, *, compare: bool
+) -> dict[str, Conversation]:
+    """By what they are called: under the policy, and before it dense if both are wanted."""
+    stop = loaded.stop_rule(config, WARM_UP)
+    dense = Conversation(
+        loaded.model,
+        loaded.tokenizer,
+        loaded.spec,
+        stop.token_ids,
+        max_new_tokens=stop.max_new_tokens,
+    )
+    if policy is None:
+        if compare:
+            raise AdaskipError("--compare puts dense beside a plan: give --plan or --policy.")
+        return {DENSE: dense}
+    name = "plan" if config.policy == DENSE else f"{config.policy} {config.budget}"
+    skipped = replace(dense, policy=policy, scope=config.experiment, messages=[])
+    return {DENSE: dense, name: skipped} if compare else {name: skipped}
+
+
+def _questions() -> Iterator[str]:
+    """What the user types, until the end of the input."""
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            return
+
+
+def _talk(talks: Mapping[str, Conversation], questions: Iterable[str]) -> None:
+    for question in questions:
+        if question == QUIT:
+            return
+        if question == NEW:
+            for talk in talks.values():
+                talk.messages = []
+        elif question:
+            try:
+                _turn(talks, question)
+            except AdaskipError as error:
+                say(f"error: {error}")
+            except KeyboardInterrupt:
+                say(" (interrupted; the question is forgotten)")
+
+
+def _turn(talks: Mapping[str, Conversation], question: str) -> None:
+    """One question, answered by each, and what the answers took."""
+    answers = {}
+    for name, talk in talks.items():
+        if len(talks) > 1:
+            say(f"[{name}]")
+        answers[name] = talk.ask(question, lambda text: say(text, end=""))
+        say("")
+    say(figures(answers))
+
+
+def figures(answers: Mapping[str, Answer]) -> str:
+    """What answers took, one line each."""
+    header = ("", "prompt tokens", "TTFT s", "answer tokens", "tokens/s", "KV MB")
+    rows = [
+        (
+            name,
+            str(answer.n_prompt),
+            number(answer.ttft, 3),
+            str(answer.n_tokens),
+            MISSING if answer.per_second is None else number(answer.per_second, 1),
+            number(answer.kv_bytes / 1e6, 2),
+        )
+        for name, answer in answers.items()
+    ]
+    return markdown_table(header, rows)
+
+
+CHAT = Command(
+    "Talks to a model, dense or with sublayers skipped; with time to first token, speed and KV.",
+    _options,
+    _act,
+    '--model smollm2 --policy ADA --skip_sub_layer_num 8 --compare --prompt "What is gravity?"',
+)

@@ -1,0 +1,87 @@
+"""`adaskip learn`: the importance profile of a model, from text files or the offline sample."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from adaskip.cli.command import Command, say
+from adaskip.cli.run import LOADING, WARM_UP, add_model, add_run_options
+from adaskip.configuration import cache_root
+from adaskip.errors import AdaskipError, DataError
+from adaskip.importance import Importance
+from adaskip.learning import learn_importance
+from adaskip.models.loading import load_model, load_tokenizer
+from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.runconfig import DENSE, RunConfig
+from adaskip.runs.runner import resolve
+
+_SHOWN = 8
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="where the profile goes")
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text files, one prompt each (default: warm-up documents of the offline sample)",
+    )
+    add_run_options(parser, ("warmup", "sample_tokens", "seed", *LOADING))
+
+
+def _act(given: argparse.Namespace) -> int:
+    options = vars(given)
+    out, texts = Path(options.pop("out")), [Path(text) for text in options.pop("texts")]
+    if out.exists():
+        raise AdaskipError(f"{out} exists; give another --out, or move it away.")
+    profile = _of_texts(texts, options) if texts else _of_sample(options)
+    profile.save(out)
+    first = ", ".join(map(str, profile.ranking()[:_SHOWN]))
+    say(f"{profile.n_requests} prompts, {profile.n_tokens} tokens. Least important: {first}.")
+    say(
+        f"Written: {out}; use it: adaskip chat --model {options['model_name']} --policy ADA "
+        f"--skip_sub_layer_num {_SHOWN} --importance {out}"
+    )
+    return 0
+
+
+def _of_texts(files: list[Path], options: dict[str, Any]) -> Importance:
+    """Learned from files, all of them read before the model is loaded.
+
+    Raises:
+        DataError: a file cannot be read as text.
+    """
+    try:
+        texts = [file.read_text(encoding="utf-8") for file in files]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The texts cannot be read: {error}.") from error
+    name = options["model_path"] or options["model_name"]
+    how = {key: options[key] for key in ("dtype", "device", "device_map", "allow_pickle")}
+    source = f"{len(files)} texts: {', '.join(file.name for file in files)}"
+    return learn_importance(
+        load_model(name, **how),
+        texts,
+        tokenizer=load_tokenizer(name),
+        source=source,
+        progress=True,
+    )
+
+
+def _of_sample(options: dict[str, Any]) -> Importance:
+    """Learned from the offline sample's warm-up rows, or found where it was learned before."""
+    rest = {"policy": DENSE, "tasks": (WARM_UP,), "warmup_task": WARM_UP}
+    kept = {"experiment": "e2e", "results_dir": str(cache_root())}
+    config = resolve(RunConfig.from_dict({**rest, **kept, **options}))
+    return LoadedModel.open(config).importance(config)
+
+
+LEARN = Command(
+    "Learns how important each sublayer of a model is, from prefills of warm-up prompts.",
+    _options,
+    _act,
+    "--model smollm2 --out smollm2-importance.json",
+)
