@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     )
     from adaskip.plan import (
         Phase as Phase,
+        Scope as Scope,
         SkipPlan as SkipPlan,
         Step as Step,
         Sublayer as Sublayer,
+        all_sublayers as all_sublayers,
     )
     from adaskip.policies import (
         POLICIES as POLICIES,
@@ -45,12 +47,23 @@ if TYPE_CHECKING:
         SkipDecode as SkipDecode,
         SkipPolicy as SkipPolicy,
         UnifiedSkipping as UnifiedSkipping,
+        register as register,
     )
     from adaskip.profiling.calibration import measured_times as measured_times
     from adaskip.profiling.memory import keep_freed_memory as keep_freed_memory
-    from adaskip.replacements import Linear as Linear, Window as Window
+    from adaskip.recorders import (
+        Recorder as Recorder,
+        Span as Span,
+        StepStats as StepStats,
+    )
+    from adaskip.replacements import (
+        Linear as Linear,
+        Replacement as Replacement,
+        Window as Window,
+    )
     from adaskip.search import search_plan as search_plan
     from adaskip.session import Session as Session, skipping as skipping
+    from adaskip.summary import PhaseSummary as PhaseSummary, Summary as Summary
 
 _HOMES = {
     "adaskip.errors": (
@@ -70,7 +83,7 @@ _HOMES = {
     "adaskip.profiling.memory": ("keep_freed_memory",),
     "adaskip.methods": ("make_plan",),
     "adaskip.models.loading": ("load_model", "load_tokenizer"),
-    "adaskip.plan": ("Phase", "SkipPlan", "Step", "Sublayer"),
+    "adaskip.plan": ("Phase", "Scope", "SkipPlan", "Step", "Sublayer", "all_sublayers"),
     "adaskip.policies": (
         "POLICIES",
         "AdaSkip",
@@ -79,10 +92,13 @@ _HOMES = {
         "SkipDecode",
         "SkipPolicy",
         "UnifiedSkipping",
+        "register",
     ),
-    "adaskip.replacements": ("Linear", "Window"),
+    "adaskip.recorders": ("Recorder", "Span", "StepStats"),
+    "adaskip.replacements": ("Linear", "Replacement", "Window"),
     "adaskip.search": ("search_plan",),
     "adaskip.session": ("Session", "skipping"),
+    "adaskip.summary": ("PhaseSummary", "Summary"),
     "adaskip.profiling.calibration": ("measured_times",),
 }
 

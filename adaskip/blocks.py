@@ -48,6 +48,11 @@ class BlockSpec:
 
 
 LLAMA = BlockSpec()
+# Norms behind each body alone.
+OLMO = BlockSpec(
+    SublayerSpec("self_attn", None, "post_attention_layernorm"),
+    SublayerSpec("mlp", None, "post_feedforward_layernorm"),
+)
 # Two norms around each body.
 GEMMA = BlockSpec(
     SublayerSpec("self_attn", "input_layernorm", "post_attention_layernorm"),
@@ -65,11 +70,16 @@ BLOCKS: dict[str, BlockSpec] = {
     ),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
-    "olmo2": BlockSpec(
-        SublayerSpec("self_attn", None, "post_attention_layernorm"),
-        SublayerSpec("mlp", None, "post_feedforward_layernorm"),
-    ),
+    "olmo2": OLMO,
+    "olmo3": OLMO,
     "granite": BlockSpec(multiplier="residual_multiplier"),
+    "smollm3": LLAMA,
+    "arcee": LLAMA,
+    "seed_oss": LLAMA,
+    "ministral": LLAMA,
+    # The router belongs to the body: it is not computed either where an FFN is skipped.
+    "mixtral": LLAMA,
+    "qwen3_moe": LLAMA,
 }
 
 

@@ -110,7 +110,12 @@ def refuse_unseen(call: dict[str, Any], turn: Turn | None) -> None:
 
 
 def refuse_lost_outputs(call: dict[str, Any], config: PretrainedConfig, plan: SkipPlan) -> None:
-    """Attention weights of skipped attention do not exist and would shift the others."""
+    """Attention weights and router logits of what is skipped would be missing among the others."""
+    if plan.layers("ffn") and _flag(call, config, "output_router_logits"):
+        raise UnsupportedCallError(
+            "output_router_logits=True, but experts that are skipped have no router logits to "
+            "return; turn it off, or skip attention only."
+        )
     if (plan.layers("attn") or plan.windows) and _flag(call, config, "output_attentions"):
         raise UnsupportedCallError(
             "output_attentions=True, but attention that is skipped or has a window has no weights "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -26,10 +27,13 @@ from adaskip.recorders import Recorder, Span, StepRecording, real_tokens
 from adaskip.replacements import Linear, Replacement, Window
 from adaskip.requests import Request, Requests, is_ambiguous
 from adaskip.sublayers import Switches, layer_forward
+from adaskip.summary import Summary, Tally
 from adaskip.windows import Windows
 
 if TYPE_CHECKING:
     from adaskip.policy import SkipPolicy
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -58,7 +62,6 @@ class Session:
         self.policy = policy
         self._scope = scope
         self._recorders = recorders
-        self._requests = Requests(policy.branch, policy.forget)
         self._turns = Turns()
         self._lock = threading.RLock()
         self._running = False
@@ -73,9 +76,17 @@ class Session:
         self._gains: dict[torch.device, Tensor] = {}
         self._linears: dict[tuple[Linear, torch.device], Linear] = {}
         self._dtype = model.dtype
+        config: Any = self._decoder.config
+        self._tally = Tally(config, len(self._layers), model.dtype.itemsize)
+        self._requests = _told(policy, self._tally)
+        self._rows = self._past = 0
         self._signature = list(inspect.signature(type(self._decoder).forward).parameters)[1:]
         self._recording: StepRecording | None = None
         self._watching: list[Recorder] = []
+
+    def summary(self) -> Summary:
+        """What was skipped and replaced so far, by phase, and the KV memory held against dense."""
+        return self._tally.summary()
 
     def prefill(self) -> AbstractContextManager[None]:
         """Says that the forwards within are prefill; for loops that call the model by hand.
@@ -200,6 +211,13 @@ class Session:
         if step.phase is Phase.PREFILL:
             request.prefill_plan |= plan
         self.step, self.plan = step, plan
+        self._rows, self._past = inputs.shape[0], past
+        if changed and logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "request %d, %s, forward %d: %s",
+                *(step.request, step.phase, step.index),
+                ", ".join(map(str, plan)) or "nothing skipped",
+            )
         if plan.windows:
             real, decoding = _real_tokens(call, turn, step, past), said is Phase.DECODE
             self._windows.begin(cache, request, plan, real, tokens, decoding=decoding)
@@ -226,6 +244,8 @@ class Session:
         assert self.step is not None  # noqa: S101 - set by _before of this same forward
         if cache is not None and (self.plan.layers("attn") or self.plan.windows):
             kvcache.advance(cache, self.step.tokens)
+        cached = cache is not None
+        self._tally.note(self.step, self.plan, self._rows, self._past, cached=cached)
         turn = self._turns.current
         if turn is not None and turn.assisted:
             turn.phase = Phase.DECODE
@@ -331,6 +351,20 @@ class Session:
             switch.recording = recording
 
 
+def _told(policy: SkipPolicy, tally: Tally) -> Requests:
+    """Requests that tell both of copied and forgotten caches; they outlive the session."""
+
+    def branched(request: int, source: int) -> None:
+        policy.branch(request, source)
+        tally.branch(request, source)
+
+    def forgotten(request: int) -> None:
+        policy.forget(request)
+        tally.forget(request)
+
+    return Requests(branched, forgotten)
+
+
 def _real_tokens(call: dict[str, Any], turn: Turn | None, step: Step, past: int) -> Tensor | None:
     """Which of a forward's tokens are not padding: bool [batch, tokens]; None if all are."""
     # A prompt that generate() computes besides its own (guidance) comes with its own mask.
@@ -417,6 +451,10 @@ def skipping(
             entering.refuse_difference(expected, entering.probe(model))
         for patch in session.patched_model(model):
             undo.callback(patch.take_back)
+        logger.info(
+            "Inside skipping(): %s of %d layers, scope %s, %r",
+            *(type(model).__name__, len(decoder.layers), scope, policy),
+        )
         _ACTIVE.add(decoder)
         undo.callback(_ACTIVE.discard, decoder)
         yield session

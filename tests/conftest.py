@@ -38,6 +38,12 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
     "mistral": {"sliding_window": 24},
     "granite": {"residual_multiplier": 0.5},
+    "olmo3": {"sliding_window": 16},
+    "ministral": {"sliding_window": 16},
+    "mixtral": {"num_local_experts": 4},
+    # The second layer has no experts.
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    | {"mlp_only_layers": [1]},
 }
 
 torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ def zeroed(model: PreTrainedModel, sublayers: Iterable[Sublayer]) -> PreTrainedM
             if sublayer.kind == "attn":
                 layer.self_attn.o_proj.weight.zero_()
             else:
-                layer.mlp.down_proj.weight.zero_()
+                # The experts of a layer share one tensor.
+                down: Any = getattr(layer.mlp, "experts", layer.mlp).down_proj
+                (down if isinstance(down, Tensor) else down.weight).zero_()
     return copy
 
 

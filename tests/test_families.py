@@ -25,10 +25,13 @@ from adaskip.blocks import BLOCKS
 from adaskip.plan import all_sublayers
 
 FAMILIES = sorted(BLOCKS)
+# Their attention is that of another family; what differs is seen with one implementation.
+ALIKE = frozenset({"smollm3", "arcee", "seed_oss", "ministral", "olmo3", "mixtral", "qwen3_moe"})
 # Gemma2 caps its attention scores, which transformers offers with eager attention only.
-CELLS = [
-    cell for cell in itertools.product(FAMILIES, ["sdpa", "eager"]) if cell != ("gemma2", "sdpa")
-]
+LEFT_OUT = {("gemma2", "sdpa"), *((family, "eager") for family in ALIKE)}
+CELLS = [cell for cell in itertools.product(FAMILIES, ["sdpa", "eager"]) if cell not in LEFT_OUT]
+# Those that other files go through as well.
+DISTINCT = [cell for cell in CELLS if cell[0] not in ALIKE]
 
 # Attention of layer 0 is the hard case; both of a layer, and one alone, are covered too.
 SKIPPED = [Sublayer(0, "attn"), Sublayer(1, "ffn"), Sublayer(2, "attn"), Sublayer(2, "ffn")]
@@ -68,7 +71,7 @@ def generated(
 
 
 def test_every_family_is_in_the_matrix() -> None:
-    assert {family for family, _ in CELLS} == set(BLOCKS)
+    assert {family for family, _ in CELLS} == set(BLOCKS) > ALIKE
     assert {"llama", "mistral", "qwen2", "qwen3", "phi3"} <= set(BLOCKS)
 
 
@@ -304,6 +307,20 @@ def test_attention_weights_of_skipped_attention_are_refused() -> None:
         model(prompt(5), output_attentions=True)
     with skipping(model, FixedSkipping(SkipPlan({Sublayer(1, "ffn"): None}))):
         assert len(model(prompt(5), output_attentions=True).attentions) == N_LAYERS
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_router_logits_of_skipped_experts_are_refused(family: str) -> None:
+    model = tiny_model(family)
+    with (
+        skipping(model, FixedSkipping(PLAN)),
+        pytest.raises(UnsupportedCallError, match="output_router_logits=True"),
+    ):
+        model(prompt(5), output_router_logits=True)
+    expected = len(model(prompt(5), output_router_logits=True).router_logits)
+    with skipping(model, FixedSkipping(SkipPlan({Sublayer(0, "attn"): None}))):
+        found = model(prompt(5), output_router_logits=True).router_logits
+    assert len(found) == expected >= N_LAYERS - 1
 
 
 def test_a_module_replaced_inside_the_block_is_used(model: PreTrainedModel) -> None:

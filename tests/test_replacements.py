@@ -13,7 +13,7 @@ from conftest import N_LAYERS, prompt, tiny_model
 from oracle import zeroed
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_families import CELLS, GENERATE, generated
+from test_families import DISTINCT, GENERATE, generated
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -74,7 +74,7 @@ def reference(model: PreTrainedModel) -> PreTrainedModel:
     return copy
 
 
-@pytest.fixture(scope="module", params=CELLS, ids=["-".join(cell) for cell in CELLS])
+@pytest.fixture(scope="module", params=DISTINCT, ids=["-".join(cell) for cell in DISTINCT])
 def cell(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(*request.param)
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import N_LAYERS, prompt, tiny_model
-from test_families import CELLS
+from test_families import DISTINCT
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
@@ -33,7 +33,7 @@ def model() -> PreTrainedModel:
     return tiny_model("llama")
 
 
-@pytest.fixture(scope="module", params=CELLS, ids=["-".join(cell) for cell in CELLS])
+@pytest.fixture(scope="module", params=DISTINCT, ids=["-".join(cell) for cell in DISTINCT])
 def cell(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(*request.param)
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import cpu_offload
 from conftest import N_LAYERS, prompt, reset_empties, tiny_model
 from test_compile import new_graphs
-from test_families import CELLS, GENERATE, generated
+from test_families import DISTINCT, GENERATE, generated
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -92,7 +92,7 @@ def narrowed(module: nn.Module, kwargs: dict[str, Any], window: Window) -> dict[
     return kwargs | {"attention_mask": mask[:, None]}
 
 
-@pytest.fixture(scope="module", params=CELLS, ids=["-".join(cell) for cell in CELLS])
+@pytest.fixture(scope="module", params=DISTINCT, ids=["-".join(cell) for cell in DISTINCT])
 def cell(request: pytest.FixtureRequest) -> PreTrainedModel:
     family, attention = request.param
     return tiny_model(family, attention, **UNSLID.get(family, {}))
