@@ -77,7 +77,7 @@ def test_the_online_extension_costs_one_graph(model: PreTrainedModel) -> None:
     # Every FFN reaches this threshold.
     importance = replace(learned, similarity=dict.fromkeys(learned.similarity, -1.0))
     assert new_graphs(model, AdaSkip(importance, 2, online=False)) == 2
-    online = AdaSkip(importance, 2, window=4)
+    online = AdaSkip(importance, 2, online=True, window=4)
     # One for the window, which records FFNs, and one for the extended set.
     assert new_graphs(model, online) == 2
     assert new_graphs(model, online) == 0

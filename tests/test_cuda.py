@@ -67,7 +67,7 @@ def policies(model: PreTrainedModel) -> dict[str, SkipPolicy]:
         "EE": EarlyExit(2),
         "SD": SkipDecode(2, horizon=8),
         "US": UnifiedSkipping(2),
-        "ADA": AdaSkip(importance, 4, window=WINDOW),
+        "ADA": AdaSkip(importance, 4, online=True, window=WINDOW),
     }
 
 

@@ -57,6 +57,7 @@ def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     checkpoint, load = str(save_checkpoint(tmp_path)), adaskip.load_model
     monkeypatch.setattr(adaskip, "load_model", lambda name: load(checkpoint, device="cpu"))
     tokenizer = adaskip.load_tokenizer(checkpoint)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     monkeypatch.setattr(adaskip, "load_tokenizer", lambda name: tokenizer)
     names: dict[str, Any] = {
         "my_long_documents": ["one text", "another text"],

@@ -167,7 +167,9 @@ def test_the_online_extension_comes_after_its_window(
     items = [(as_prompt("Count:", tokenizer), "123456")] * 2
     # Every FFN reaches this threshold.
     importance = replace(importance, similarity=dict.fromkeys(importance.similarity, -1.0))
-    found = reference_perplexity(model, tokenizer, AdaSkip(importance, 2, window=2), items)
+    found = reference_perplexity(
+        model, tokenizer, AdaSkip(importance, 2, online=True, window=2), items
+    )
     assert len(found.rows) == 2
     for row in found.rows:
         assert row.skipped.prefill.ffn == 1

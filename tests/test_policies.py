@@ -23,6 +23,8 @@ from adaskip import (
     Step,
     Sublayer,
     UnifiedSkipping,
+    UnsupportedCallError,
+    learn_importance,
     skipping,
 )
 from adaskip.plan import Scope, all_sublayers
@@ -147,8 +149,29 @@ def ffn_stats(similarity: list[float], gain: list[float], rows: list[int]) -> St
     )
 
 
+def test_an_answer_does_not_depend_on_its_neighbours_by_default() -> None:
+    model, ids = tiny_model("llama"), prompt(12, batch=3)
+    importance = learn_importance(model, [prompt(40)])
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    with skipping(model, AdaSkip(importance, 3)) as session:
+        together = model.generate(ids, **greedy)
+        alone = [model.generate(row[None], **greedy)[0] for row in ids]
+        assert torch.equal(together, torch.stack(alone))
+        # And drafts are verified by the same plan.
+        drafted = model.generate(ids[:1], **greedy, prompt_lookup_num_tokens=3)
+        assert torch.equal(drafted[0], alone[0])
+    assert session.summary().phases["decode"].skipped == session.summary().phases["prefill"].skipped
+    with (
+        skipping(model, AdaSkip(importance, 3, online=True)),
+        pytest.raises(UnsupportedCallError, match="Assisted decoding"),
+    ):
+        model.generate(ids[:1], **greedy, prompt_lookup_num_tokens=3)
+
+
 def test_ada_skip_extends_after_the_window() -> None:
-    policy = AdaSkip(profile(3, [0.9, 0.5, 0.2, 0.95, 0.3, 0.1]), 2, window=2, gain="norm")
+    policy = AdaSkip(
+        profile(3, [0.9, 0.5, 0.2, 0.95, 0.3, 0.1]), 2, online=True, window=2, gain="norm"
+    )
     policy.bind(3)
     fixed = policy.plan(PREFILL)
     assert fixed.layers("attn") == (0,)
@@ -228,7 +251,7 @@ def test_budgets_may_be_numpys() -> None:
     assert layers(UnifiedSkipping(four), 8, PREFILL) == [1, 3, 5, 7]
     decode_policy = SkipDecode(four, horizon=np.int64(512))
     assert layers(decode_policy, 8, decode(512)) == [1, 2, 3, 4]
-    policy = AdaSkip(profile(4, [0.5] * 8), two, window=np.int64(3))
+    policy = AdaSkip(profile(4, [0.5] * 8), two, online=True, window=np.int64(3))
     policy.bind(4)
     assert len(policy.plan(PREFILL)) == 2
     assert AdaSkip(profile(1, [1, 1]), acceleration=np.float32(1.5)).acceleration == 1.5
@@ -311,7 +334,7 @@ def test_unknown_scope() -> None:
 
 
 def test_sequences_that_have_ended_do_not_decide() -> None:
-    policy = AdaSkip(profile(1, [0.9, 0.1]), 1, window=1, gain="norm")
+    policy = AdaSkip(profile(1, [0.9, 0.1]), 1, online=True, window=1, gain="norm")
     policy.bind(1)
     # Two sequences, the second one ended: similarity 0.95 and gain 1.5 against 0.1 and 9.
     gain = torch.tensor([[[1.5], [9.0]]])

@@ -201,7 +201,7 @@ def test_no_more_reads_than_the_stock_model(model: PreTrainedModel, cache: str |
     with skipping(model, EarlyExit(2)):
         assert reads(model, cache_implementation=cache) <= stock
     importance = learn_importance(model, [prompt(20)])
-    with skipping(model, AdaSkip(importance, 2, window=8)):
+    with skipping(model, AdaSkip(importance, 2, online=True, window=8)):
         # One decision in the request, one read.
         assert reads(model, cache_implementation=cache) <= stock + 1
 

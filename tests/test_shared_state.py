@@ -61,7 +61,7 @@ def test_threads_in_one_block_answer_as_alone(
     policy: SkipPolicy = {
         "fixed": FixedSkipping(PLAN),
         "SkipDecode": SkipDecode(3, horizon=4),
-        "AdaSkip": AdaSkip(importance, 4, window=2),
+        "AdaSkip": AdaSkip(importance, 4, online=True, window=2),
     }[name]
     prompts = [prompt(9 + i, seed=i) for i in range(3)]
     expected = []
@@ -150,7 +150,7 @@ def test_one_policy_in_two_blocks(model: PreTrainedModel, policy: SkipPolicy) ->
 
 def test_two_blocks_extend_apart(model: PreTrainedModel) -> None:
     other = tiny_model("llama")
-    policy = AdaSkip(learn_importance(model, [prompt(30)]), 4, window=2)
+    policy = AdaSkip(learn_importance(model, [prompt(30)]), 4, online=True, window=2)
     ids = [prompt(9), prompt(9, seed=8)]
     expected = []
     for tokens in ids:

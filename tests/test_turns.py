@@ -140,7 +140,7 @@ def test_one_block_around_two_turns_is_two_blocks(
     policy: SkipPolicy = {
         "fixed": FFN if scope == "decode" else BOTH,
         "SkipDecode": SkipDecode(2, horizon=4),
-        "AdaSkip": AdaSkip(importance, 3, window=2),
+        "AdaSkip": AdaSkip(importance, 3, online=True, window=2),
     }[name]
     # Attention that decode steps skip cannot run in the next prompt, which then skips less.
     if (name, scope) in {("SkipDecode", "decode"), ("SkipDecode", "e2e"), ("AdaSkip", "decode")}:
@@ -261,7 +261,10 @@ def test_copies_of_a_prompt_go_on_as_the_prompt(
 
 def test_a_copy_keeps_the_extension_and_the_count(model: PreTrainedModel) -> None:
     importance = learn_importance(model, [prompt(30)])
-    policies: list[SkipPolicy] = [AdaSkip(importance, 4, window=2), SkipDecode(3, horizon=4)]
+    policies: list[SkipPolicy] = [
+        AdaSkip(importance, 4, online=True, window=2),
+        SkipDecode(3, horizon=4),
+    ]
     for policy in policies:
         with skipping(model, policy) as session, torch.no_grad():
             cache = DynamicCache()
@@ -415,7 +418,7 @@ def test_online_adaskip_on_a_static_sliding_cache(family: str, tokens: int) -> N
     kwargs: Any = {"attention_mask": mask, "max_new_tokens": 14, "do_sample": False}
     outcomes = []
     for cache in (None, "static"):
-        policy = AdaSkip(importance, 4, window=3)
+        policy = AdaSkip(importance, 4, online=True, window=3)
         with skipping(model, policy) as session:
             out = model.generate(ids, cache_implementation=cache, **kwargs)
             outcomes.append((out.tolist(), session.plan.layers("ffn"), policy.extension.gains))

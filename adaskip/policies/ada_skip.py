@@ -49,7 +49,9 @@ class AdaSkip(SkipPolicy):
         importance: what `learn_importance` learned about the model.
         n_skip: sublayers to skip, 0 to 2L; attention and FFN compete in one pool. None if
             `acceleration` says it.
-        online: whether the extension is on.
+        online: whether the extension is on. Off by default: the same sublayers in every request,
+            whatever stands beside it in a batch, also under assisted decoding. The experiments
+            switch it on, as the paper does.
         window: decode steps to observe.
         gain: how a skipped sublayer is compensated; see `Importance`. None leaves the residual.
         acceleration: in place of `n_skip`, the ratio of dense to skipped time to reach by the
@@ -67,7 +69,7 @@ class AdaSkip(SkipPolicy):
 
     importance: Importance = field(repr=False)
     n_skip: int | None = None
-    online: bool = True
+    online: bool = False
     window: int = 20
     gain: Gain | None = "token"
     acceleration: float | None = None

@@ -107,7 +107,7 @@ class RunConfig:
     )
     online: bool | None = option(
         None,
-        "extend the plan while decoding (decode and e2e experiments; default: as the policy does)",
+        "extend the plan while decoding (decode and e2e experiments; default: as the paper does)",
     )
     seed: int = option(2025, "seed of sampling and of the offline sample")
     results_dir: str = option("results", "folder that holds the runs")
@@ -141,9 +141,13 @@ class RunConfig:
         return {key: value for key, value in self.recorded().items() if key not in left_out}
 
     def offered(self) -> dict[str, Any]:
-        """What is set of a policy's fields, if it has them; the others keep its own defaults."""
+        """What is set of a policy's fields, if it has them; the others keep its own defaults.
+
+        Settings that are not given are the paper's (`configs/budgets.yaml`).
+        """
+        paper: dict[str, Any] = read_config("budgets.yaml")["policy_settings"].get(self.policy, {})
         given = {"gain": self.gain, "online": self.online}
-        return {k: None if v == "none" else v for k, v in given.items() if v is not None}
+        return paper | {k: None if v == "none" else v for k, v in given.items() if v is not None}
 
     def policy_settings(self) -> dict[str, Any]:
         """What the policy is made with, by its fields; empty for dense.
