@@ -11,7 +11,7 @@ CORE_TESTS := families policies phases turns shared_state entering recorders gol
 PYTEST := python -m pytest -q -n 2 --dist loadfile --timeout 600
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 
-.PHONY: demo test lint types unit oldest quantized observations speed gpu paper clean
+.PHONY: demo test lint types unit oldest quantized docs observations speed gpu paper clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/demo.yaml
@@ -33,6 +33,10 @@ oldest: $(OLDEST)/.installed
 
 quantized: $(QUANTIZED)/.installed
 	OMP_NUM_THREADS=1 $(QUANTIZED)/bin/$(PYTEST) tests/test_quantized.py
+
+# Fails on a link that leads nowhere; begin reading at build/docs/index.html.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
 
 observations: $(VENV)/.installed
 	$(BIN)/python observations/ob0.py --model smollm2
