@@ -6,10 +6,10 @@ from pathlib import Path
 # A checkout that is not installed must find the package, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adaskip.waiting import wait_briefly
+from adaskip.cli.starting import begin
 
 if __name__ == "__main__":
-    wait_briefly()  # before torch is loaded
+    begin()  # before torch is loaded
     from adaskip.cli.leaderboard import leaderboard_main
 
     sys.exit(leaderboard_main())

@@ -46,7 +46,8 @@ PROGRAMS = {
     **{
         script: ("run_path", script)
         for script in (
-            *("prefill/run_llama.py", "eval/eval.py", "eval/perplexity.py", "observations/ob0.py"),
+            *("prefill/run_llama.py", "eval/eval.py", "eval/perplexity.py", "eval/leaderboard.py"),
+            "observations/ob0.py",
             *("speed/run_llama_speed.py", "speed/overhead.py", "speed/budget.py"),
             *("speed/waiting.py", "speed/on_gpu.py"),
         )

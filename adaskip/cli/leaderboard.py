@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from adaskip.cli.command import Parser, guarded, say
+from adaskip.cli.command import Command, say
 from adaskip.configuration import config_path
 from adaskip.errors import AdaskipError
 from adaskip.leaderboard.board import Board
@@ -26,22 +27,21 @@ def leaderboard_main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    return LEADERBOARD.main(argv)
 
-    def action() -> int:
-        given = _parser().parse_args(argv)
-        file = read_yaml(given.config or config_path("leaderboard.yaml"), LeaderboardFile)
-        contexts = given.contexts or [*file.contexts]
-        for context in contexts:
-            if context not in file.contexts:
-                raise AdaskipError(
-                    f"{context} tokens are no context of the file; it has "
-                    f"{', '.join(map(str, file.contexts))}."
-                )
-            _make(Board(file, context, given.results_dir), given.parts)
-        say(write_report([Board(file, c, given.results_dir) for c in file.contexts]))
-        return 0
 
-    return guarded(action)
+def _act(given: argparse.Namespace) -> int:
+    file = read_yaml(given.config or config_path("leaderboard.yaml"), LeaderboardFile)
+    contexts = given.contexts or [*file.contexts]
+    for context in contexts:
+        if context not in file.contexts:
+            raise AdaskipError(
+                f"{context} tokens are no context of the file; it has "
+                f"{', '.join(map(str, file.contexts))}."
+            )
+        _make(Board(file, context, given.results_dir), given.parts)
+    say(write_report([Board(file, c, given.results_dir) for c in file.contexts]))
+    return 0
 
 
 def _make(board: Board, parts: Sequence[str]) -> None:
@@ -54,11 +54,7 @@ def _make(board: Board, parts: Sequence[str]) -> None:
             board.time()
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        description="Methods beside each other at equal measured time; goes on where it was.",
-        allow_abbrev=False,
-    )
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML (default: configs/leaderboard.yaml)"
     )
@@ -79,4 +75,11 @@ def _parser() -> Parser:
         default=PARTS,
         help="what to make; times want a quiet machine (default: all)",
     )
-    return parser
+
+
+LEADERBOARD = Command(
+    "Methods beside each other at equal measured time; goes on where it was.",
+    _options,
+    _act,
+    "--contexts 1000 --parts plans losses",
+)

@@ -32,6 +32,9 @@ COMMANDS = {
     "score": Entry("adaskip.cli.run:SCORE", "score a run beside its dense one"),
     "perplexity": Entry("adaskip.cli.perplexity:PERPLEXITY", "perplexity of reference answers"),
     "sweep": Entry("adaskip.sweep:SWEEP", "run many experiments and write their report"),
+    "leaderboard": Entry(
+        "adaskip.cli.leaderboard:LEADERBOARD", "methods beside each other at equal time"
+    ),
     "observe": Entry("adaskip.cli.observe:OBSERVE", "the paper's observations on a model"),
     "speed": Entry("adaskip.cli.speed:SPEED", "time prefill and decode"),
     "env": Entry("adaskip.cli.env:ENV", "versions, device and attention, for a report"),

@@ -24,7 +24,7 @@ from adaskip.policies import FixedSkipping
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import by_turns
 from adaskip.profiling.timing import RequestTimes, time_request
-from adaskip.runs.files import environment
+from adaskip.runs.environment import environment
 from adaskip.runs.perplexity import reference_ids, reference_perplexity
 from adaskip.runs.rows import Stored
 from adaskip.runs.store import Store
