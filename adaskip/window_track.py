@@ -20,7 +20,7 @@ from adaskip.replacements import Window
 # on a CPU at windows of 64 to 256 tokens, 64 is as fast as any other size or faster.
 BLOCK = 64
 # The ring of a cache that grows is allocated in steps of so many tokens.
-_ROOM = 64
+ROOM = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ class WindowTrack:
     def _room(self, tokens: int) -> int:
         """Places of the ring."""
         size = self.window.size
-        needed = -(-(self._length + tokens) // _ROOM) * _ROOM
+        needed = -(-(self._length + tokens) // ROOM) * ROOM
         return size if self._static else min(size, needed)
 
     def _one(self, seen: Tensor, is_sink: Tensor, of_sink: Tensor) -> DecodeStep:

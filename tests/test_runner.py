@@ -55,7 +55,8 @@ def budget(policy: str) -> dict[str, Any]:
 
 
 def test_every_registered_policy_is_run() -> None:
-    assert set(BUDGETS) == set(POLICIES)
+    # A plan that was made has tests of its own.
+    assert set(BUDGETS) == set(POLICIES) - {"PLAN"}
     assert all(POLICIES[name].budget == unit for name, (unit, _) in BUDGETS.items())
 
 

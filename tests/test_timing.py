@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from transformers import StaticCache
 from adaskip import (
     AdaskipError,
     FixedSkipping,
+    Linear,
     RunError,
     SkipDecode,
     SkipPlan,
     Sublayer,
+    Window,
     learn_importance,
     skipping,
 )
@@ -45,7 +48,7 @@ from adaskip.speedtest.stats import (
     phase_record,
 )
 from adaskip.speedtest.waiting_check import Waiting
-from adaskip.sublayer_times import SublayerTimes
+from adaskip.sublayer_times import PlanTimes, SublayerTimes
 
 SKIPPED = SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): None, Sublayer(3, "attn"): 1.1})
 
@@ -124,6 +127,18 @@ def test_kv_bytes_of_a_growing_plan_are_checked() -> None:
         checked_kv(model, case, run, 9, 1)
 
 
+@pytest.mark.parametrize("cache", ["growing", "dynamic", "static"])
+@pytest.mark.parametrize("size", [4, 100])
+def test_kv_bytes_of_windows_are_checked(cache: Any, size: int) -> None:
+    model = tiny_model("llama")
+    plan = SkipPlan({Sublayer(1, "attn"): Window(size), Sublayer(2, "attn"): None})
+    case = Case("windows", FixedSkipping(plan), cache)
+    run = run_case(model, case, prompt(10), 5, look=True)
+    # Where the cache grows, a window that is not full has room for 64 tokens at a time.
+    room = 4 + (min(size, 64) if cache != "static" else size)
+    assert checked_kv(model, case, run, 10, 1) == 2 * 2 * 8 * 4 * (2 * 15 + room)
+
+
 def test_spread() -> None:
     assert Spread.of([4, 1, 3, 2, 5]) == Spread(3, 2, 4, 5)
     assert Spread.of([7]) == Spread(7, 7, 7, 1)
@@ -153,7 +168,7 @@ def measured(ttft: list[float], per_token: list[float], plans: list[SkipPlan]) -
 def test_speedup_ideal_and_their_ratio() -> None:
     # attn 3 ms, ffn 1 ms, rest 4 of 12 ms; in this run dense took 24 ms, twice as long.
     seconds = {s: 3e-3 if s.kind == "attn" else 1e-3 for s in all_sublayers(2)}
-    times = SublayerTimes(12e-3, seconds, Phase.PREFILL, 10)
+    times = PlanTimes(SublayerTimes(12e-3, seconds, Phase.PREFILL, 10), {"window 8": 1e-3})
     layer = SkipPlan({Sublayer(1, "attn"): None, Sublayer(1, "ffn"): None})
     dense = measured([24e-3, 20e-3, 30e-3], [1, 1, 1], [EMPTY_PLAN] * 3)
     own = measured([18e-3, 17e-3, 20e-3], [1, 1, 1], [layer] * 3)
@@ -164,6 +179,10 @@ def test_speedup_ideal_and_their_ratio() -> None:
     # The share to be saved is 4 of 12.
     assert record["saving_ratio"] == pytest.approx({"median": 3 / 4, "low": 9 / 20, "high": 1})
     assert phase_record(dense, dense, times, Phase.PREFILL)["saving_ratio"] is None
+    # A window saves 2 ms of the 3.
+    windowed = measured([22e-3] * 3, [1, 1, 1], [SkipPlan({Sublayer(0, "attn"): Window(8)})] * 3)
+    record = phase_record(windowed, dense, times, Phase.PREFILL)
+    assert record["ideal_speedup"] == pytest.approx(12 / 10)
     # Two decode steps of which only the second skips: half of it.
     growing = measured([1, 1, 1], [22e-3] * 3, [EMPTY_PLAN, EMPTY_PLAN, layer])
     base = measured([1, 1, 1], [24e-3] * 3, [EMPTY_PLAN] * 3)
@@ -176,9 +195,10 @@ def test_compiled_sublayers_by_difference() -> None:
     eager = SublayerTimes(9, dict.fromkeys(all_sublayers(2), 1.0), Phase.DECODE, 10)
     names = {"dense compiled": 10.0, "no attn compiled": 4.0, "no ffn compiled": 8.0}
     runs = {name: measured([1], [value], []) for name, value in names.items()}
-    times = compiled_times(runs, eager)
-    assert times.total == 10
-    assert list(times.seconds.values()) == [3, 1, 3, 1]
+    times = compiled_times(runs, PlanTimes(eager, {"linear": 0.9}))
+    assert times.dense.total == 10
+    assert list(times.dense.seconds.values()) == [3, 1, 3, 1]
+    assert times.replaced == {"linear": pytest.approx(1.0)}
 
 
 def test_operations_and_bytes_of_forwards() -> None:
@@ -198,6 +218,11 @@ def test_operations_and_bytes_of_forwards() -> None:
                 4 * (weights + head) + 4 * 2 * held * 32 * running, rel=1e-3
             )
     assert forward_bytes(model, EMPTY_PLAN, 0, 2) == 4 * (dense + head)
+    # A window of 3 + 4 tokens holds them in the place of 10; a map of rank 2 is read too.
+    maps = Linear((torch.zeros(32, 2), torch.zeros(2, 32)), torch.zeros(32))
+    plan = SkipPlan({Sublayer(0, "attn"): Window(3), Sublayer(1, "ffn"): maps})
+    read = dense - ffn + head + 2 * 2 * 32 + 2 * 2 * 16 * (3 * 10 + 7)
+    assert forward_bytes(model, plan, 10, 2) == 4 * read
     assert forward_bytes(model, SKIPPED, 10, 2) == 4 * (left + head + 2 * 2 * 10 * 16 * 2)
     assert Rates(10, 20).seconds(100, 30) == 5
     # Nothing is counted unless asked for.

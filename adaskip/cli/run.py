@@ -64,6 +64,7 @@ def _names() -> dict[str, str]:
         "tasks": task_names(),
         "by_layers": [name for name, unit in budgets.items() if unit == "layers"],
         "by_sublayers": [name for name, unit in budgets.items() if unit == "sublayers"],
+        "by_plan": takers("plan_file"),
     }
     return {key: ", ".join(names) for key, names in listed.items()}
 

@@ -33,7 +33,8 @@ from adaskip.sublayer_times import PlanTimes
 
 def method_names() -> tuple[str, ...]:
     """What `make_plan` can make: the search, the field's methods, policies of one plan."""
-    fixed = [name for name in POLICIES if takes(name, "n_skip") and not takes(name, "horizon")]
+    # Those with a horizon follow the steps, those with a file have been made already.
+    fixed = [name for name in POLICIES if not (takes(name, "horizon") or takes(name, "plan_file"))]
     return (SEARCH, *METHODS, *fixed)
 
 

@@ -3,6 +3,7 @@
 from adaskip.policies.ada_skip import AdaSkip
 from adaskip.policies.early_exit import EarlyExit
 from adaskip.policies.llm_drop import AttentionDrop, FFNDrop, JointDrop
+from adaskip.policies.made_plan import MadePlan
 from adaskip.policies.short_gpt import ShortGPT
 from adaskip.policies.skip_decode import SkipDecode
 from adaskip.policies.unified_skipping import UnifiedSkipping
@@ -16,6 +17,7 @@ __all__ = [
     "FFNDrop",
     "FixedSkipping",
     "JointDrop",
+    "MadePlan",
     "ShortGPT",
     "SkipDecode",
     "SkipPolicy",

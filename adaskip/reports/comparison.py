@@ -42,6 +42,7 @@ class Line:
     """One policy with one budget in one experiment.
 
     Attributes:
+        policy: its name; of a plan that was made, the name of its file.
         unit: of the budget, `"layers"` or `"sublayers"`.
         skipped_share: share of skipped sublayers per phase, mean over tasks.
         ttft: median seconds to the first token, over all rows of all tasks.
@@ -190,7 +191,7 @@ def _lines(
             run = runs.get(run_folder(config))
             score = run.tasks.get(cell.task) if run else None
             if score is not None and score.n_rows:
-                found.setdefault((config.policy, config.budget), []).append((cell, score))
+                found.setdefault((config.label, config.budget), []).append((cell, score))
     dense = {score.task: score for _, score in found.get((DENSE, 0), [])}
     return tuple(_line(scored, dense) for scored in found.values())
 
@@ -201,7 +202,7 @@ def _line(scored: Sequence[tuple[Cell, TaskScore]], dense: Mapping[str, TaskScor
     steps = [step for _, step in seconds if step is not None]
     bases = {} if config.policy == DENSE else dense
     return Line(
-        policy=config.policy,
+        policy=config.label,
         budget=config.budget,
         unit="sublayers" if config.skip_sub_layer_num is not None else "layers",
         skipped_share={

@@ -12,22 +12,24 @@ from adaskip.errors import RunError
 # Okabe and Ito's palette, told apart by colour-blind readers, then some of Paul Tol's.
 COLOURS = (
     *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"),
-    *("#882255", "#44AA99", "#999933", "#332288", "#DDCC77", "#661100"),
+    *("#882255", "#44AA99", "#999933", "#332288", "#DDCC77", "#661100", "#888888"),
 )
 # They serve those who tell no colours apart.
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H")
+# The paper's policies come first: they keep their look whatever is added.
+_PAPER = ("ADA", "EE", "SD", "US")
 # Of a figure within a page: pixels and colours that no eye misses.
 EMBEDDED_WIDTH = 1400
 EMBEDDED_COLOURS = 64
 
 
 def policy_colour(policy: str) -> str:
-    """The colour of a registered policy, the same in every figure."""
+    """The colour of a policy or of the method in a plan's name, the same in every figure."""
     return COLOURS[_number(policy) % len(COLOURS)]
 
 
 def policy_marker(policy: str) -> str:
-    """The marker of a registered policy, the same in every figure of points."""
+    """The marker of a policy or of the method in a plan's name, likewise."""
     return MARKERS[_number(policy) % len(MARKERS)]
 
 
@@ -95,6 +97,16 @@ def as_data_uri(path: Path) -> str:
 
 
 def _number(policy: str) -> int:
+    from adaskip.methods import method_names
     from adaskip.policies import POLICIES
 
-    return list(POLICIES).index(policy)
+    known = [*dict.fromkeys([*_PAPER, *POLICIES, *method_names()])]
+    # A plan's file is called after its method, then its budget.
+    found = next((name for name in (policy, *_beginnings(policy)) if name in known), None)
+    return len(known) if found is None else known.index(found)
+
+
+def _beginnings(name: str) -> list[str]:
+    """A name without its last parts, the longest first."""
+    parts = name.upper().split("-")
+    return ["-".join(parts[:n]) for n in range(len(parts), 0, -1)]

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from adaskip.blocks import block_spec
 from adaskip.errors import RunError
 from adaskip.plan import KINDS, Phase, SkipPlan, Step, Sublayer, all_sublayers
+from adaskip.replacements import Window
 from adaskip.runs.rows import PhaseSkips, Skips
 
 
@@ -67,6 +68,7 @@ class Audit:
         self._base = base
         self._session = session
         self._ran: set[Sublayer] = set()
+        self._windowed: set[Sublayer] = set()
         self._all = all_sublayers(len(base.layers))
         self._handles: list[RemovableHandle] = []
         self._phases: dict[Phase, PhaseCount] = {}
@@ -82,7 +84,8 @@ class Audit:
         for number, layer in enumerate(self._base.layers):
             for kind, names in (("attn", self._spec.attn), ("ffn", self._spec.ffn)):
                 body = getattr(layer, names.body)
-                self._handles.append(body.register_forward_hook(self._note(number, kind)))
+                hook = self._note(number, kind)
+                self._handles.append(body.register_forward_hook(hook, with_kwargs=True))
         self._handles.append(self._base.register_forward_hook(self._check))
         self.start_request()
         return self
@@ -112,16 +115,20 @@ class Audit:
 
     def _note(self, layer: int, kind: Any) -> Any:
         sublayer = Sublayer(layer, kind)
-        ran = self._ran
+        ran, windowed = self._ran, self._windowed
 
-        def hook(*_: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             ran.add(sublayer)
+            if kwargs.get("window_step") is not None:
+                windowed.add(sublayer)
 
         return hook
 
     def _check(self, *_: Any) -> None:
         left_out = tuple(sublayer for sublayer in self._all if sublayer not in self._ran)
+        windowed = tuple(sorted(self._windowed))
         self._ran.clear()
+        self._windowed.clear()
         # Phase by our own count: generation prefills in one forward.
         phase = Phase.DECODE if self._forwards else Phase.PREFILL
         self._forwards += 1
@@ -129,11 +136,15 @@ class Audit:
         count.forwards += 1
         count.skipped.update(sublayer.kind for sublayer in left_out)
         count.latest = left_out
-        self._compare(phase, left_out)
+        self._compare(phase, left_out, windowed)
 
-    def _compare(self, phase: Phase, left_out: tuple[Sublayer, ...]) -> None:
+    def _compare(
+        self, phase: Phase, left_out: tuple[Sublayer, ...], windowed: tuple[Sublayer, ...]
+    ) -> None:
         step = self._session.step if self._session else None
-        planned = tuple(self._session.plan) if self._session else ()
+        plan = self._session.plan if self._session else SkipPlan()
+        windows = tuple(s for s, r in plan.items() if isinstance(r, Window))
+        planned = tuple(s for s in plan if s not in windows)
         if step is not None and step.phase != phase:
             raise RunError(
                 f"The {phase} forward was taken for {step.phase}; this is a bug, report it."
@@ -144,6 +155,11 @@ class Audit:
             raise RunError(
                 f"What ran is not the plan ({phase}): planned to be skipped but run: {missed}; "
                 f"skipped without a plan: {extra}. The row is not kept; this is a bug, report it."
+            )
+        if windows != windowed:
+            raise RunError(
+                f"What ran is not the plan ({phase}): planned windows: {_names(set(windows))}; "
+                f"seen: {_names(set(windowed))}. The row is not kept; this is a bug, report it."
             )
 
 

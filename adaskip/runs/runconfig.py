@@ -17,6 +17,7 @@ from adaskip.errors import AdaskipError, RunError, refuse_below_one, unknown_nam
 from adaskip.plan import Scope
 from adaskip.policies import policy_class
 from adaskip.policies.factory import LEARNED, arguments, describe, takers, takes
+from adaskip.policies.made_plan import PlanFile
 from adaskip.runs.rows import first_problem
 
 DENSE = "dense"
@@ -27,7 +28,9 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 # How importance is learned, which matters to policies that use it.
 WARMING_UP = ("warmup", "warmup_task")
 # Options that set a field of the policy, or say what it has learned.
-POLICY_OPTIONS = ("importance", "gain", "online")
+POLICY_OPTIONS = ("importance", "gain", "online", "plan")
+# The field of a policy that an option sets, where it has another name.
+_FIELDS = {"plan": "plan_file"}
 _NOT_SETTINGS = (
     *("name", "tasks", "limit", "max_new_tokens", "data_dir", "results_dir", "resume"),
     *("allow_pickle", *POLICY_OPTIONS),
@@ -109,6 +112,7 @@ class RunConfig:
         None,
         "extend the plan while decoding (decode and e2e experiments; default: as the paper does)",
     )
+    plan: str | None = option(None, "file of a plan, of {by_plan}; its budget is what it replaces")
     seed: int = option(2025, "seed of sampling and of the offline sample")
     results_dir: str = option("results", "folder that holds the runs")
     resume: bool = option(True, "continue a run that exists; --no-resume refuses to")
@@ -122,7 +126,12 @@ class RunConfig:
     def run_name(self) -> str:
         """The run's name, as given or by default."""
         model = PurePath(self.model_name).name  # of a folder or hub id, the last part
-        return self.name or f"{model}-{self.policy}-{self.experiment.upper()}"
+        return self.name or f"{model}-{self.label}-{self.experiment.upper()}"
+
+    @property
+    def label(self) -> str:
+        """What tables call the policy: its name, or that of the plan's file."""
+        return self.policy if self.plan is None else PurePath(self.plan).stem
 
     @property
     def folder_name(self) -> str:
@@ -146,7 +155,9 @@ class RunConfig:
         Settings that are not given are the paper's (`configs/budgets.yaml`).
         """
         paper: dict[str, Any] = read_config("budgets.yaml")["policy_settings"].get(self.policy, {})
-        given = {"gain": self.gain, "online": self.online}
+        given: dict[str, Any] = {"gain": self.gain, "online": self.online}
+        if self.plan is not None:
+            given["plan_file"] = PlanFile.read(self.plan)
         return paper | {k: None if v == "none" else v for k, v in given.items() if v is not None}
 
     def policy_settings(self) -> dict[str, Any]:
@@ -181,11 +192,15 @@ class RunConfig:
 
         Raises:
             RunError: a setting is unknown, missing or of the wrong type.
+            PlanError: it names a plan whose file cannot be read.
         """
         known = {item.name for item in dataclasses.fields(cls)}
         for key in content:
             if key not in known:
                 raise RunError(str(unknown_name("setting", str(key), known)))
+        path = content.get("plan")
+        if isinstance(path, str) and content.get("skip_sub_layer_num") is None:
+            content = content | {"skip_sub_layer_num": len(PlanFile.read(path).plan)}
         try:
             return cls(**content)
         except ValidationError as error:
@@ -213,6 +228,12 @@ class RunConfig:
     def _check_budget(self) -> None:
         """Refuses a budget that is missing, another policy's, or too small for any model."""
         own = budget_flag(self.policy)
+        if _applies("plan", self.policy) != (self.plan is not None):
+            users = ", ".join(takers(_FIELDS["plan"]))
+            raise AdaskipError(
+                f"--plan FILE belongs to policy {users}, and to no other; the policy is "
+                f"{self.policy}, the plan {self.plan}."
+            )
         for flag in BUDGETS.values():
             if getattr(self, flag) is not None and flag != own:
                 meant = f"use --{own}" if own else "leave it out"
@@ -263,7 +284,7 @@ def refuse_unused(given: Iterable[str], policies: Sequence[str]) -> None:
     """
     for key in given:
         if key in POLICY_OPTIONS and not any(_applies(key, policy) for policy in policies):
-            users = ", ".join(takers(key)) or "none"
+            users = ", ".join(takers(_FIELDS.get(key, key))) or "none"
             raise AdaskipError(
                 f"The option {key!r} does not apply to {', '.join(policies)}; policies that take "
                 f"it: {users}."
@@ -272,4 +293,4 @@ def refuse_unused(given: Iterable[str], policies: Sequence[str]) -> None:
 
 def _applies(key: str, policy: str) -> bool:
     """Whether a policy has a use for one of its options, or for how importance is learned."""
-    return takes(policy, LEARNED if key in WARMING_UP else key)
+    return takes(policy, LEARNED if key in WARMING_UP else _FIELDS.get(key, key))

@@ -14,6 +14,7 @@ from adaskip.configuration import config_names, config_path, read_config
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.models.spec import model_names
 from adaskip.plan import SCOPES, Scope
+from adaskip.policies.factory import takes
 from adaskip.runs.loaded import warmup_task
 from adaskip.runs.reference_quality import PerplexitySettings
 from adaskip.runs.runconfig import DENSE, RunConfig, budget_flag, check_file_name, refuse_unused
@@ -37,7 +38,7 @@ class SweepFile(BaseModel):
         name: of the sweep.
         results_dir: the sweep's folder; None is `results/<name>`.
         models: as in `configs/models.yaml`.
-        policies: budgets by policy, in its own unit.
+        policies: budgets by policy, in its own unit; of PLAN, the plans' files.
         experiments: tasks by experiment, in table order.
         settings: options of every run.
         tasks: options of single tasks' runs.
@@ -49,7 +50,7 @@ class SweepFile(BaseModel):
     name: str
     results_dir: str | None = None
     models: Some[str]
-    policies: Annotated[dict[str, Some[int]], Field(min_length=1)]
+    policies: Annotated[dict[str, Some[int | str]], Field(min_length=1)]
     experiments: Annotated[dict[str, Some[str]], Field(min_length=1)]
     settings: dict[str, Any] | None = None
     tasks: dict[str, dict[str, Any]] | None = None
@@ -79,14 +80,14 @@ class Cell:
         config = self.config
         budget = "" if config.policy == DENSE else f" {config.budget}"
         experiments = "+".join(self.experiments)
-        return f"{config.model_name} {experiments} {config.policy}{budget} {self.task}"
+        return f"{config.model_name} {experiments} {config.label}{budget} {self.task}"
 
     def matches(self, only: Mapping[str, str]) -> bool:
         """Whether every selector fits."""
         own: dict[str, Iterable[str]] = {
             "model": [self.config.model_name],
             "experiment": self.experiments,
-            "policy": [self.config.policy],
+            "policy": [self.config.policy, self.config.label],
             "budget": [str(self.config.budget)],
             "task": [self.task],
         }
@@ -149,6 +150,8 @@ def read_sweep(path: Path, folder: Path | None = None, **settings: Any) -> Sweep
         if model not in model_names():
             raise AdaskipError(f"{path}: {unknown_name('model', model, model_names())}")
     by_task = content.tasks or {}
+    for policy, budgets in content.policies.items():
+        _check_budgets(path, policy, budgets)
     common = {**(content.settings or {}), **settings}
     given = [key for own in (common, *by_task.values()) for key in own]
     for key in given:
@@ -188,10 +191,21 @@ def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     return left
 
 
+def _check_budgets(path: Path, policy: str, budgets: Sequence[int | str]) -> None:
+    """Refuses files as budgets of a policy that takes numbers, and the other way round."""
+    of_files = takes(policy, "plan_file")
+    kind, wanted = (str, "the file of a plan") if of_files else (int, "a valid integer")
+    for number, budget in enumerate(budgets):
+        if not isinstance(budget, kind):
+            raise AdaskipError(
+                f"{path}: 'policies.{policy}.{number}' is {budget!r}: it must be {wanted}."
+            )
+
+
 def _cells(
     model: str,
     experiments: Mapping[Scope, Sequence[str]],
-    policies: Mapping[str, Sequence[int]],
+    policies: Mapping[str, Sequence[int | str]],
     settings: Mapping[str, dict[str, Any]],
 ) -> list[Cell]:
     """The cells of one model, dense ones first: the others' times are compared with them.
@@ -199,7 +213,7 @@ def _cells(
     Args:
         model: its name.
         experiments: tasks by experiment.
-        policies: budgets by policy.
+        policies: budgets by policy, or plans' files.
         settings: of the run, by task.
     """
 
@@ -216,7 +230,7 @@ def _cells(
         for task in tasks:
             for policy, budgets in policies.items():
                 for budget in budgets:
-                    flag = budget_flag(policy)
+                    flag = "plan" if isinstance(budget, str) else budget_flag(policy)
                     own = {} if flag is None else {flag: budget}
                     cells.append(
                         Cell((experiment,), config(experiment, task, policy=policy, **own))

@@ -20,6 +20,8 @@ from adaskip.learning import learn_importance
 from adaskip.models.devices import resolve_dtype
 from adaskip.plan import Phase
 from adaskip.policies import POLICIES, policy_class
+from adaskip.policies.factory import takes
+from adaskip.policies.made_plan import PlanFile
 from adaskip.profiling import memory
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.clock import ClockedRequests
@@ -29,15 +31,22 @@ from adaskip.speedtest.cases import BASELINES, DENSE, Case, make_cases, run_case
 from adaskip.speedtest.measurement import Measurement, option
 from adaskip.speedtest.record import Key, Point
 from adaskip.speedtest.roofline import Rates, measured_rates, operation_counter
-from adaskip.speedtest.stats import Measured, add_rooflines, case_records, checked_kv
+from adaskip.speedtest.stats import (
+    Measured,
+    add_rooflines,
+    case_records,
+    checked_kv,
+    with_replacements,
+)
 
 logger = logging.getLogger(__name__)
 WARMUP_TOKENS = 256
 
 
 def _all_policies() -> tuple[str, ...]:
-    """Those that skip whole layers first."""
-    return tuple(sorted(POLICIES, key=lambda name: POLICIES[name].budget))
+    """Those that skip whole layers first; a plan's file is named by itself."""
+    names = [name for name in POLICIES if not takes(name, "plan_file")]
+    return tuple(sorted(names, key=lambda name: POLICIES[name].budget))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +76,7 @@ class SpeedTest(Measurement):
     budgets: tuple[int, ...] = option(
         (4, 8, 16), "sublayers to skip; policies that count whole layers skip half as many"
     )
+    plans: tuple[str, ...] = option((), "files of plans to measure besides")
     rounds: int = option(15, "requests per case at most")
     minutes: float = option(
         10.0, f"about how long to measure; a point takes {MIN_ROUNDS} rounds at least"
@@ -97,6 +107,10 @@ class SpeedTest(Measurement):
         refuse_below_one({"batches": min(self.batches)})
         for name in self.policies:
             policy_class(name)
+            if takes(name, "plan_file"):
+                raise AdaskipError(f"Policy {name} is measured by its plan: --plans FILE ...")
+        for path in self.plans:
+            PlanFile.read(path)
         if not 0 <= self.minutes < math.inf:
             raise AdaskipError(f"--minutes is {self.minutes}; it must be a number, 0 or more.")
 
@@ -118,6 +132,7 @@ class SpeedTest(Measurement):
             self.budgets,
             n_steps=self.new_tokens,
             compiled=self.compiled,
+            plans=[PlanFile.read(path) for path in self.plans],
         )
         rates = measured_rates(model.device)
         seconds = 60 * self.minutes / len(missing)
@@ -167,11 +182,12 @@ class SpeedTest(Measurement):
         for taken in turns:
             for label, own in measured.items():
                 own.add(taken[label])
-        times = {phase: clock.times(phase, measured[DENSE].seconds(phase)) for phase in Phase}
+        dense = {phase: clock.times(phase, measured[DENSE].seconds(phase)) for phase in Phase}
+        times = {phase: with_replacements(model, dense[phase], measured) for phase in Phase}
         lines = case_records(cases, measured, times)
         if rates is not None:
             add_rooflines(lines, model, measured, rates)
-        sublayers = {str(phase): value.as_dict() for phase, value in times.items()}
+        sublayers = {str(phase): value.as_dict() for phase, value in dense.items()}
         return {"rates": rates and asdict(rates), "sublayers": sublayers, "cases": lines}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from adaskip.importance import Importance
 from adaskip.plan import EMPTY_PLAN, Kind, SkipPlan, Sublayer
 from adaskip.policies import FixedSkipping, SkipPolicy, policy_class
 from adaskip.policies.factory import build_policy
+from adaskip.policies.made_plan import MadePlan, PlanFile
 from adaskip.profiling.timing import RequestTimes, dynamic_cache, growing_cache, time_request
 from adaskip.session import skipping
 
@@ -58,8 +60,9 @@ def make_cases(
     *,
     n_steps: int,
     compiled: bool = False,
+    plans: Sequence[PlanFile] = (),
 ) -> list[Case]:
-    """Stock, dense, empty plan, and every policy at every budget.
+    """Stock, dense, empty plan, every policy at every budget, and plans that were made.
 
     Args:
         importance: of the model, for policies that learn.
@@ -67,6 +70,7 @@ def make_cases(
         budgets: in sublayers; policies that count layers skip half as many.
         n_steps: decode steps, the horizon of a policy that has one.
         compiled: whether to add the compiled ones.
+        plans: files of plans, whose budget is what they replace.
 
     Raises:
         AdaskipError: a policy is unknown, or a budget is not even.
@@ -75,6 +79,7 @@ def make_cases(
     if odd:
         raise AdaskipError(f"A budget of {odd[0]} sublayers is not whole layers; give even ones.")
     named = [_named(p, n, importance, n_steps) for p in policies for n in budgets]
+    named += [(Path(file.path).stem, MadePlan(file, len(file.plan))) for file in plans]
     cases = [
         Case("stock", None, "dynamic"),
         Case(DENSE, None),

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from adaskip.blocks import block_spec, bound_parts
 from adaskip.plan import SkipPlan, Sublayer, all_sublayers
+from adaskip.replacements import Linear, Window
 
 Shape = Sequence[int]
 _COPY_BYTES = 2 << 30
@@ -98,8 +99,11 @@ def forward_bytes(model: PreTrainedModel, plan: SkipPlan, held: int, batch: int)
     """
     layers: Any = model.base_model.layers
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    running = [s for s in all_sublayers(len(layers)) if s not in plan]
+    left_out = {s for s, replacement in plan.items() if not isinstance(replacement, Window)}
+    running = [s for s in all_sublayers(len(layers)) if s not in left_out]
     weights = head.weight.numel() + sum(_matrices(layers[s.layer], s) for s in running)
+    maps = [replacement for replacement in plan.values() if isinstance(replacement, Linear)]
+    weights += sum(factor.numel() for linear in maps for factor in linear.factors)
     itemsize = model.dtype.itemsize
     return int(weights * itemsize) + kv_bytes(model.config, plan, held, batch, itemsize)
 
@@ -114,11 +118,12 @@ def _matrices(layer: Any, sublayer: Sublayer) -> int:
 def kv_bytes(config: Any, plan: SkipPlan, tokens: int, batch: int, itemsize: int) -> int:
     """Bytes of keys and values after `tokens` tokens under a plan that is in force throughout.
 
-    `2 * batch * KV heads * head_dim * tokens * itemsize` per attention that is not skipped. For
-    models without sliding windows.
+    `2 * batch * KV heads * head_dim * tokens * itemsize` per attention that is not skipped; where
+    the plan has a window, the tokens it holds. For models without sliding windows of their own.
     """
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    n_running = text.num_hidden_layers - len(plan.layers("attn"))
-    return int(2 * batch * heads * width * tokens * itemsize * n_running)
+    n_running = text.num_hidden_layers - len(plan.layers("attn")) - len(plan.windows)
+    held = n_running * tokens + sum(window.held(tokens) for window in plan.windows.values())
+    return int(2 * batch * heads * width * itemsize * held)

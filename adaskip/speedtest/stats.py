@@ -12,10 +12,13 @@ from transformers import PreTrainedModel
 from adaskip.errors import RunError
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan
 from adaskip.profiling.interleaving import Ratio, Spread
-from adaskip.profiling.timing import RequestTimes
+from adaskip.profiling.plan_times import measure_replacements
+from adaskip.profiling.timing import RequestTimes, growing_cache
+from adaskip.replacements import Window
 from adaskip.speedtest.cases import DENSE_COMPILED, Case, CaseRun
 from adaskip.speedtest.roofline import Rates, forward_bytes, kv_bytes
-from adaskip.sublayer_times import SublayerTimes
+from adaskip.sublayer_times import GAIN, PlanTimes, SublayerTimes, replacement_name
+from adaskip.window_track import ROOM
 
 Line = dict[str, Any]
 
@@ -64,6 +67,8 @@ def checked_kv(model: PreTrainedModel, case: Case, run: CaseRun, context: int, b
     for number, plan in reversed(list(enumerate(plans))):
         for layer in plan.layers("attn"):
             tokens_of[layer] = context + number - 1 if number else 0
+        for layer, window in plan.windows.items():
+            tokens_of[layer] = _window_room(window, held, static=case.cache == "static")
     one = kv_bytes(model.config, EMPTY_PLAN, 1, batch, model.dtype.itemsize) // len(tokens_of)
     formula = one * sum(tokens_of.values())
     if formula != run.times.kv_bytes:
@@ -74,29 +79,52 @@ def checked_kv(model: PreTrainedModel, case: Case, run: CaseRun, context: int, b
     return formula
 
 
-def compiled_times(measured: Mapping[str, Measured], eager: SublayerTimes) -> SublayerTimes:
+def _window_room(window: Window, held: int, *, static: bool) -> int:
+    """Tokens a window has room for: all it can hold, in steps of `ROOM` where the cache grows."""
+    ring = window.size if static else min(window.size, -(-held // ROOM) * ROOM)
+    return window.sinks + ring
+
+
+def with_replacements(
+    model: PreTrainedModel, dense: SublayerTimes, measured: Mapping[str, Measured]
+) -> PlanTimes:
+    """The sublayers' times, with those of what takes places in the cases, measured now."""
+    plans = [plan for own in measured.values() for plan in own.first.plans]
+    sorts = {replacement_name(r): r for plan in plans for r in plan.values()}
+    sorts.pop(GAIN, None)
+    if not sorts:
+        return PlanTimes(dense)
+    shares = measure_replacements(model, dense, list(sorts.values()), growing_cache)
+    return PlanTimes(dense, {name: share * dense.total for name, share in shares.items()})
+
+
+def compiled_times(measured: Mapping[str, Measured], times: PlanTimes) -> PlanTimes:
     """Sublayer times of a compiled decode step, whose inside cannot be seen: by difference.
 
-    The dense step minus the one without any attention (or FFN), by the number of layers.
+    The dense step minus the one without any attention (or FFN), by the number of layers. What takes
+    their place is taken to be the same share of a step.
     """
+    eager = times.dense
     total = median(measured[DENSE_COMPILED].per_token)
     each = {
         kind: max(total - median(measured[f"no {kind} compiled"].per_token), 0.0) / eager.n_layers
         for kind in ("attn", "ffn")
     }
     seconds = {sublayer: each[sublayer.kind] for sublayer in eager.seconds}
-    return SublayerTimes(total, seconds, Phase.DECODE, eager.context, eager.batch)
+    replaced = {name: t * total / eager.total for name, t in times.replaced.items()}
+    dense = SublayerTimes(total, seconds, Phase.DECODE, eager.context, eager.batch)
+    return PlanTimes(dense, replaced)
 
 
 def case_records(
-    cases: Sequence[Case], measured: Mapping[str, Measured], times: Mapping[Phase, SublayerTimes]
+    cases: Sequence[Case], measured: Mapping[str, Measured], times: Mapping[Phase, PlanTimes]
 ) -> list[Line]:
     """Every measured case, ready for JSON; times in seconds.
 
     Args:
         cases: all that took turns.
         measured: their requests, by label.
-        times: what the sublayers take in eager forwards.
+        times: what the sublayers, and what takes their place, take in eager forwards.
     """
     compiled = dict(times)
     if DENSE_COMPILED in measured:
@@ -105,9 +133,7 @@ def case_records(
     return [_line(case, measured, compiled if case.compiled else times) for case in shown]
 
 
-def _line(
-    case: Case, measured: Mapping[str, Measured], times: Mapping[Phase, SublayerTimes]
-) -> Line:
+def _line(case: Case, measured: Mapping[str, Measured], times: Mapping[Phase, PlanTimes]) -> Line:
     own, baseline = measured[case.label], measured[case.baseline]
     last = own.first.plans[-1]
     return {
@@ -117,6 +143,7 @@ def _line(
         "compiled": case.compiled,
         "skipped_attn": len(last.layers("attn")),
         "skipped_ffn": len(last.layers("ffn")),
+        "windows": len(last.windows),
         "peak_bytes": own.peak_bytes,
         "kv_bytes": own.first.times.kv_bytes,
         "same_tokens_as_eager": _same_tokens(case, measured),
@@ -147,16 +174,16 @@ def add_rooflines(
 
 
 def phase_record(
-    own: Measured, baseline: Measured, times: SublayerTimes, phase: Phase
+    own: Measured, baseline: Measured, times: PlanTimes, phase: Phase
 ) -> dict[str, Any]:
     """Times of a phase, its speedup, the ideal one, and the fraction of the ideal saving.
 
     Compared with the baseline of the same round, round by round. Ideal: by what the skipped
-    sublayers were measured to take. The fraction is under `saving_ratio`.
+    sublayers, and what takes their place, were measured to take. The fraction is under
+    `saving_ratio`.
     """
     # SkipDecode skips more from step to step.
-    saved = mean(times.saved(plan.gains) for plan in own.plans_of(phase))
-    share = saved / times.total
+    share = mean(1 - 1 / times.speedup(plan) for plan in own.plans_of(phase))
     pairs = list(zip(own.seconds(phase), baseline.seconds(phase), strict=True))
     fractions = [(1 - a / b) / share for a, b in pairs] if share else []
     return asdict(Spread.of(own.seconds(phase))) | {

@@ -1,0 +1,81 @@
+"""A plan that was made once and kept in a file, as a policy that scripts can name."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from adaskip.errors import AdaskipError, PlanError
+from adaskip.plan import SkipPlan, Step
+from adaskip.policy import SkipPolicy, register
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan and where it was read.
+
+    Attributes:
+        path: the file.
+        name: tells files apart, also those of one name: its own, and a hash of what is in it.
+        plan: what is in it.
+    """
+
+    path: str
+    name: str
+    plan: SkipPlan = field(repr=False)
+
+    @classmethod
+    def read(cls, path: str) -> PlanFile:
+        """Reads a plan's file.
+
+        Raises:
+            PlanError: it is missing, damaged, or of another version.
+        """
+        plan = SkipPlan.load(path)
+        try:
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+        except OSError as error:
+            raise PlanError(f"The plan {path} cannot be read: {error}.") from error
+        return cls(path, f"{Path(path).stem}-{digest}", plan)
+
+
+@register("PLAN")
+@dataclass
+class MadePlan(SkipPolicy):
+    """Applies the plan of a file at every step: one that a search or a method made.
+
+    Attributes:
+        plan_file: the file.
+        n_skip: sublayers that the plan replaces, windows included.
+
+    Source: METHOD, "Search" and "Methods of the field".
+    """
+
+    budget: ClassVar[Literal["layers", "sublayers"]] = "sublayers"
+
+    plan_file: PlanFile
+    n_skip: int
+
+    @override
+    def check_model(self, model: PreTrainedModel) -> None:
+        self.plan_file.plan.check_model(model)
+
+    @override
+    def bind(self, n_layers: int) -> None:
+        plan = self.plan_file.plan
+        plan.check(n_layers)
+        if self.n_skip != len(plan):
+            raise AdaskipError(
+                f"The plan {self.plan_file.path} replaces {len(plan)} sublayers, not "
+                f"{self.n_skip}; leave the number out."
+            )
+        super().bind(n_layers)
+
+    @override
+    def plan(self, step: Step) -> SkipPlan:
+        return self.plan_file.plan
