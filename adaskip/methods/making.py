@@ -21,11 +21,10 @@ from adaskip.policies import POLICIES
 from adaskip.policies.factory import LEARNED, build_policy, takes
 from adaskip.profiling.plan_times import linear_like, measured_plan_times
 from adaskip.replacements import Replacement
-from adaskip.search import search_plan
+from adaskip.search import SEARCH, search_plan
 from adaskip.search.describing import described, identity, with_measured
 from adaskip.search.journal import Journal
 from adaskip.search.losses import Losses, Row
-from adaskip.search.searching import NAME as SEARCH
 from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
 from adaskip.sublayer_times import PlanTimes

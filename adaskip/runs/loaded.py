@@ -76,7 +76,15 @@ class LoadedModel:
         Raises:
             DataError: the data is missing or damaged, or no row is left.
         """
-        return self._load(config, task, warmup=False)
+        return self._load(config, task, warmup=False, limit=config.limit)
+
+    def warmup_rows(self, config: RunConfig, task: str, n: int) -> list[Row]:
+        """Rows to learn from, apart from those of runs where the task has splits.
+
+        Raises:
+            DataError: as `rows`.
+        """
+        return self._load(config, task, warmup=True, limit=n)
 
     def prompt(self, config: RunConfig, row: Row) -> Prompt:
         """The prompt of a row, cut to the run's limit and wrapped in the model's template."""
@@ -155,7 +163,7 @@ class LoadedModel:
     def _learn(self, config: RunConfig, path: Path) -> Importance:
         task = _warmup_of(config)
         logger.info("Learning importance from %d %s prompts; kept in %s", config.warmup, task, path)
-        rows = self._load(config, task, warmup=True)
+        rows = self.warmup_rows(config, task, config.warmup)
         if len(rows) < config.warmup:
             raise DataError(
                 f"{task} has {len(rows)} warm-up rows, {config.warmup} were asked for: use a lower "
@@ -183,8 +191,7 @@ class LoadedModel:
         name = f"{Path(config.model_name).name}-{task}-{config.warmup}rows{size}-{digest}.json"
         return Path(config.results_dir) / "importance" / name
 
-    def _load(self, config: RunConfig, task: str, *, warmup: bool) -> list[Row]:
-        limit = config.warmup if warmup else config.limit
+    def _load(self, config: RunConfig, task: str, *, warmup: bool, limit: int | None) -> list[Row]:
         offline = task_spec(task).offline
         key = json.dumps(
             [task, warmup, limit, config.sample_tokens, config.seed]

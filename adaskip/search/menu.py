@@ -63,6 +63,11 @@ class Dishes:
     windows: Sequence[int]
     rank: int | None
 
+    def __str__(self) -> str:
+        """As a plan tells them: `gain, linear 64, window 128 256`."""
+        more = {"linear": [] if self.rank is None else [self.rank], "window": self.windows}
+        return ", ".join(" ".join(map(str, [name, *more.get(name, [])])) for name in self.names)
+
     def check(self) -> None:
         """Raises an `AdaskipError` if there is nothing, or something unknown, to choose from."""
         for name in [self.names] if isinstance(self.names, str) else self.names:

@@ -112,7 +112,7 @@ def search_plan(
         loss = losses.loss({})
     about: dict[str, str | float | None] = {
         "method": NAME,
-        "replacements": " ".join(replacements),
+        "replacements": str(dishes),
         **described(losses.plan, plan_times, acceleration),
         **({} if kv_share is None else {"kv share": float(kv_share)}),
         "loss": loss,

@@ -1,0 +1,221 @@
+"""The command line that makes plans: a search, the field's methods, or all, at given accelerations.
+
+`python -m adaskip.cli.plan --model smollm2 --method SLEB NBL --acceleration 1.2 --context 1000`:
+plans that are there are kept, an interrupted one goes on, and the policy PLAN applies them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from adaskip.waiting import wait_briefly
+
+if __name__ == "__main__":
+    wait_briefly()  # before the imports below load torch
+
+from adaskip.cli.command import Parser, guarded, say
+from adaskip.cli.observe import configured
+from adaskip.cli.run import add_run_options
+from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
+from adaskip.methods import make_plan, method_names
+from adaskip.plan import Phase, SkipPlan
+from adaskip.runs.calibration import calibration_rows
+from adaskip.runs.loaded import LoadedModel
+from adaskip.search import MENU, SEARCH, WINDOWS, search_plan
+from adaskip.search.losses import Row
+from adaskip.search.menu import Dishes
+from adaskip.tables import markdown_table, number, percent
+
+ALL = "all"
+_LOADING = ("model_path", "dtype", "device", "allow_pickle", "seed", "data_dir", "min_length")
+
+
+def plan_main(argv: Sequence[str] | None = None) -> int:
+    """What `python -m adaskip.cli.plan` calls: the exit code of its options."""
+
+    def action() -> int:
+        parser = Parser(prog="python -m adaskip.cli.plan", description=__doc__, allow_abbrev=False)
+        _add_options(parser)
+        return _make(parser.parse_args(argv))
+
+    return guarded(action)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    names = f"{ALL}, or of: {', '.join(method_names())}"
+    add("--model", required=True, metavar="NAME", help="as in configs/models.yaml")
+    add("--method", nargs="+", default=[SEARCH], metavar="NAME", help=f"{names}; {SEARCH}")
+    add("--acceleration", nargs="+", type=float, default=[1.2], metavar="RATIO", help="1.2")
+    add("--phase", choices=[*Phase], default=str(Phase.PREFILL), help="in which it is reached")
+    add("--context", type=int, default=1000, metavar="N", help="prompt tokens; 1000")
+    add("--batch", type=int, default=1, metavar="N", help="sequences at which times count; 1")
+    add("--rows", type=int, default=4, metavar="N", help="calibration rows; 4")
+    add("--reference_tokens", type=int, default=96, metavar="N", help="of each answer; 96")
+    add(
+        "--tasks",
+        nargs="+",
+        default=["sample_summarization", "sample_qa"],
+        metavar="NAME",
+        help="whose warm-up rows calibrate; sample_summarization sample_qa",
+    )
+    add("--replacements", nargs="+", default=[*MENU], help=f"of the search: {' '.join(MENU)}")
+    add("--windows", nargs="+", type=int, default=[*WINDOWS], metavar="N", help="of the search")
+    add("--rank", type=int, metavar="N", help="of the search's linear maps (default: full ones)")
+    add("--kv_share", type=float, metavar="SHARE", help="of the search: keys and values held")
+    add("--exact", action="store_true", help="SLEB and BLOCKPRUNER as their papers have them")
+    add("--measure", action="store_true", help="also measure what each plan reaches")
+    add("--out", default="results/plans", metavar="FOLDER", help="results/plans")
+    add_run_options(parser, _LOADING)
+
+
+def _make(given: argparse.Namespace) -> int:
+    """Makes what is missing, and tells of all."""
+    methods = [*method_names()] if given.method == [ALL] else given.method
+    for method in methods:
+        if method not in method_names():
+            raise unknown_name("method", method, [*method_names(), ALL])
+    Dishes(given.replacements, given.windows, given.rank).check()
+    counts = ("context", "batch", "rows", "reference_tokens")
+    refuse_below_one({name: getattr(given, name) for name in counts})
+    folder = Path(given.out)
+    wanted = [(method, ratio) for method in methods for ratio in given.acceleration]
+    plans = {_path(folder, given, *one): _kept(folder, given, *one) for one in wanted}
+    failures: dict[str, str] = {}
+    if None in plans.values():
+        loaded, rows = _opened(given)
+        for (method, ratio), path in zip(wanted, list(plans), strict=True):
+            if plans[path] is not None:
+                continue
+            say(f"{path.stem} ...")
+            try:
+                plans[path] = _made(loaded, rows, given, method, ratio, path)
+            except AdaskipError as error:
+                # The methods are independent of each other.
+                failures[path.stem] = " ".join(str(error).split())
+    found = {path: plan for path, plan in plans.items() if plan is not None}
+    if found:
+        say(_table({path.stem: plan for path, plan in found.items()}))
+        say(f"\nWritten: {folder}. Apply one: --policy PLAN --plan {next(iter(found))}")
+    for name, reason in failures.items():
+        say(f"{name}: {reason}")
+    return 1 if failures else 0
+
+
+def _opened(given: argparse.Namespace) -> tuple[LoadedModel, list[Row]]:
+    """The model, and the rows to calibrate with."""
+    settings: dict[str, Any] = {name: getattr(given, name) for name in _LOADING}
+    settings |= {"tasks": given.tasks, "sample_tokens": given.context, "max_length": given.context}
+    if given.tasks and all(task.startswith("sample_") for task in given.tasks):
+        # Contexts of that many tokens, around which the prompt stands.
+        del settings["max_length"]
+    config = configured("perplexity", given.model, settings)
+    loaded = LoadedModel.open(config)
+    tasks, answers = list(config.tasks), given.reference_tokens
+    return loaded, calibration_rows(loaded, config, tasks, given.rows, answers)
+
+
+def _made(
+    loaded: LoadedModel,
+    rows: Sequence[Row],
+    given: argparse.Namespace,
+    method: str,
+    ratio: float,
+    path: Path,
+) -> SkipPlan:
+    """Makes a plan and keeps it, with the record of what it took."""
+    options: dict[str, Any] = {"phase": given.phase, "context": given.context}
+    options |= {"batch": given.batch, "measure": given.measure, "progress": True}
+    options |= {"source": _source(given), "acceleration": ratio}
+    if method == SEARCH:
+        make = partial(
+            search_plan,
+            replacements=given.replacements,
+            windows=given.windows,
+            rank=given.rank,
+            kv_share=given.kv_share,
+            record=path.with_suffix(".jsonl"),
+        )
+    else:
+        exact = given.exact and method in ("SLEB", "BLOCKPRUNER")
+        # One record serves every acceleration.
+        record = path.with_name(f"{method}.jsonl")
+        make = partial(make_plan, method=method, exact=exact, record=record)
+    plan = make(loaded.model, rows, **options)
+    plan.save(path)
+    return plan
+
+
+def _path(folder: Path, given: argparse.Namespace, method: str, ratio: float) -> Path:
+    """A plan's file: its method, what the search may use where that is less than all, its ratio."""
+    parts = [method]
+    if method == SEARCH and given.replacements != [*MENU]:
+        parts.append("+".join(given.replacements))
+    if method == SEARCH and given.kv_share is not None:
+        parts.append(f"kv{given.kv_share:g}")
+    return folder / f"{'-'.join(parts)}-{ratio:g}.safetensors"
+
+
+def _kept(folder: Path, given: argparse.Namespace, method: str, ratio: float) -> SkipPlan | None:
+    """The plan that was made before; None if there is none.
+
+    Raises:
+        AdaskipError: the file is another plan's.
+    """
+    path = _path(folder, given, method, ratio)
+    if not path.exists():
+        return None
+    plan = SkipPlan.load(path)
+    wanted = {"method": method, "acceleration": ratio, "calibration": _source(given)}
+    wanted |= {key: getattr(given, key) for key in ("phase", "context", "batch")}
+    if method == SEARCH:
+        wanted["replacements"] = str(Dishes(given.replacements, given.windows, given.rank))
+        wanted["kv share"] = given.kv_share
+    for key, value in wanted.items():
+        if plan.about.get(key) != value:
+            raise AdaskipError(
+                f"{path} was made with another {key} ({plan.about.get(key)}, asked for: {value}); "
+                "give another --out, or remove it."
+            )
+    return plan
+
+
+def _source(given: argparse.Namespace) -> str:
+    return f"{given.rows} warm-up rows of {' '.join(given.tasks)}"
+
+
+def _table(plans: dict[str, SkipPlan]) -> str:
+    header = ["plan", "predicted", "measured", "KV %", "loss", "forwards", "replaces"]
+    lines = []
+    for name, plan in plans.items():
+        about: dict[str, Any] = dict(plan.about)
+        measured = number(about.get("measured acceleration"), 3)
+        if "measured from" in about:
+            measured += f" [{about['measured from']:.3f}, {about['measured to']:.3f}]"
+        lines.append(
+            [
+                name,
+                number(about["predicted acceleration"], 3),
+                measured,
+                percent(about["predicted kv share"]),
+                number(about["loss"], 4),
+                number(about["forwards"], 0),
+                _replaces(plan),
+            ]
+        )
+    return markdown_table(header, lines)
+
+
+def _replaces(plan: SkipPlan) -> str:
+    """How many of each kind a plan skips or replaces."""
+    kinds = [f"{len(plan.layers(kind))} {kind}" for kind in ("attn", "ffn") if plan.layers(kind)]
+    return ", ".join([*kinds, *([f"{len(plan.windows)} windows"] if plan.windows else [])])
+
+
+if __name__ == "__main__":
+    sys.exit(plan_main())

@@ -1,0 +1,116 @@
+"""The command that makes plans: what it makes, keeps, goes on with, and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_loaded import TinyLoaded, tiny_rows
+
+from adaskip import SkipPlan
+from adaskip.cli.plan import plan_main
+from adaskip.policies.made_plan import PlanFile
+from adaskip.runs.loaded import LoadedModel
+from adaskip.search.losses import Losses
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ADASKIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(LoadedModel, "open", lambda config: TinyLoaded.make())
+    monkeypatch.setattr(
+        "adaskip.runs.loaded.sample_rows", lambda task, tokenizer, n, **_: tiny_rows(task, n)
+    )
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    given = ["--model", "smollm2", "--context", "24", "--rows", "3", "--tasks", "sample_qa"]
+    return [*given, "--out", str(folder), *more]
+
+
+def test_plans_are_made_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = options(tmp_path / "plans", "--method", "SLEB", "LLMDROP", "--acceleration", "1.05")
+    assert plan_main(given) == 0
+    out = capsys.readouterr().out
+    assert "\n| SLEB-1.05 " in out
+    assert "\n| LLMDROP-1.05 " in out
+    plan = SkipPlan.load(tmp_path / "plans" / "SLEB-1.05.safetensors")
+    about: Any = plan.about
+    assert (about["method"], about["context"], about["batch"]) == ("SLEB", 24, 1)
+    assert about["calibration"] == "3 warm-up rows of sample_qa"
+    file = PlanFile.read(str(tmp_path / "plans" / "SLEB-1.05.safetensors"))
+    assert (file.plan, file.name[:10]) == (plan, "SLEB-1.05-")
+    # The second call loads nothing, and shows the same.
+    monkeypatch.setattr(LoadedModel, "open", None)
+    assert plan_main(given) == 0
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.startswith("| SLEB")] == [
+        line for line in out.splitlines() if line.startswith("| SLEB")
+    ]
+
+
+def test_a_search_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(tmp_path, "--replacements", "gain", "--acceleration", "1.1", "--measure")
+    compute, counts = Losses.loss, [0, 5]
+
+    def counted(self: Losses, *args: Any, **kwargs: Any) -> float:
+        if counts[0] == counts[1]:
+            raise KeyboardInterrupt
+        counts[0] += 1
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(Losses, "loss", counted)
+    assert plan_main(given) == 130
+    assert (tmp_path / "SEARCH-gain-1.1.jsonl").exists()
+    counts[1] = 10**9
+    assert plan_main(given) == 0
+    plan = SkipPlan.load(tmp_path / "SEARCH-gain-1.1.safetensors")
+    assert set(plan.about) >= {"predicted acceleration", "measured acceleration", "loss"}
+    assert "gain" in str(plan.about["replacements"])
+    assert "| SEARCH-gain-1.1 " in capsys.readouterr().out
+
+
+def test_what_fails_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(tmp_path, "--method", "LLMDROP_ATTN", "EE", "--acceleration", "90", "1.05")
+    assert plan_main(given) == 1
+    out = capsys.readouterr().out
+    assert "LLMDROP_ATTN-90: LLMDROP_ATTN does not reach an acceleration of 90.0" in out
+    assert "\n| EE-1.05 " in out
+    assert sorted(path.name for path in tmp_path.glob("EE*.safetensors")) == ["EE-1.05.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--method", "SLEP"], "Unknown method 'SLEP'. Did you mean 'SLEB'"),
+        (["--context", "0"], "--context is 0; it must be at least 1"),
+        (["--rows", "0"], "--rows is 0"),
+        (["--phase", "both"], "invalid choice: 'both'"),
+        (["--tasks", "sample_q"], "Did you mean 'sample_qa'"),
+        (["--replacements", "widow"], "Unknown replacement 'widow'"),
+    ],
+)
+def test_what_is_refused(
+    tmp_path: Path, changes: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan_main(options(tmp_path / "new", *changes)) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_plan_made_otherwise_is_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(tmp_path, "--method", "EE", "--acceleration", "1.05")
+    assert plan_main(given) == 0
+    before = (tmp_path / "EE-1.05.safetensors").read_bytes()
+    assert plan_main([*given, "--rows", "2"]) == 2
+    assert "was made with another calibration" in capsys.readouterr().err
+    assert (tmp_path / "EE-1.05.safetensors").read_bytes() == before
