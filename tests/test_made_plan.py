@@ -13,6 +13,7 @@ from run_fixtures import Workplace, rows_of, save_checkpoint, save_data, save_pl
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adaskip import AdaskipError, Linear, PlanError, RunError, SkipPlan, Sublayer, Window, sweep
+from adaskip.cli.perplexity import perplexity_main
 from adaskip.cli.run import run_main
 from adaskip.cli.speed import speed_main
 from adaskip.fingerprint import model_fingerprint
@@ -116,6 +117,20 @@ def test_command_lines_take_a_plan(
     given = ["--policy", "EE", "--skip_full_layer_num", "1", "--plan", file]
     assert run_main("prefill", "llama", [*given, *options]) == 2
     assert "'plan' does not apply to EE; policies that take it: PLAN" in capsys.readouterr().err
+
+
+def test_perplexity_under_a_plan(
+    place: Workplace, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*place.options, "--tasks", "multifieldqa_en", "--limit", "1"]
+    options = [x for x in options if x not in ("--max_new_tokens", "6")]
+    given = ["--policy", "PLAN", "EE", "--skip_full_layer_num", "1", "--plan", file]
+    assert perplexity_main(["--model", "llama", *given, *options]) == 0
+    out = capsys.readouterr().out
+    assert f"\n| PLAN {PlanFile.read(file).name} " in out
+    assert "\n| EE 1 " in out
+    assert perplexity_main(["--model", "llama", "--policy", "PLAN", *options]) == 2
+    assert "--plan FILE belongs to policy PLAN" in capsys.readouterr().err
 
 
 def test_a_sweep_compares_plans(

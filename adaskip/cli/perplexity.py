@@ -26,6 +26,7 @@ from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import (
     BUDGETS,
     DENSE,
+    PLAN_FILE,
     POLICY_OPTIONS,
     WARMING_UP,
     RunConfig,
@@ -51,9 +52,11 @@ def _act(options: argparse.Namespace) -> int:
     policies = given.pop("policy")
     refuse_unused(given, policies or [DENSE])
     budgets = {flag: given.pop(flag) or [] for flag in BUDGETS.values()}
+    # Of one policy alone; what is configured here is dense.
+    plan = given.pop("plan", None)
     given["limit"] = given["limit"] or ROWS
     base = dataclasses.replace(configured("perplexity", model, given), experiment=scope)
-    cells = cells_of(base, policies, budgets)
+    cells = cells_of(base, policies, budgets, plan)
     path, found = measure(cells, max_tokens)
     say(f"{table(found, cells)}\n\nWritten: {path}.")
     return 0
@@ -95,15 +98,19 @@ PERPLEXITY = Command(
 
 
 def cells_of(
-    base: RunConfig, policies: Sequence[str], budgets: Mapping[str, Sequence[int]]
+    base: RunConfig,
+    policies: Sequence[str],
+    budgets: Mapping[str, Sequence[int]],
+    plan: str | None = None,
 ) -> list[RunConfig]:
-    """Dense, then every policy with each of its budgets.
+    """Dense, then every policy with each of its budgets, or with the plan's file it takes.
 
     Raises:
         AdaskipError: a policy is unknown or has no budget, or a budget has no policy.
     """
     cells = [base]
-    flags = {policy: budget_flag(policy) for policy in policies if policy != DENSE}
+    takers = [policy for policy in policies if takes(policy, PLAN_FILE)]
+    flags = {p: budget_flag(p) for p in policies if p != DENSE and p not in takers}
     for given, values in budgets.items():
         if values and given not in flags.values():
             raise AdaskipError(f"--{given} is given, but no --policy that counts so.")
@@ -112,9 +119,10 @@ def cells_of(
         if not values:
             raise AdaskipError(f"Policy {policy} needs its budget: --{flag} N.")
         for value in dict.fromkeys(values):
-            cell = RunConfig.from_dict(base.as_dict() | {"policy": policy, str(flag): value})
-            cell.check()
-            cells.append(cell)
+            cells.append(RunConfig.from_dict(base.as_dict() | {"policy": policy, str(flag): value}))
+    cells += [RunConfig.from_dict(base.as_dict() | {"policy": p, "plan": plan}) for p in takers]
+    for cell in cells:
+        cell.check()
     return cells
 
 
@@ -190,6 +198,8 @@ def key_of(cell: RunConfig) -> str:
     if cell.policy == DENSE:
         return DENSE
     made = cell.policy_settings()
+    if PLAN_FILE in made:
+        return f"{cell.policy} {made[PLAN_FILE]}"
     parts = [_setting(key, made[key]) for key in POLICY_OPTIONS if key in made]
     if takes(cell.policy, LEARNED):
         parts.append(cell.importance or f"{cell.warmup} rows of {cell.warmup_task}")

@@ -29,8 +29,9 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 WARMING_UP = ("warmup", "warmup_task")
 # Options that set a field of the policy, or say what it has learned.
 POLICY_OPTIONS = ("importance", "gain", "online", "plan")
+PLAN_FILE = "plan_file"  # the field of a policy that takes a plan that was made
 # The field of a policy that an option sets, where it has another name.
-_FIELDS = {"plan": "plan_file"}
+_FIELDS = {"plan": PLAN_FILE}
 _NOT_SETTINGS = (
     *("name", "tasks", "limit", "max_new_tokens", "data_dir", "results_dir", "resume"),
     *("allow_pickle", *POLICY_OPTIONS),
@@ -157,7 +158,7 @@ class RunConfig:
         paper: dict[str, Any] = read_config("budgets.yaml")["policy_settings"].get(self.policy, {})
         given: dict[str, Any] = {"gain": self.gain, "online": self.online}
         if self.plan is not None:
-            given["plan_file"] = PlanFile.read(self.plan)
+            given[PLAN_FILE] = PlanFile.read(self.plan)
         return paper | {k: None if v == "none" else v for k, v in given.items() if v is not None}
 
     def policy_settings(self) -> dict[str, Any]:
@@ -229,7 +230,7 @@ class RunConfig:
         """Refuses a budget that is missing, another policy's, or too small for any model."""
         own = budget_flag(self.policy)
         if _applies("plan", self.policy) != (self.plan is not None):
-            users = ", ".join(takers(_FIELDS["plan"]))
+            users = ", ".join(takers(PLAN_FILE))
             raise AdaskipError(
                 f"--plan FILE belongs to policy {users}, and to no other; the policy is "
                 f"{self.policy}, the plan {self.plan}."
