@@ -290,3 +290,15 @@ def test_exchange_finds_what_greedy_missed() -> None:
     lost = {**attn0, "attn0 gain": 1.0, "ffn0 gain": 0.6, "ffn1 gain": 0.61}
     assert chosen(lost, 1.5, 0)[0] == {"attn0 window 8", "ffn0 gain"}
     assert chosen(lost, 1.5, 10)[0] == {"attn0 window 16", "ffn0 gain"}
+
+
+def test_what_nobody_looked_at_is_guessed_from_other_sublayers() -> None:
+    lost = {f"attn{i} window {size}": 0.1 for i in range(N_LAYERS) for size in (8, 16)}
+    plan, rows = chosen(lost, 1.6, 0)
+    assert plan == {"attn0 window 8", "attn1 window 8"}
+    # Three gains lost ninety times what the windows did; the fourth is taken to lose ten times.
+    assert [name for name in rows.looked if name in {f"attn{i} gain few" for i in range(4)}] == [
+        "attn0 gain few",
+        "attn1 gain few",
+        "attn2 gain few",
+    ]

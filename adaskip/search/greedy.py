@@ -9,6 +9,9 @@ from adaskip.plan import Sublayer
 from adaskip.search.menu import Budget, Menu, Option
 from adaskip.search.trials import Trials
 
+# Of so many sublayers the factor between two options has to be known before it tells of others.
+_ENOUGH = 3
+
 
 @dataclass
 class Choice:
@@ -29,15 +32,31 @@ class Choice:
     lost: dict[Option, float] = field(default_factory=dict)
 
     def seen(self, option: Option) -> float:
-        """What an option loses, as far as is known: no less than one that replaces less."""
+        """What an option loses, as far as is known.
+
+        One that nobody looked at loses more than one that replaces less of the same sublayer. How
+        much more, other sublayers of its kind tell: by the root of the least factor between the two
+        that was seen in any of them. The factors differ by far; what is taken for too harmful would
+        never be looked at.
+        """
         if option in self.lost:
             return self.lost[option]
         less = [
-            self.lost[other]
+            self.lost[other] * self._factor(other, option)
             for other in self.menu.options[option.sublayer]
             if other in self.lost and other.less_than(option)
         ]
         return max(less, default=0.0)
+
+    def _factor(self, less: Option, more: Option) -> float:
+        """How much more one option was seen to lose than another one of its sublayer, at least."""
+        found = []
+        for sublayer, options in self.menu.options.items():
+            if sublayer.kind == more.sublayer.kind:
+                lost = {o.name: self.lost[o] for o in options if o in self.lost}
+                if lost.get(less.name, 0.0) > 0 and more.name in lost:
+                    found.append(lost[more.name] / lost[less.name])
+        return max(1.0, min(found)) ** 0.5 if len(found) >= _ENOUGH else 1.0
 
     def seen_now(self, sublayer: Sublayer) -> float:
         """What the option chosen for a sublayer loses; 0 where it runs."""

@@ -15,7 +15,8 @@ from adaskip.errors import RunError
 from adaskip.numbers import is_finite
 from adaskip.search.losses import Row
 
-VERSION = 1
+# Of the search: one that goes another way cannot take up its record.
+VERSION = 2
 Line = dict[str, Any]
 
 
