@@ -11,7 +11,7 @@ CORE_TESTS := families policies phases turns shared_state entering recorders gol
 PYTEST := python -m pytest -q -n 2 --dist loadfile --timeout 600
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 
-.PHONY: demo test lint types unit oldest quantized docs observations speed gpu paper clean
+.PHONY: demo test lint types unit oldest quantized docs observations leaderboard speed gpu paper clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/demo.yaml
@@ -44,6 +44,9 @@ observations: $(VENV)/.installed
 	$(BIN)/python observations/ob2.py --model smollm2
 	$(BIN)/python observations/ob3.py --model smollm2
 	$(BIN)/python observations/stability.py --model smollm2
+
+leaderboard: $(VENV)/.installed
+	$(BIN)/python eval/leaderboard.py
 
 speed: $(VENV)/.installed
 	$(BIN)/python speed/run_smollm2_speed.py --weights default --policies EE ADA \
