@@ -31,7 +31,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--plan", metavar="FILE", help="what is skipped: a plan's file")
     parser.add_argument("--policy", default=DENSE, metavar="NAME", help=f"or one of: {names}")
-    add_run_options(parser, (*BUDGETS.values(), *POLICY_OPTIONS))
+    add_run_options(parser, {*BUDGETS.values(), *POLICY_OPTIONS} - {"plan"})
     parser.add_argument(
         "--scope", default="e2e", choices=SCOPES, help="where plans apply (default: e2e)"
     )

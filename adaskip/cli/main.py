@@ -28,6 +28,7 @@ class Entry(NamedTuple):
 COMMANDS = {
     "chat": Entry("adaskip.cli.chat:CHAT", "talk to a model, dense or with sublayers skipped"),
     "learn": Entry("adaskip.cli.learn:LEARN", "learn which sublayers of a model matter"),
+    "plan": Entry("adaskip.cli.plan:PLAN", "make plans by a search or by the field's methods"),
     "run": Entry("adaskip.cli.run:RUN", "run one experiment under one policy"),
     "score": Entry("adaskip.cli.run:SCORE", "score a run beside its dense one"),
     "perplexity": Entry("adaskip.cli.perplexity:PERPLEXITY", "perplexity of reference answers"),

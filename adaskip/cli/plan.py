@@ -1,24 +1,17 @@
 """The command line that makes plans: a search, the field's methods, or all, at given accelerations.
 
-`python -m adaskip.cli.plan --model smollm2 --method SLEB NBL --acceleration 1.2 --context 1000`:
-plans that are there are kept, an interrupted one goes on, and the policy PLAN applies them.
+Plans that are there are kept, an interrupted one goes on, and the policy PLAN applies them.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaskip.waiting import wait_briefly
-
-if __name__ == "__main__":
-    wait_briefly()  # before the imports below load torch
-
-from adaskip.cli.command import Parser, guarded, say
+from adaskip.cli.command import Command, say
 from adaskip.cli.observe import configured
 from adaskip.cli.run import add_run_options
 from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
@@ -36,14 +29,8 @@ _LOADING = ("model_path", "dtype", "device", "allow_pickle", "seed", "data_dir",
 
 
 def plan_main(argv: Sequence[str] | None = None) -> int:
-    """What `python -m adaskip.cli.plan` calls: the exit code of its options."""
-
-    def action() -> int:
-        parser = Parser(prog="python -m adaskip.cli.plan", description=__doc__, allow_abbrev=False)
-        _add_options(parser)
-        return _make(parser.parse_args(argv))
-
-    return guarded(action)
+    """What `adaskip plan` does with its options, by default those of the command line."""
+    return PLAN.main(argv)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -217,5 +204,9 @@ def _replaces(plan: SkipPlan) -> str:
     return ", ".join([*kinds, *([f"{len(plan.windows)} windows"] if plan.windows else [])])
 
 
-if __name__ == "__main__":
-    sys.exit(plan_main())
+PLAN = Command(
+    "Makes plans by a search or by the field's methods; the policy PLAN applies them.",
+    _add_options,
+    _make,
+    "--model smollm2 --method SEARCH SLEB --acceleration 1.2 --context 1000",
+)
