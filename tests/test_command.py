@@ -23,7 +23,7 @@ from adaskip import (
     load_tokenizer,
     skipping,
 )
-from adaskip.cli import main as entry
+from adaskip.cli import main
 from adaskip.cli.command import BAD_INPUT, guarded
 from adaskip.cli.main import COMMANDS, command, overview, run
 from adaskip.models.spec import model_spec
@@ -158,15 +158,13 @@ def test_what_is_wrong_is_said_in_one_sentence(
     assert len(error.splitlines()) == 1
 
 
-def test_a_missing_extra_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", [name for name, entry in COMMANDS.items() if entry.extra])
+def test_a_missing_extra_is_named_before_anything_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    def missing(module: str) -> None:
-        raise ModuleNotFoundError(f"No module named 'jinja2' for {module}", name="jinja2")
-
-    monkeypatch.setattr(entry, "import_module", missing)
-    error = said(capsys, "sweep", "demo", code=BAD_INPUT)
-    assert "adaskip sweep needs the package jinja2" in error
+    monkeypatch.setattr(main, "find_spec", lambda module: None if module == "matplotlib" else 1)
+    error = said(capsys, name, "--model", "smollm2", code=BAD_INPUT)
+    assert f"adaskip {name} needs the package matplotlib" in error
     assert "pip install 'adaskip[experiments]'" in error
 
 

@@ -19,6 +19,8 @@ import pytest
 from conftest import ROOT
 from test_layers import HARNESS, layer, sources
 
+from adaskip.cli.main import EXTRAS
+
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 BACKEND = PYPROJECT["build-system"]["build-backend"]
 # What a user's script asks of the package, with nothing that loads torch.
@@ -138,6 +140,12 @@ def test_everything_that_is_imported_is_asked_for() -> None:
                 wrong.append(f"{module} imports {name}, of {brought_by}")
     assert {"torch", "pydantic", "rouge", "gguf"} <= seen
     assert wrong == []
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_brings_what_its_commands_load(extra: str) -> None:
+    for module in EXTRAS[extra]:
+        assert requirements(extra) & set(distributions()[module]), module
 
 
 def test_what_is_asked_for_is_pinned() -> None:

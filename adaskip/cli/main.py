@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaskip.cli.starting import begin
@@ -19,10 +20,11 @@ PROG = "adaskip"
 
 
 class Entry(NamedTuple):
-    """Where a `Command` is, as `module:name`, and what it does in a few words."""
+    """Where a `Command` is, as `module:name`; what it does in a few words; the extra it needs."""
 
     home: str
     does: str
+    extra: str | None = None
 
 
 COMMANDS = {
@@ -31,17 +33,25 @@ COMMANDS = {
     "plan": Entry("adaskip.cli.plan:PLAN", "make plans by a search or by the field's methods"),
     "run": Entry("adaskip.cli.run:RUN", "run one experiment under one policy"),
     "score": Entry("adaskip.cli.run:SCORE", "score a run beside its dense one"),
-    "perplexity": Entry("adaskip.cli.perplexity:PERPLEXITY", "perplexity of reference answers"),
-    "sweep": Entry("adaskip.sweep:SWEEP", "run many experiments and write their report"),
-    "leaderboard": Entry(
-        "adaskip.cli.leaderboard:LEADERBOARD", "methods beside each other at equal time"
+    "perplexity": Entry(
+        "adaskip.cli.perplexity:PERPLEXITY", "perplexity of reference answers", "experiments"
     ),
-    "observe": Entry("adaskip.cli.observe:OBSERVE", "the paper's observations on a model"),
-    "speed": Entry("adaskip.cli.speed:SPEED", "time prefill and decode"),
+    "sweep": Entry(
+        "adaskip.sweep:SWEEP", "run many experiments and write their report", "experiments"
+    ),
+    "leaderboard": Entry(
+        "adaskip.cli.leaderboard:LEADERBOARD",
+        "methods beside each other at equal time",
+        "experiments",
+    ),
+    "observe": Entry(
+        "adaskip.cli.observe:OBSERVE", "the paper's observations on a model", "experiments"
+    ),
+    "speed": Entry("adaskip.cli.speed:SPEED", "time prefill and decode", "experiments"),
     "env": Entry("adaskip.cli.env:ENV", "versions, device and attention, for a report"),
     "completion": Entry("adaskip.cli.completion:COMPLETION", "what completes these in a shell"),
 }
-# What a command needs that the library does not: the extra that brings it.
+# Modules that a command of an extra loads, sooner or later.
 EXTRAS = {"experiments": ("jinja2", "matplotlib", "pandas", "PIL")}
 
 
@@ -83,17 +93,16 @@ def command(name: str) -> Command:
 
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
-    module, _, attribute = COMMANDS[name].home.partition(":")
-    try:
-        found: Command = getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        extra = next((e for e, names in EXTRAS.items() if error.name in names), None)
-        if extra is None:
-            raise
-        raise AdaskipError(
-            f"{PROG} {name} needs the package {error.name}, which is not installed; install it "
-            f"with: pip install 'adaskip[{extra}]'"
-        ) from error
+    home, _, extra = COMMANDS[name]
+    for module in EXTRAS.get(extra or "", ()):
+        # Before anything is computed, not when its figure is drawn.
+        if find_spec(module) is None:
+            raise AdaskipError(
+                f"{PROG} {name} needs the package {module}, which is not installed; install it "
+                f"with: pip install 'adaskip[{extra}]'"
+            )
+    module, _, attribute = home.partition(":")
+    found: Command = getattr(import_module(module), attribute)
     return found
 
 
