@@ -6,11 +6,13 @@ that formula: its class is the family's own, and nobody else has replaced its fo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
@@ -22,6 +24,8 @@ from adaskip.evaluating import evaluating
 from adaskip.plan import SkipPlan
 from adaskip.policy import FixedSkipping, SkipPolicy
 
+# Those whose models take the KV cache by the name that is looked for here; as in pyproject.toml.
+TRANSFORMERS = "transformers>=5.4,<5.24"
 # Where torch.compile, DistributedDataParallel, PEFT and a pipeline keep the model, in the order in
 # which to look: they pass on what they do not have to what they wrap.
 _WRAPPED = ("_orig_mod", "module", "base_model.model", "model")
@@ -31,8 +35,8 @@ def check_model(model: object) -> BlockSpec:
     """The row of a model's family.
 
     Raises:
-        UnsupportedModelError: it is no transformers model, wrapped by something, or of a family
-            without a row.
+        UnsupportedModelError: it is no transformers model, wrapped by something, of a family
+            without a row, or of a transformers that calls the KV cache otherwise.
     """
     for name, part in (("", model), (".base_model", getattr(model, "base_model", None))):
         if not isinstance(part, PreTrainedModel):
@@ -40,6 +44,13 @@ def check_model(model: object) -> BlockSpec:
                 f"model{name} is of type {type(part).__name__}, not a transformers "
                 f"PreTrainedModel; {_advice(part, name)}."
             )
+    base: Any = getattr(model, "base_model", None)
+    if "past_key_values" not in inspect.signature(base.forward).parameters:
+        raise UnsupportedModelError(
+            f"{type(base).__name__}.forward takes no past_key_values: the installed transformers "
+            f"{transformers.__version__} is newer than this adaskip, which would not see the KV "
+            f"cache; install one it knows: pip install '{TRANSFORMERS}'."
+        )
     config: Any = getattr(model, "config", None)
     return block_spec(config.model_type)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import tomllib
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import prompt, tiny_model
+from conftest import ROOT, prompt, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -183,6 +185,20 @@ class Counting(SkipPolicy):
     def plan(self, step: Step) -> SkipPlan:
         self.seen += 1
         return SkipPlan({Sublayer(1, "ffn"): None})
+
+
+def test_a_newer_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 5.24 on, what is called past_key_values here is called cache."""
+    model = tiny_model("llama")
+
+    def forward(self: object, input_ids: object = None, cache: object = None) -> None:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(type(model.model), "forward", forward)
+    refused(model, r"LlamaModel\.forward takes no past_key_values")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (known,) = (line for line in project["dependencies"] if line.startswith("transformers"))
+    refused(model, re.escape(f"pip install '{known}'"))
 
 
 @pytest.mark.parametrize("family", BLOCKS)
