@@ -43,8 +43,7 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
     monkeypatch.setenv("ADASKIP_CACHE", str(tmp_path / "cache"))
     made = Board(file(), 40, tmp_path / "board")
     ids = [prompt(40, seed=seed)[0].tolist() for seed in range(3)]
-    vars(made)["_model"] = tiny_model("llama")
-    vars(made)["_tokenizer"] = None
+    vars(made)["_loaded"] = SimpleNamespace(model=tiny_model("llama"), tokenizer=None)
     vars(made)["_calibration"] = [(each[:30], each[30:35]) for each in ids[:2]]
     vars(made)["_test_rows"] = [SimpleNamespace(id=f"row {n}") for n in range(3)]
     vars(made)["_items"] = [

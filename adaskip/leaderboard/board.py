@@ -13,31 +13,33 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from adaskip.errors import AdaskipError
-from adaskip.leaderboard.settings import DENSE, LeaderboardFile, Point
+from adaskip.leaderboard.settings import LeaderboardFile, Point
 from adaskip.methods import make_plan
-from adaskip.models.loading import load_model, load_tokenizer, model_spec
 from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer
 from adaskip.policies import FixedSkipping
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import by_turns
 from adaskip.profiling.timing import RequestTimes, time_request
+from adaskip.runs.calibration import calibration_rows
 from adaskip.runs.environment import environment
-from adaskip.runs.perplexity import reference_ids, reference_perplexity
+from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.perplexity import reference_perplexity
 from adaskip.runs.rows import Stored
+from adaskip.runs.runconfig import DENSE, RunConfig
+from adaskip.runs.runner import resolve
 from adaskip.runs.store import Store
-from adaskip.search import search_plan
+from adaskip.search import SEARCH, search_plan
+from adaskip.search.losses import Row as CalibrationRow
 from adaskip.session import skipping
 from adaskip.sublayer_times import replacement_name
-from adaskip.tasks.prompts import Prompt, build_prompt
-from adaskip.tasks.sample import sample_rows
-from adaskip.tasks.spec import Row, task_spec
+from adaskip.tasks.prompts import Prompt
+from adaskip.tasks.spec import Row
 
 # Decode steps of a request that is timed.
 STEPS = 16
-SEARCH = "SEARCH"
 
 
 class PlanRow(Stored):
@@ -109,7 +111,7 @@ class Board:
                 continue
             found = reference_perplexity(
                 self._model,
-                self._tokenizer,
+                self._loaded.tokenizer,
                 FixedSkipping(plan),
                 self._items,
                 max_tokens=self.file.reference_tokens,
@@ -235,45 +237,39 @@ class Board:
             return time_request(self._model, ids, STEPS)
 
     @cached_property
-    def _model(self) -> PreTrainedModel:
-        return load_model(self.file.model)
+    def _loaded(self) -> LoadedModel:
+        return LoadedModel.open(self._config(self.context))
 
     @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.file.model)
+    def _model(self) -> PreTrainedModel:
+        return self._loaded.model
 
     @cached_property
     def _test_rows(self) -> list[Row]:
-        return sample_rows(self.file.task, self._tokenizer, n=self.n_rows, tokens=self.context)
+        return self._loaded.rows(self._config(self.context), self.file.task)
 
     @cached_property
     def _items(self) -> list[tuple[Prompt, str]]:
-        return [(self._prompt(row), row.answers[0]) for row in self._test_rows]
+        config = self._config(self.context)
+        return [(self._loaded.prompt(config, row), row.answers[0]) for row in self._test_rows]
 
     @cached_property
-    def _calibration(self) -> list[tuple[list[int], list[int]]]:
-        rows = sample_rows(
-            self.file.task,
-            self._tokenizer,
-            split="warmup",
-            n=self.file.calibration_rows,
-            tokens=self.file.calibration_tokens,
-        )
-        n_tokens = self.file.reference_tokens
-        prompts = map(self._prompt, rows)
-        return [
-            (prompt.input_ids, reference_ids(self._tokenizer, prompt, row.answers[0], n_tokens))
-            for prompt, row in zip(prompts, rows, strict=True)
-        ]
+    def _calibration(self) -> list[CalibrationRow]:
+        file, config = self.file, self._config(self.file.calibration_tokens)
+        n_rows, n_tokens = file.calibration_rows, file.reference_tokens
+        return calibration_rows(self._loaded, config, [file.task], n_rows, n_tokens)
 
-    def _prompt(self, row: Row) -> Prompt:
-        spec = model_spec(self.file.model)
-        return build_prompt(
-            row,
-            task_spec(row.task),
-            self._tokenizer,
-            max_length=spec.prompt_limit,
-            template=spec.template,
+    def _config(self, tokens: int) -> RunConfig:
+        """The dense run whose rows have contexts of so many tokens."""
+        return resolve(
+            RunConfig(
+                experiment="e2e",
+                model_name=self.file.model,
+                policy=DENSE,
+                tasks=(self.file.task,),
+                sample_tokens=tokens,
+                limit=self.n_rows,
+            )
         )
 
 

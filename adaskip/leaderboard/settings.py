@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from adaskip.plan import Phase
 
-DENSE = "dense"
 Acceleration = Annotated[float, Field(gt=1)]
 
 

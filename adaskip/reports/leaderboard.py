@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaskip.leaderboard.board import Board, LossRow, TimesRow
-from adaskip.leaderboard.settings import DENSE
 from adaskip.profiling.interleaving import Ratio
 from adaskip.profiling.intervals import paired_interval
 from adaskip.reports.figures import COLOURS, MARKERS, add_legend, as_png, canvas
 from adaskip.runs.files import write_bytes, write_json, write_text
+from adaskip.runs.runconfig import DENSE
 from adaskip.tables import markdown_table, number
 
 # What each method is compared with at equal time.
