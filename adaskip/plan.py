@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from adaskip.errors import AdaskipError, PlanError
@@ -267,7 +267,8 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(whole, temporary, metadata={_KEY: json.dumps(content)})
+            # Through bytes: save_file() makes a file that nobody else may read.
+            temporary.write_bytes(save(whole, metadata={_KEY: json.dumps(content)}))
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)

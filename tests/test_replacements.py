@@ -209,6 +209,8 @@ def test_a_plan_file_gives_the_plan_back(model: PreTrainedModel, tmp_path: Path)
     with skipping(model, loaded):
         assert torch.equal(model(ids).logits, expected)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     empty = tmp_path / "empty.safetensors"
     SkipPlan().save(empty)
     assert SkipPlan.load(empty) == SkipPlan()
