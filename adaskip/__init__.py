@@ -16,11 +16,16 @@ if TYPE_CHECKING:
         AdaskipError as AdaskipError,
         CacheHoleError as CacheHoleError,
         DataError as DataError,
+        ExportError as ExportError,
         PlanError as PlanError,
         ProfileError as ProfileError,
         RunError as RunError,
         UnsupportedCallError as UnsupportedCallError,
         UnsupportedModelError as UnsupportedModelError,
+    )
+    from adaskip.export import (
+        ExportReport as ExportReport,
+        export_checkpoint as export_checkpoint,
     )
     from adaskip.fitting import fit_linears as fit_linears
     from adaskip.growing_cache import GrowingCache as GrowingCache
@@ -70,12 +75,14 @@ _HOMES = {
         "AdaskipError",
         "CacheHoleError",
         "DataError",
+        "ExportError",
         "PlanError",
         "ProfileError",
         "RunError",
         "UnsupportedCallError",
         "UnsupportedModelError",
     ),
+    "adaskip.export": ("ExportReport", "export_checkpoint"),
     "adaskip.fitting": ("fit_linears",),
     "adaskip.growing_cache": ("GrowingCache",),
     "adaskip.importance": ("Importance",),

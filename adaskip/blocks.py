@@ -7,7 +7,7 @@ attribute of the layer plays which part; what a family does not have is None. Ea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,12 +39,14 @@ class BlockSpec:
         attn, ffn: its two sublayers.
         multiplier: the attribute that scales what they add, None if nothing does.
         package: where the layer's class is defined; None for transformers' folder of the family.
+        partial: whether layers may lack a sublayer.
     """
 
     attn: SublayerSpec = SublayerSpec("self_attn", "input_layernorm")
     ffn: SublayerSpec = SublayerSpec("mlp", "post_attention_layernorm")
     multiplier: str | None = None
     package: str | None = None
+    partial: bool = False
 
 
 LLAMA = BlockSpec()
@@ -81,6 +83,14 @@ BLOCKS: dict[str, BlockSpec] = {
     "mixtral": LLAMA,
     "qwen3_moe": LLAMA,
 }
+# What `export_checkpoint` writes, by its own model types: layers of a family that lack sublayers.
+# Mistral and Qwen2 are written as Llama.
+EXPORTED: dict[str, BlockSpec] = {
+    f"adaskip_{family}": replace(row, package="adaskip.models.modeling_adaskip", partial=True)
+    for family, row in BLOCKS.items()
+    if family not in ("mistral", "qwen2")
+}
+EXPORTED["nemotron-nas"] = EXPORTED["adaskip_llama"]
 
 
 def block_spec(model_type: str) -> BlockSpec:
@@ -90,6 +100,8 @@ def block_spec(model_type: str) -> BlockSpec:
         UnsupportedModelError: the family has no row, e.g. because its attention and MLP run in
             parallel and there is no residual stream between them.
     """
+    if model_type in EXPORTED:
+        return EXPORTED[model_type]
     if model_type not in BLOCKS:
         raise UnsupportedModelError(
             f"Architecture {model_type!r} is not supported: its decoder layer is not described in "
@@ -111,12 +123,22 @@ def bound_parts(
     for name in (spec.body, spec.pre, spec.post):
         part = None if name is None else getattr(layer, name, None)
         if name is not None and not isinstance(part, nn.Module):
+            if EXPORTED["adaskip_llama"].package == type(layer).__module__:
+                raise UnsupportedModelError(
+                    f"A layer of this exported model lacks {name!r}: its sublayer is gone. It can "
+                    "be skipped in; do the rest with the model it was made from."
+                )
             raise UnsupportedModelError(
                 f"{type(layer).__name__} has no module {name!r}, which its family's row in "
                 "adaskip.blocks.BLOCKS names; the installed transformers is not supported."
             )
         parts.append(part)
     return parts[0], parts[1], parts[2]
+
+
+def lacks(layer: nn.Module, spec: SublayerSpec, block: BlockSpec) -> bool:
+    """Whether a layer was made without this sublayer."""
+    return block.partial and not hasattr(layer, spec.body)
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from adaskip.blocks import BlockSpec
 from adaskip.errors import AdaskipError, UnsupportedCallError
-from adaskip.plan import Phase, Scope, SkipPlan, Step
+from adaskip.plan import Phase, Scope, SkipPlan, Step, Sublayer
 from adaskip.replacements import Window
 
 if TYPE_CHECKING:
@@ -106,6 +108,23 @@ def refuse_unseen(call: dict[str, Any], turn: Turn | None) -> None:
         raise UnsupportedCallError(
             "Assisted decoding takes tokens back, and what has left a window of attention is gone; "
             "generate without an assistant, or use a plan without windows."
+        )
+
+
+def refuse_partial(plan: SkipPlan, block: BlockSpec, absent: Collection[Sublayer]) -> None:
+    """Refuses what an exported model cannot replace; leaving out what is gone is no change."""
+    if not block.partial:
+        return
+    wrong = [str(s) for s, replacement in plan.items() if s in absent and replacement is not None]
+    if wrong:
+        raise AdaskipError(
+            f"The plan puts something in the place of {', '.join(wrong)}, but the model was "
+            "exported without; take a smaller budget, or the model it was made from."
+        )
+    if plan.windows:
+        raise AdaskipError(
+            "The plan gives attention of an exported model a Window, which finds its cache by "
+            "layers that are gone; use the model it was made from."
         )
 
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from adaskip import patching
-from adaskip.blocks import BlockSpec, block_spec, execution_device
+from adaskip.blocks import BlockSpec, block_spec, execution_device, lacks
 from adaskip.errors import AdaskipError, UnsupportedModelError
 from adaskip.evaluating import evaluating
-from adaskip.plan import SkipPlan
+from adaskip.plan import KINDS, SkipPlan, Sublayer
 from adaskip.policy import FixedSkipping, SkipPolicy
 
 # Those whose models take the KV cache by the name that is looked for here; as in pyproject.toml.
@@ -114,6 +114,25 @@ def check_layers(layers: Iterable[nn.Module], model_type: str, block: BlockSpec)
                 f"{label} has a forward that another tool has put there ({_origin(replaced)}); "
                 "skipping() would replace it by the stock formula. Take that patch off first."
             )
+
+
+def absent_sublayers(layers: Iterable[nn.Module], block: BlockSpec) -> frozenset[Sublayer]:
+    """The sublayers that a model was exported without."""
+    return frozenset(
+        Sublayer(index, kind)
+        for index, layer in enumerate(layers)
+        for kind in KINDS
+        if lacks(layer, getattr(block, kind), block)
+    )
+
+
+def cache_indices(layers: Iterable[nn.Module], block: BlockSpec) -> dict[int, int]:
+    """The cache layer of each layer's attention, in order; those without one are left out."""
+    if not block.partial:
+        return {index: index for index, _ in enumerate(layers)}
+    # What is gone, or a linear map by now, has no keys and values.
+    bodies: list[Any] = [getattr(layer, block.attn.body, None) for layer in layers]
+    return {i: body.layer_idx for i, body in enumerate(bodies) if hasattr(body, "layer_idx")}
 
 
 def _replaced_forward(layer: nn.Module, package: str) -> object | None:

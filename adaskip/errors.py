@@ -30,6 +30,10 @@ class PlanError(AdaskipError):
     """A plan file is damaged, or was made for another model."""
 
 
+class ExportError(AdaskipError):
+    """What a checkpoint computes is not what its plan does."""
+
+
 class DataError(AdaskipError):
     """A data file is missing, damaged, or holds no usable row."""
 

@@ -73,6 +73,10 @@ class Session:
         self._switches = [Switches() for _ in self._layers]
         self._block = block
         self._windows = Windows(self._layers, block, self._switches, self._devices)
+        self._absent = entering.absent_sublayers(self._layers, block)
+        # Which cache layer a layer's attention has, and where it lies.
+        self._cache_indices = entering.cache_indices(self._layers, block)
+        self._cache_devices = [self._devices[layer] for layer in self._cache_indices]
         self._gains: dict[torch.device, Tensor] = {}
         self._linears: dict[tuple[Linear, torch.device], Linear] = {}
         self._dtype = model.dtype
@@ -197,6 +201,7 @@ class Session:
         changed = plan != self.plan
         if changed:
             calls.check_plan(self.policy, plan, len(self._layers), config)
+            calls.refuse_partial(plan, self._block, self._absent)
         calls.refuse_lost_outputs(call, config, plan)
         if turn is not None and turn.assisted:
             calls.refuse_changed_draft(step, plan, request.prefill_plan)
@@ -236,7 +241,9 @@ class Session:
         static = cache is not None and cache.is_compileable
         windows = self._windows.tracked(request, plan, earlier, past, static=static)
         if cache is not None:
-            kvcache.prepare(cache, plan.layers("attn"), past, self._devices, windows)
+            indices = self._cache_indices
+            skipped = [indices[layer] for layer in plan.layers("attn") if layer in indices]
+            kvcache.prepare(cache, skipped, past, self._cache_devices, windows)
         request.prepared = plan
 
     def _after(self, cache: Cache | None) -> None:

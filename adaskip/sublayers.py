@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaskip.blocks import BlockSpec, SublayerSpec, bound_parts, first_tensor
+from adaskip.blocks import BlockSpec, SublayerSpec, bound_parts, first_tensor, lacks
 from adaskip.recorders import StepRecording
 from adaskip.replacements import Linear
 from adaskip.window_attention import windowed
@@ -46,8 +46,10 @@ def layer_forward(
     layer: nn.Module, index: int, block: BlockSpec, switches: Switches
 ) -> Callable[..., Tensor]:
     """The forward of one decoder layer, with a switch for each sublayer."""
-    attn = sublayer_function(layer, block.attn, block.multiplier)
-    ffn = sublayer_function(layer, block.ffn, block.multiplier)
+    attn, ffn = (
+        _absent if lacks(layer, spec, block) else sublayer_function(layer, spec, block.multiplier)
+        for spec in (block.attn, block.ffn)
+    )
     names = list(inspect.signature(type(layer).forward).parameters)[2:]
 
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -59,14 +61,14 @@ def layer_forward(
             given = kwargs if window is None else windowed(kwargs, window, index)
             hidden_states = attn(start, given)
             if recording is not None and "attn" in recording.spans:
-                recording.write(index, "attn", start, hidden_states)
+                recording.write(index, "attn", start, _seen(attn, hidden_states))
         elif switches.attn_replacement is not None:
             hidden_states = _replaced(start, switches.attn_replacement)
         middle = hidden_states
         if switches.run_ffn:
             hidden_states = ffn(middle, None)
             if recording is not None and "ffn" in recording.spans:
-                recording.write(index, "ffn", middle, hidden_states)
+                recording.write(index, "ffn", middle, _seen(ffn, hidden_states))
         elif switches.ffn_replacement is not None:
             hidden_states = _replaced(middle, switches.ffn_replacement)
         if recording is not None and "layer" in recording.spans:
@@ -74,6 +76,19 @@ def layer_forward(
         return hidden_states
 
     return MethodType(forward, layer)
+
+
+def _absent(x: Tensor, kwargs: dict[str, Any] | None) -> Tensor:
+    """The residual stream after a sublayer that the layer was made without."""
+    return x
+
+
+def _seen(run: Callable[..., Tensor], after: Tensor) -> Tensor:
+    """What statistics are told of a sublayer: of one that is not there, the least similar output.
+
+    Nothing is saved by skipping what is not there, so its importance is the highest.
+    """
+    return -after if run is _absent else after
 
 
 def _replaced(x: Tensor, replacement: Tensor | Linear) -> Tensor:

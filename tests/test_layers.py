@@ -13,7 +13,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "adaskip"
 # From the bottom up. A package imports those before it and itself.
-LIBRARY = ("core", "policies", "profiling", "search", "methods", "models")
+LIBRARY = ("core", "policies", "profiling", "search", "methods", "models", "export")
 HARNESS = ("tasks", "runs", "observing", "speedtest", "leaderboard", "reports", "cli")
 ORDER = (*LIBRARY, *HARNESS)
 # Modules beside the packages that do not belong to the core.

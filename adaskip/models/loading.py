@@ -20,6 +20,7 @@ from adaskip.blocks import block_spec
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.models import internlm
 from adaskip.models.devices import resolve_device, resolve_dtype
+from adaskip.models.exported import exported_class, exported_config, is_exported
 from adaskip.models.spec import (
     ModelSpec,
     first_line,
@@ -82,7 +83,8 @@ def load_model(
     source = model_source(str(name_or_path))
     raw = read_model_config(source)
     split = split_options(device_map, tp_plan)
-    model, report = _load_weights(source, build_config(raw), precision, allow_pickle, split)
+    loader = exported_class(raw["model_type"]) if is_exported(raw) else AUTO_MODEL
+    model, report = _load_weights(loader, source, build_config(raw), precision, allow_pickle, split)
     _check_complete(source, report, refuse_extra=raw["model_type"] == internlm.MODEL_TYPE)
     internlm.guard_positions(model)
     ready: PreTrainedModel = (model if split else model.to(target)).eval()
@@ -164,6 +166,8 @@ def build_config(raw: Mapping[str, Any]) -> PretrainedConfig:
     """
     if raw["model_type"] == internlm.MODEL_TYPE:
         return internlm.llama_config(raw)
+    if is_exported(raw):
+        return exported_config(raw)
     block_spec(raw["model_type"])
     family = type(AutoConfig.for_model(raw["model_type"]))
     config: PretrainedConfig = family.from_dict(dict(raw))
@@ -178,6 +182,7 @@ def _tokenizer_class(source: str) -> str | None:
 
 
 def _load_weights(
+    loader: Any,
     source: str,
     config: PretrainedConfig,
     dtype: torch.dtype,
@@ -186,7 +191,7 @@ def _load_weights(
 ) -> tuple[Any, Mapping[str, Any]]:
     """The model with its weights, and transformers' report of which tensors fitted."""
     try:
-        loaded: tuple[Any, Mapping[str, Any]] = AUTO_MODEL.from_pretrained(
+        loaded: tuple[Any, Mapping[str, Any]] = loader.from_pretrained(
             source,
             config=config,
             dtype=dtype,

@@ -1,0 +1,133 @@
+"""`export_checkpoint`: a model under a plan as a checkpoint of its own, checked at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adaskip.export import comparing, refusing
+from adaskip.export.formats import KINDS
+from adaskip.export.metadata import about, source_name
+from adaskip.export.refusing import Format
+from adaskip.export.report import Check, ExportReport, Written
+from adaskip.export.surviving import Surviving, surviving
+from adaskip.plan import SkipPlan
+from adaskip.policy import SkipPolicy
+
+
+def export_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    plan: SkipPlan | SkipPolicy,
+    folder: str | os.PathLike[str],
+    *,
+    format: Format = "hf",
+    dtype: torch.dtype | str | None = None,
+    tokenizer_gguf: str | os.PathLike[str] | None = None,
+) -> ExportReport:
+    """Writes a model under a plan as an ordinary checkpoint in which skipped sublayers are absent.
+
+    The survivors are chunked into layers again and gains are folded into weights. The checkpoint
+    is written beside the folder, loaded back, compared with the plan in this process on two texts,
+    and only then put in place: it appears whole or not at all.
+
+    Args:
+        model: a causal language model of a supported family, outside of `skipping()`.
+        tokenizer: written with it; None writes none, and random ids take the place of texts.
+        plan: what is left out; or a policy that leaves out the same at every step.
+        folder: where to; new or empty.
+        format: "hf" for transformers and, where it can, vLLM; "gguf" for llama.cpp.
+        dtype: of the weights: float32, float16 or bfloat16, for "gguf" also "q8_0"; by default the
+            model's.
+        tokenizer_gguf: for "gguf", a file whose tokenizer is copied in place of `tokenizer`.
+
+    Returns:
+        What was written, and how near it is to the plan; also in `export.json`.
+
+    Raises:
+        PlanError: the plan is another one in prefill and decode, of another model, or holds what
+            a checkpoint cannot.
+        UnsupportedModelError: the family, a window, or the form of the weights.
+        ExportError: what the checkpoint computes is not what the plan does.
+        AdaskipError: the folder is not empty, or there is no such format, precision or tokenizer.
+        OSError: it cannot be written.
+    """
+    name = refusing.short_dtype(dtype, model, format)
+    target = Path(folder).expanduser()
+    refusing.check_folder(target)
+    refusing.check_model(model, format)
+    n_layers = model.config.num_hidden_layers
+    wanted = refusing.plan_of(plan, n_layers)
+    wanted.check(n_layers, model.config.hidden_size)
+    wanted.check_model(model)
+    left = surviving(wanted, n_layers)
+    kind = KINDS[format](model, tokenizer, left, tokenizer_gguf)
+    expected = comparing.samples(model, wanted, comparing.texts_of(model, tokenizer))
+    tolerance = comparing.tolerance(name, refusing.short_dtype(None, model, "hf"))
+    with _appearing(target) as work:
+        written = kind.write(work, name, about(model, wanted))
+        checks = tuple(
+            comparing.accepted(comparing.compared(engine, expected, found, tolerance))
+            for engine, found in kind.run(work, expected)
+        )
+        report = _report(model, left, written, checks, str(target), format, name)
+        report.save(work)
+    return report
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder beside the target that takes its place at the end, or is gone after a failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield work
+        work.chmod(0o755)
+        if target.exists():
+            # Empty, or this fails.
+            target.rmdir()
+        work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _report(
+    model: PreTrainedModel,
+    left: Surviving,
+    written: Written,
+    checks: tuple[Check, ...],
+    folder: str,
+    file_format: str,
+    dtype: str,
+) -> ExportReport:
+    config: Any = model.config
+    decoder: Any = model.base_model
+    # Keys and values of 16 bits.
+    kv_bytes = 2 * 2 * config.num_key_value_heads * decoder.layers[0].self_attn.head_dim
+    attentions = left.count("attn")
+    return ExportReport(
+        folder=folder,
+        format=file_format,
+        architecture=written.architecture,
+        dtype=dtype,
+        source=source_name(model),
+        n_layers=len(left.layers),
+        attentions=attentions,
+        ffns=left.count("ffn"),
+        linears=sum(part.linear is not None for _, part in left.parts()),
+        parameters=written.parameters,
+        dense_parameters=model.num_parameters(),
+        bytes=written.bytes,
+        kv_bytes_per_token=kv_bytes * attentions,
+        dense_kv_bytes_per_token=kv_bytes * config.num_hidden_layers,
+        engines=written.engines,
+        checks=checks,
+    )

@@ -1,0 +1,134 @@
+"""What cannot be exported, each refused in one sentence before anything is computed or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adaskip import entering
+from adaskip.blocks import BLOCKS, EXPORTED
+from adaskip.errors import AdaskipError, PlanError, UnsupportedModelError, unknown_name
+from adaskip.plan import Phase, Scope, SkipPlan, Step
+from adaskip.policy import SkipPolicy
+
+Format = Literal["hf", "gguf"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+# Families that both formats can hold; the others have norms that only transformers knows.
+GGUF_FAMILIES = ("llama", "mistral", "qwen2", "phi3", "granite")
+DTYPES: dict[str, tuple[str, ...]] = {
+    "hf": ("f32", "f16", "bf16"),
+    "gguf": ("f32", "f16", "bf16", "q8_0"),
+}
+_SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+def plan_of(policy: SkipPlan | SkipPolicy, n_layers: int, scope: Scope = "e2e") -> SkipPlan:
+    """The one plan that a policy applies in prefill and in every decode step.
+
+    Args:
+        policy: a policy, or the plan itself.
+        n_layers: decoder layers of the model.
+        scope: where the plan applies.
+
+    Raises:
+        PlanError: there is no such plan: the policy's changes, or the scope is one phase.
+        AdaskipError: it is neither, or does not fit the model.
+    """
+    if scope != "e2e":
+        raise PlanError(
+            f"Scope {scope!r} skips in one phase only, and a checkpoint has the same sublayers in "
+            "both; export with scope 'e2e'."
+        )
+    policy = entering.as_policy(policy)
+    policy.scope = scope
+    policy.bind(n_layers)
+    prefill = policy.plan(Step(Phase.PREFILL, request=0, index=0, tokens=2))
+    decode = policy.plan(Step(Phase.DECODE, request=0, index=1, tokens=1, decoded=0))
+    if policy.stepwise or prefill != decode:
+        raise PlanError(
+            f"{type(policy).__name__} skips other sublayers in prefill and decode or from step to "
+            "step, and a checkpoint has the same ones throughout; take a fixed plan (AdaSkip: "
+            "online=False)."
+        )
+    return prefill
+
+
+def short_dtype(dtype: torch.dtype | str | None, model: PreTrainedModel, file_format: str) -> str:
+    """The name of a precision: "f32", "f16", "bf16" or "q8_0"; None stands for the model's.
+
+    Raises:
+        AdaskipError: there is no such format, or it has no such precision.
+    """
+    if file_format not in FORMATS:
+        raise unknown_name("format", str(file_format), FORMATS)
+    given = str(model.dtype if dtype is None else dtype).removeprefix("torch.").lower()
+    name = _SHORT.get(given, given)
+    if name not in DTYPES[file_format]:
+        raise unknown_name(f"dtype of format {file_format!r}", given, DTYPES[file_format])
+    return name
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a place that holds something.
+
+    Raises:
+        AdaskipError: it is a file, or a folder that is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AdaskipError(f"{folder} is there already; give a folder that is empty or new.")
+
+
+def check_model(model: PreTrainedModel, file_format: str) -> None:
+    """Refuses models that a format cannot hold.
+
+    Raises:
+        UnsupportedModelError: its family, its windows, or the form of its weights.
+    """
+    block = entering.check_model(model)
+    config: Any = model.config
+    family = config.model_type
+    if family in EXPORTED:
+        raise UnsupportedModelError(
+            "The model is an exported one; export a longer plan from the model it was made from."
+        )
+    if file_format == "gguf" and family not in GGUF_FAMILIES:
+        raise UnsupportedModelError(
+            f"GGUF has no architecture in which {family} layers may lack sublayers; it holds "
+            f"{', '.join(GGUF_FAMILIES)}. Export with format 'hf', which holds {', '.join(BLOCKS)}."
+        )
+    if not hasattr(model, "lm_head"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no causal language model: give the one with the head."
+        )
+    decoder: Any = model.base_model
+    entering.check_layers(decoder.layers, family, block)
+    _refuse_windows(config)
+    _refuse_weights(model)
+
+
+def _refuse_windows(config: Any) -> None:
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    sliding = window is not None if types is None else set(types) != {"full_attention"}
+    if sliding:
+        raise UnsupportedModelError(
+            f"The attention of this {config.model_type} slides over a window of {window} tokens, "
+            "which is counted by layers that would no longer be the same; models without a sliding "
+            "window can be exported."
+        )
+
+
+def _refuse_weights(model: PreTrainedModel) -> None:
+    """Refuses weights that are elsewhere, shared out, or no plain numbers."""
+    for name, tensor in model.state_dict().items():
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_floating_point()
+        if not plain or tensor.itemsize < 2 or tensor.is_meta:
+            raise UnsupportedModelError(
+                f"The weight {name} is quantized, offloaded or shared out; load the model whole, "
+                "in float32, float16 or bfloat16."
+            )

@@ -1,0 +1,184 @@
+"""What is not exported is refused in one sentence, and a failed export leaves nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import prompt, tiny_model
+from export_fixtures import A0, A1, A2, F1, F2, full_model
+from transformers import PreTrainedModel
+
+from adaskip import (
+    AdaSkip,
+    AdaskipError,
+    EarlyExit,
+    ExportError,
+    PlanError,
+    SkipDecode,
+    SkipPlan,
+    Step,
+    UnifiedSkipping,
+    UnsupportedModelError,
+    export_checkpoint,
+    learn_importance,
+    load_model,
+    skipping,
+)
+from adaskip.export import comparing, formats, hf
+from adaskip.export.refusing import plan_of
+from adaskip.models.exported import is_exported
+from adaskip.plan import Phase
+from adaskip.policy import SkipPolicy
+
+PLAN = SkipPlan({A1: 1.1, F2: None})
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return full_model("llama")
+
+
+class OnlyDecode(SkipPolicy):
+    """Skips in decode steps only."""
+
+    def plan(self, step: Step) -> SkipPlan:
+        return PLAN if step.phase is Phase.DECODE else SkipPlan()
+
+
+def refused(
+    error: type[AdaskipError], said: str, tmp_path: Path, *args: Any, **kwargs: Any
+) -> None:
+    """An export that is refused, before anything is computed or written."""
+    model, *rest = args
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparing, "samples", lambda *_: pytest.fail("something was computed"))
+        with pytest.raises(error, match=said) as caught:
+            export_checkpoint(model, None, *rest, tmp_path / "out", **kwargs)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_policies_that_change(model: PreTrainedModel, tmp_path: Path) -> None:
+    importance = learn_importance(model, [prompt(9)])
+    for policy in (SkipDecode(2, horizon=8), AdaSkip(importance, 3), OnlyDecode()):
+        refused(PlanError, f"{type(policy).__name__} skips other", tmp_path, model, policy)
+
+
+def test_fixed_policies_are_their_plans(model: PreTrainedModel) -> None:
+    importance = learn_importance(model, [prompt(9)])
+    for policy in (EarlyExit(1), UnifiedSkipping(2), AdaSkip(importance, 3, online=False)):
+        with skipping(model, policy) as session:
+            model(prompt(9))
+            expected = session.plan
+        assert expected
+        assert plan_of(policy, 4) == expected
+
+
+def test_one_phase_alone() -> None:
+    for scope in ("prefill", "decode"):
+        with pytest.raises(PlanError, match=f"Scope '{scope}' skips in one phase"):
+            plan_of(PLAN, 4, scope)
+
+
+def test_models(model: PreTrainedModel, tmp_path: Path) -> None:
+    error = UnsupportedModelError
+    for family in ("mistral", "gemma2", "gemma3_text"):
+        sliding = tiny_model(family, "eager")
+        refused(error, f"attention of this {family} slides over a window", tmp_path, sliding, PLAN)
+    refused(
+        error,
+        "GGUF has no architecture.*qwen3.*format 'hf'",
+        tmp_path,
+        full_model("qwen3"),
+        PLAN,
+        format="gguf",
+    )
+    base: Any = model.base_model
+    refused(error, "no causal language model", tmp_path, base, PLAN)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    refused(error, "quantized, offloaded or shared out", tmp_path, empty, PLAN)
+
+
+def test_plans(model: PreTrainedModel, tmp_path: Path) -> None:
+    refused(
+        PlanError,
+        "leaves no attention",
+        tmp_path,
+        model,
+        SkipPlan(dict.fromkeys((A0, A1, A2, type(A0)(3, "attn")))),
+    )
+    refused(PlanError, "only positive gains", tmp_path, model, SkipPlan({A1: -1.0}))
+    refused(AdaskipError, "skips ffn9", tmp_path, model, SkipPlan({type(A0)(9, "ffn"): None}))
+    other = SkipPlan({A1: None}, fingerprint="llama-4x32-000000:AAAA")
+    refused(PlanError, "made for model", tmp_path, model, other)
+
+
+def test_formats_and_precisions(model: PreTrainedModel, tmp_path: Path) -> None:
+    refused(AdaskipError, "Unknown format 'onnx'", tmp_path, model, PLAN, format="onnx")
+    refused(AdaskipError, "dtype of format 'hf' 'q8_0'", tmp_path, model, PLAN, dtype="q8_0")
+    refused(AdaskipError, "'q4_k'", tmp_path, model, PLAN, dtype="q4_k", format="gguf")
+    refused(AdaskipError, "float64", tmp_path, full_model("llama", torch.float64), PLAN)
+
+
+def test_a_folder_that_is_not_empty(model: PreTrainedModel, tmp_path: Path) -> None:
+    (tmp_path / "kept.txt").write_text("kept")
+    for place in (tmp_path, tmp_path / "kept.txt"):
+        with pytest.raises(AdaskipError, match="give a folder that is empty or new"):
+            export_checkpoint(model, None, PLAN, place)
+    assert (tmp_path / "kept.txt").read_text() == "kept"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    export_checkpoint(model, None, PLAN, empty)
+    assert (empty / "model.safetensors").is_file()
+
+
+def test_an_exported_model_is_not_exported_again(model: PreTrainedModel, tmp_path: Path) -> None:
+    export_checkpoint(model, None, SkipPlan({F1: None}), tmp_path / "a")
+    loaded = load_model(tmp_path / "a", device="cpu")
+    with pytest.raises(UnsupportedModelError, match="from the model it was made from"):
+        export_checkpoint(loaded, None, SkipPlan({A1: None}), tmp_path / "b")
+
+
+def test_inside_skipping(model: PreTrainedModel, tmp_path: Path) -> None:
+    with skipping(model, PLAN), pytest.raises(AdaskipError, match="inside skipping"):
+        export_checkpoint(model, None, PLAN, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_leaves_nothing(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(formats.comparing, "run", full)
+    with pytest.raises(OSError, match="No space"):
+        export_checkpoint(model, None, PLAN, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_is_wrong_is_told_of_and_not_kept(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = hf._state
+
+    def wrong(*args: Any) -> dict[str, torch.Tensor]:
+        state = right(*args)
+        state["model.layers.1.mlp.down_proj.weight"] = (
+            state["model.layers.1.mlp.down_proj.weight"] * 1.01
+        )
+        return state
+
+    monkeypatch.setattr(hf, "_state", wrong)
+    with pytest.raises(ExportError, match=r"transformers .* not what the plan does: KL .* at text"):
+        export_checkpoint(model, None, PLAN, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_others_wrote_under_such_a_name() -> None:
+    with pytest.raises(UnsupportedModelError, match="written by something else"):
+        is_exported({"model_type": "nemotron-nas", "block_configs": []})
