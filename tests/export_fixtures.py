@@ -9,8 +9,9 @@ import torch
 from conftest import N_LAYERS, tiny_model
 from hypothesis import strategies as st
 from test_replacements import random_linear
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adaskip import SkipPlan, Sublayer, skipping
 from adaskip.plan import all_sublayers
@@ -100,3 +101,82 @@ def divergence(expected: Tensor, found: Tensor) -> float:
     """Mean KL(expected || found) over tokens, in nats."""
     p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+N_TOKENS = 320
+
+
+@cache
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE split as SmolLM2 does, of 300 tokens, three of them special."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet]
+    merges = [("t", "h"), ("th", "e"), ("a", "n"), ("e", "r"), ("Ġ", "t"), ("i", "n")]
+    tokens += ["".join(pair) for pair in merges]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tokens[:3]])
+    made.add_tokens([AddedToken("<note>", normalized=False)])
+    unknown, start, end = tokens[:3]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        bos_token=start,
+        eos_token=end,
+        unk_token=unknown,
+        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    )
+
+
+# What the families that GGUF holds need besides, so that every part of theirs is used.
+GGUF: dict[str, Any] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "phi3": {},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    },
+    "llama-3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "llama-biased": {"attention_bias": True, "mlp_bias": True},
+    "llama-untied": {"tie_word_embeddings": False},
+    "granite-tied": {
+        "tie_word_embeddings": True,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+    },
+    "llama-wide-heads": {"head_dim": 16},
+}
+
+
+def gguf_model(name: str) -> PreTrainedModel:
+    """A tiny model with the vocabulary of `byte_tokenizer`; shared, so not to be changed."""
+    settings = {"vocab_size": N_TOKENS, "bos_token_id": 1, "eos_token_id": 2} | GGUF[name]
+    if "rope_parameters" in settings:
+        settings["rope_parameters"] = tuple(settings["rope_parameters"].items())
+    return _gguf_model(name.partition("-")[0], **settings)
+
+
+@cache
+def _gguf_model(family: str, **settings: Any) -> PreTrainedModel:
+    if "rope_parameters" in settings:
+        settings["rope_parameters"] = dict(settings["rope_parameters"])
+    return full_model.__wrapped__(family, **settings)

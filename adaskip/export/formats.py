@@ -108,7 +108,8 @@ class GgufKind(Kind):
         loaded = gguf_reading.read(path, self.model)
         yield f"{_transformers()}, read back", comparing.run(loaded, self.model, expected)
         if llamacpp.is_installed():
-            yield llamacpp.engine(), llamacpp.run(path, expected, self.model.config.vocab_size)
+            tokens = self.fields["tokenizer.ggml.tokens"][0]
+            yield llamacpp.engine(), llamacpp.run(path, expected, tokens)
 
 
 KINDS: dict[str, type[Kind]] = {"hf": HfKind, "gguf": GgufKind}

@@ -1,15 +1,17 @@
 """Runs a GGUF file in llama.cpp; a program of its own, which imports nothing of adaskip.
 
 Reads a JSON object from its input: `model` (a path), `context`, `threads`, `flash_attention`,
-`exact` (KV in float32) and `requests`, each with `ids`, `n_new` and `n_probs`. Writes to the file
-in its first argument, as JSON lines, per request what llama.cpp answers: `tokens`, `timings`, and
-for each new token the log-probabilities by id, if asked for.
+`exact` (KV in float32) and `requests`, each with `ids` and `n_new`. Writes to the file in its first
+argument, as JSON lines, per request what llama.cpp answers: `tokens`, `timings`, and for each new
+token `n_probs` log-probabilities by id. They are lost where the new token is no whole character;
+`forced` makes it one that is.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +41,29 @@ def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     """One greedy answer."""
     body = {
         "prompt": request["ids"],
-        "max_tokens": request["n_new"],
+        "n_predict": request["n_new"],
+        "n_probs": request.get("n_probs", 0),
         "temperature": 0,
         "top_k": 1,
-        "logprobs": max(request["n_probs"], 1),
+        "return_tokens": True,
         "cache_prompt": request.get("cache_prompt", False),
+        "ignore_eos": request.get("ignore_eos", False),
     }
-    told = engine.handle_completions(body)
-    if "choices" not in told:
-        raise RuntimeError(f"llama.cpp answers {told}")
-    content = told["choices"][0]["logprobs"]["content"]
-    found = {"tokens": [token["id"] for token in content], "timings": told["timings"]}
-    if request["n_probs"]:
+    if "forced" in request:
+        # What is told are log-probabilities without this.
+        body["logit_bias"] = [[request["forced"], 1e5]]
+    call = urllib.request.Request(  # noqa: S310 - our own server
+        f"{engine.listening_address}/completion",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(call) as reply:  # noqa: S310 - our own server
+        told = json.load(reply)
+    found = {"tokens": told["tokens"], "timings": told["timings"]}
+    if body["n_probs"]:
         found["log_probs"] = [
-            {entry["id"]: entry["logprob"] for entry in token["top_logprobs"]} for token in content
+            {entry["id"]: entry["logprob"] for entry in token["top_logprobs"]}
+            for token in told["completion_probabilities"]
         ]
     return found
 
