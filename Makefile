@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Environments of their own that share everything else: the oldest transformers that pyproject.toml
-# admits, with the core tests; and the packages that quantize, with theirs.
+# admits, with the core tests; the packages that quantize, and llama.cpp, with theirs.
 OLDEST_TRANSFORMERS := 5.4.0
 OLDEST := .venv-oldest
 QUANTIZED := .venv-quantized
-CORE_TESTS := families policies phases turns shared_state entering recorders golden engines models
+LLAMACPP := .venv-llamacpp
+CORE_TESTS := families policies phases turns shared_state entering recorders golden engines models \
+	export export_refusals
 PYTEST := python -m pytest -q -n 2 --dist loadfile --timeout 600
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 
-.PHONY: demo test lint types unit oldest quantized docs observations leaderboard speed gpu paper clean
+.PHONY: demo test lint types unit oldest quantized docs llamacpp observations leaderboard speed gpu paper clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/demo.yaml
@@ -33,6 +35,9 @@ oldest: $(OLDEST)/.installed
 
 quantized: $(QUANTIZED)/.installed
 	OMP_NUM_THREADS=1 $(QUANTIZED)/bin/$(PYTEST) tests/test_quantized.py
+
+llamacpp: $(LLAMACPP)/.installed
+	OMP_NUM_THREADS=1 $(LLAMACPP)/bin/$(PYTEST) tests/test_export_llamacpp.py
 
 # Fails on a link that leads nowhere; begin reading at build/docs/index.html.
 docs: $(VENV)/.installed
@@ -84,5 +89,10 @@ $(QUANTIZED)/.installed: $(VENV)/.installed requirements-quantized.txt
 	$(@D)/bin/python -m pip install -r requirements-quantized.txt
 	touch $@
 
+$(LLAMACPP)/.installed: $(VENV)/.installed requirements-xllamacpp.txt
+	$(shared_environment)
+	$(@D)/bin/python -m pip install -r requirements-xllamacpp.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(QUANTIZED) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(QUANTIZED) $(LLAMACPP) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -23,10 +23,8 @@ if TYPE_CHECKING:
         UnsupportedCallError as UnsupportedCallError,
         UnsupportedModelError as UnsupportedModelError,
     )
-    from adaskip.export import (
-        ExportReport as ExportReport,
-        export_checkpoint as export_checkpoint,
-    )
+    from adaskip.export.exporting import export_checkpoint as export_checkpoint
+    from adaskip.export.report import ExportReport as ExportReport
     from adaskip.fitting import fit_linears as fit_linears
     from adaskip.growing_cache import GrowingCache as GrowingCache
     from adaskip.importance import Importance as Importance
@@ -82,7 +80,8 @@ _HOMES = {
         "UnsupportedCallError",
         "UnsupportedModelError",
     ),
-    "adaskip.export": ("ExportReport", "export_checkpoint"),
+    "adaskip.export.exporting": ("export_checkpoint",),
+    "adaskip.export.report": ("ExportReport",),
     "adaskip.fitting": ("fit_linears",),
     "adaskip.growing_cache": ("GrowingCache",),
     "adaskip.importance": ("Importance",),

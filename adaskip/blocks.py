@@ -83,12 +83,13 @@ BLOCKS: dict[str, BlockSpec] = {
     "mixtral": LLAMA,
     "qwen3_moe": LLAMA,
 }
-# What `export_checkpoint` writes, by its own model types: layers of a family that lack sublayers.
+# Families that `export_checkpoint` writes under model types of its own: layers that lack sublayers.
 # Mistral and Qwen2 are written as Llama.
 EXPORTED: dict[str, BlockSpec] = {
-    f"adaskip_{family}": replace(row, package="adaskip.models.modeling_adaskip", partial=True)
-    for family, row in BLOCKS.items()
-    if family not in ("mistral", "qwen2")
+    f"adaskip_{family}": replace(
+        BLOCKS[family], package="adaskip.models.modeling_adaskip", partial=True
+    )
+    for family in ("llama", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "granite")
 }
 EXPORTED["nemotron-nas"] = EXPORTED["adaskip_llama"]
 

@@ -20,7 +20,7 @@ from adaskip.cli.starting import begin
 if __name__ == "__main__":
     begin()  # before the imports below load torch
 
-from adaskip.cli.command import FAILED, Command, say
+from adaskip.command import FAILED, Command, say
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
 from adaskip.reports.sweep_report import write_report

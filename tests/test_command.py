@@ -24,8 +24,8 @@ from adaskip import (
     skipping,
 )
 from adaskip.cli import main
-from adaskip.cli.command import BAD_INPUT, guarded
 from adaskip.cli.main import COMMANDS, command, overview, run
+from adaskip.command import BAD_INPUT, guarded
 from adaskip.models.spec import model_spec
 from adaskip.runs.conversation import Conversation
 

@@ -51,11 +51,12 @@ from adaskip import (
 )
 from adaskip.blocks import BLOCKS
 from adaskip.export import hf
+from adaskip.export.refusing import FAMILIES
 from adaskip.export.surviving import surviving
 from adaskip.models.exported import exported_class
 from adaskip.models.modeling_adaskip import LinearMap
+from adaskip.replacements import Window
 
-FAMILIES = list(BLOCKS)
 IDS = prompt(23, batch=2)
 
 
@@ -397,9 +398,15 @@ class TestSkippingAgain:
             found = logits(loaded, IDS, None)
         assert torch.equal(found, logits(loaded, IDS, SkipPlan({Sublayer(2, "attn"): None})))
 
+    def test_windows_are_refused(self, loaded: PreTrainedModel) -> None:
+        plan = SkipPlan({Sublayer(1, "attn"): Window(8)})
+        with skipping(loaded, plan), pytest.raises(AdaskipError, match="exported model a Window"):
+            loaded(IDS)
+
     def test_a_search_in_it_is_refused(self, loaded: PreTrainedModel) -> None:
+        rows = [(IDS[:1, :12], IDS[:1, 12:])]
         with pytest.raises(UnsupportedModelError, match="its sublayer is gone"):
-            search_plan(loaded, [(IDS[:1, :12], IDS[:1, 12:])], acceleration=1.1)
+            search_plan(loaded, rows, acceleration=1.1, replacements=("gain",))
 
 
 def load_again(loaded: PreTrainedModel, options: dict[str, Any]) -> torch.Tensor:

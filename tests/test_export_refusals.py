@@ -27,8 +27,9 @@ from adaskip import (
     load_model,
     skipping,
 )
+from adaskip.blocks import BLOCKS
 from adaskip.export import comparing, formats, hf
-from adaskip.export.refusing import plan_of
+from adaskip.export.refusing import FAMILIES, plan_of
 from adaskip.models.exported import is_exported
 from adaskip.plan import Phase
 from adaskip.policy import SkipPolicy
@@ -63,13 +64,13 @@ def refused(
 
 def test_policies_that_change(model: PreTrainedModel, tmp_path: Path) -> None:
     importance = learn_importance(model, [prompt(9)])
-    for policy in (SkipDecode(2, horizon=8), AdaSkip(importance, 3), OnlyDecode()):
+    for policy in (SkipDecode(2, horizon=8), AdaSkip(importance, 3, online=True), OnlyDecode()):
         refused(PlanError, f"{type(policy).__name__} skips other", tmp_path, model, policy)
 
 
 def test_fixed_policies_are_their_plans(model: PreTrainedModel) -> None:
     importance = learn_importance(model, [prompt(9)])
-    for policy in (EarlyExit(1), UnifiedSkipping(2), AdaSkip(importance, 3, online=False)):
+    for policy in (EarlyExit(1), UnifiedSkipping(2), AdaSkip(importance, 3)):
         with skipping(model, policy) as session:
             model(prompt(9))
             expected = session.plan
@@ -96,6 +97,9 @@ def test_models(model: PreTrainedModel, tmp_path: Path) -> None:
         PLAN,
         format="gguf",
     )
+    for family in sorted(set(BLOCKS) - set(FAMILIES)):
+        said = f"family {family} are not exported; those of llama, "
+        refused(error, said, tmp_path, tiny_model(family), PLAN)
     base: Any = model.base_model
     refused(error, "no causal language model", tmp_path, base, PLAN)
     with torch.device("meta"):

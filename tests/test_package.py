@@ -150,8 +150,8 @@ def test_an_extra_brings_what_its_commands_load(extra: str) -> None:
 
 def test_what_is_asked_for_is_pinned() -> None:
     pins = {}
-    for file in ("requirements.txt", "requirements-dev.txt", "requirements-no-deps.txt"):
-        for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
+    for file in ("", "-dev", "-no-deps", "-xllamacpp"):
+        for line in (ROOT / f"requirements{file}.txt").read_text(encoding="utf-8").splitlines():
             name, pinned, version = line.partition("==")
             if pinned:
                 pins[_normal(name)] = version

@@ -10,6 +10,7 @@ from test_replacements import random_linear
 from adaskip import PlanError, SkipPlan
 from adaskip.export.surviving import Surviving, surviving
 from adaskip.plan import all_sublayers
+from adaskip.replacements import Window
 
 
 def chunks(left: Surviving) -> list[tuple[str, ...]]:
@@ -85,6 +86,7 @@ def test_whole_layers_are_seen() -> None:
     [
         (SkipPlan(dict.fromkeys((A0, A1, A2, A3))), "leaves no attention"),
         (SkipPlan(dict.fromkeys((A0, A1, A2, A3, F0, F1, F2, F3))), "leaves no attention"),
+        (SkipPlan({A1: Window(8)}), "puts a Window in the place of attn1; a checkpoint"),
         (SkipPlan({A1: 0.0}), "gain of attn1 is 0; only positive"),
         (SkipPlan({F1: -1.5}), "gain of ffn1 is -1.5; only positive"),
     ],

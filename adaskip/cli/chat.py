@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from adaskip.cli.command import Command, say
 from adaskip.cli.run import LOADING, WARM_UP, add_model, add_run_options
+from adaskip.command import Command, say
 from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError
 from adaskip.importance import shipped_profiles
 from adaskip.plan import SCOPES, SkipPlan
 from adaskip.policies import POLICIES, FixedSkipping, SkipPolicy
-from adaskip.policies.factory import LEARNED, takes
+from adaskip.policies.factory import BUDGETS, LEARNED, takes
 from adaskip.runs.conversation import Answer, Conversation
 from adaskip.runs.loaded import LoadedModel
-from adaskip.runs.runconfig import BUDGETS, DENSE, POLICY_OPTIONS, RunConfig, refuse_unused
+from adaskip.runs.runconfig import DENSE, POLICY_OPTIONS, RunConfig, refuse_unused
 from adaskip.runs.runner import resolve
 from adaskip.tables import MISSING, markdown_table, number
 

@@ -6,8 +6,8 @@ import argparse
 
 import shtab
 
-from adaskip.cli.command import Command, say
 from adaskip.cli.main import COMMANDS, PROG, command
+from adaskip.command import Command, say
 from adaskip.models.spec import model_names
 from adaskip.policies import POLICIES
 from adaskip.runs.runconfig import DENSE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from adaskip.cli.command import Command, say
+from adaskip.command import Command, say
 from adaskip.models.devices import resolve_device
 from adaskip.runs.environment import environment
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.command import FAILED, Command, say
+from adaskip.command import FAILED, Command, say
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.plan import Phase
 from adaskip.tables import markdown_table, number

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from adaskip.cli.command import Command, say
+from adaskip.command import Command, say
 from adaskip.configuration import config_path
 from adaskip.errors import AdaskipError
 from adaskip.leaderboard.board import Board

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.command import Command, say
 from adaskip.cli.run import LOADING, WARM_UP, add_model, add_run_options
+from adaskip.command import Command, say
 from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError, DataError
 from adaskip.importance import Importance

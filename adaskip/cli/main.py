@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from adaskip.cli.starting import begin
 
 if TYPE_CHECKING:
-    from adaskip.cli.command import Command
+    from adaskip.command import Command
 
 PROG = "adaskip"
 
@@ -32,6 +32,9 @@ COMMANDS = {
     "learn": Entry("adaskip.cli.learn:LEARN", "learn which sublayers of a model matter"),
     "plan": Entry("adaskip.cli.plan:PLAN", "make plans by a search or by the field's methods"),
     "run": Entry("adaskip.cli.run:RUN", "run one experiment under one policy"),
+    "export": Entry(
+        "adaskip.export.command_line:EXPORT", "write a plan as a checkpoint of its own"
+    ),
     "score": Entry("adaskip.cli.run:SCORE", "score a run beside its dense one"),
     "perplexity": Entry(
         "adaskip.cli.perplexity:PERPLEXITY", "perplexity of reference answers", "experiments"
@@ -58,7 +61,7 @@ EXTRAS = {"experiments": ("jinja2", "matplotlib", "pandas", "PIL")}
 def main() -> int:
     """Runs the command that the command line names; returns its exit code."""
     begin(only_parses=sys.argv[1:2] == ["completion"])
-    from adaskip.cli.command import guarded
+    from adaskip.command import guarded
 
     return guarded(lambda: run(sys.argv[1:]))
 
@@ -69,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         AdaskipError: there is no such command, or a package that it needs is missing.
     """
-    from adaskip.cli.command import say
+    from adaskip.command import say
 
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from adaskip.cli.command import Command, say
 from adaskip.cli.run import add_run_options
+from adaskip.command import Command, say
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team

@@ -9,22 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.command import Command, say
 from adaskip.cli.observe import DATA_OPTIONS, FACTS, configured
 from adaskip.cli.run import add_run_options
+from adaskip.command import Command, say
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
 from adaskip.plan import SCOPES
 from adaskip.policies import POLICIES
-from adaskip.policies.factory import LEARNED, takes
+from adaskip.policies.factory import BUDGETS, LEARNED, takes
 from adaskip.runs.environment import environment
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import Loss, Perplexity
 from adaskip.runs.reference_quality import losses
 from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import (
-    BUDGETS,
     DENSE,
     PLAN_FILE,
     POLICY_OPTIONS,

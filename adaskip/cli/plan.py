@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.command import Command, say
 from adaskip.cli.observe import configured
 from adaskip.cli.run import add_run_options
+from adaskip.command import Command, say
 from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
 from adaskip.methods import make_plan, method_names
 from adaskip.plan import Phase, SkipPlan

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.command import Command, say
+from adaskip.command import Command, say
 from adaskip.models.spec import model_names
 from adaskip.plan import SCOPES, Scope
 from adaskip.policies import POLICIES

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from adaskip.cli.command import Command, say
+from adaskip.command import Command, say
 from adaskip.models.spec import model_names
 from adaskip.reports.speed import as_markdown, draw
 from adaskip.speedtest.benchmark import SpeedTest

@@ -18,7 +18,7 @@ from adaskip.export.comparing import Found, Sample
 from adaskip.export.llama_form import LlamaForm
 from adaskip.export.report import Written
 from adaskip.export.surviving import Surviving
-from adaskip.models import load_model
+from adaskip.models.loading import load_model
 
 TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaskip import entering
-from adaskip.blocks import BLOCKS, EXPORTED
+from adaskip.blocks import EXPORTED
 from adaskip.errors import AdaskipError, PlanError, UnsupportedModelError, unknown_name
 from adaskip.plan import Phase, Scope, SkipPlan, Step
 from adaskip.policy import SkipPolicy
@@ -18,7 +18,19 @@ from adaskip.policy import SkipPolicy
 Format = Literal["hf", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-# Families that both formats can hold; the others have norms that only transformers knows.
+# The others' layers differ by their number, or have no one matrix that a gain could fold into.
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "granite",
+)
+# Of these, GGUF can hold those without norms that only transformers knows.
 GGUF_FAMILIES = ("llama", "mistral", "qwen2", "phi3", "granite")
 DTYPES: dict[str, tuple[str, ...]] = {
     "hf": ("f32", "f16", "bf16"),
@@ -96,10 +108,14 @@ def check_model(model: PreTrainedModel, file_format: str) -> None:
         raise UnsupportedModelError(
             "The model is an exported one; export a longer plan from the model it was made from."
         )
+    if family not in FAMILIES:
+        raise UnsupportedModelError(
+            f"Models of family {family} are not exported; those of {', '.join(FAMILIES)} are."
+        )
     if file_format == "gguf" and family not in GGUF_FAMILIES:
         raise UnsupportedModelError(
             f"GGUF has no architecture in which {family} layers may lack sublayers; it holds "
-            f"{', '.join(GGUF_FAMILIES)}. Export with format 'hf', which holds {', '.join(BLOCKS)}."
+            f"{', '.join(GGUF_FAMILIES)}. Export with format 'hf'."
         )
     if not hasattr(model, "lm_head"):
         raise UnsupportedModelError(

@@ -171,11 +171,6 @@ def _collectives() -> Any:
     return accelerate.utils
 
 
-def launched_as_main() -> bool:
-    """Whether this process may talk to the user; needs no connection."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -11,6 +11,8 @@ from adaskip.importance import Importance
 from adaskip.policy import POLICIES, SkipPolicy, policy_class
 
 LEARNED = "importance"
+# The option that carries a budget, by what it counts.
+BUDGETS = {"layers": "skip_full_layer_num", "sublayers": "skip_sub_layer_num"}
 
 
 def takes(name: str, option: str) -> bool:

@@ -16,13 +16,12 @@ from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, RunError, refuse_below_one, unknown_name
 from adaskip.plan import Scope
 from adaskip.policies import policy_class
-from adaskip.policies.factory import LEARNED, arguments, describe, takers, takes
+from adaskip.policies.factory import BUDGETS, LEARNED, arguments, describe, takers, takes
 from adaskip.policies.made_plan import PlanFile
 from adaskip.runs.rows import first_problem
 
 DENSE = "dense"
 HORIZON = "horizon"  # the field of a policy that takes the answer length
-BUDGETS = {"layers": "skip_full_layer_num", "sublayers": "skip_sub_layer_num"}
 GAINS = ("token", "norm", "none")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 # How importance is learned, which matters to policies that use it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any, NoReturn
 from typing_extensions import override
 
 from adaskip.errors import AdaskipError, did_you_mean
-from adaskip.models.processes import launched_as_main
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _EXAMPLE = "example: "
@@ -70,6 +70,11 @@ class Command:
     def main(self, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         """Runs it on options, by default those of the command line; returns the exit code."""
         return guarded(lambda: self.action(self.parser(prog).parse_args(argv)))
+
+
+def launched_as_main() -> bool:
+    """Whether this process may talk to the user; needs no connection."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, end: str = "\n") -> None:

@@ -1,0 +1,112 @@
+"""`python -m adaskip.export`: from a plan file or a policy to a folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, prompt
+from export_fixtures import byte_tokenizer, gguf_model
+from run_fixtures import save_checkpoint
+
+from adaskip import AdaSkip, SkipPlan, Sublayer, learn_importance, load_model, load_tokenizer
+from adaskip.export.command_line import EXPORT
+from adaskip.export.refusing import plan_of
+
+PLAN = SkipPlan({Sublayer(1, "attn"): 1.1, Sublayer(2, "ffn"): None})
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    gguf_model("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    PLAN.save(tmp_path / "plan.safetensors")
+    return folder
+
+
+def test_from_a_plan_file(checkpoint: Path, tmp_path: Path) -> None:
+    """As a user types it, in a process of its own."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "adaskip.export", "--model", str(checkpoint)]
+    command += ["--plan", str(tmp_path / "plan.safetensors"), "--format", "gguf"]
+    done = subprocess.run(
+        [*command, "--dtype", "f16", "--device", "cpu", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "deci (gguf, f16), 4 layers with 3 attentions and 3 FFNs" in done.stdout
+    assert (out / "model.gguf").is_file()
+    again = subprocess.run(
+        [*command, str(out)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")
+    assert len(again.stderr.splitlines()) == 1
+
+
+def test_from_a_policy(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_model(checkpoint, device="cpu")
+    importance = learn_importance(model, [prompt(20)])
+    importance.save(tmp_path / "profile.json")
+    options = ["--policy", "ADA", "--skip_sub_layer_num", "3", "--gain", "norm"]
+    options += ["--importance", str(tmp_path / "profile.json"), "--device", "cpu"]
+    assert EXPORT.main(["--model", str(checkpoint), *options, str(tmp_path / "out")]) == 0
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())["adaskip"]
+    expected = plan_of(AdaSkip(importance, 3, online=False, gain="norm"), 4)
+    assert kept["fingerprint"] == importance.fingerprint
+    assert kept["about"]["profile"] == importance.name
+    assert "AdaSkip(n_skip=3" in kept["about"]["policy"]
+    assert kept["source"] == "model"
+    rows = {Sublayer(row["layer"], row["kind"]): row["gain"] for row in kept["plan"]}
+    assert rows == dict(expected)
+    # What serves it is in the folder, too.
+    assert load_tokenizer(tmp_path / "out")("the").input_ids == byte_tokenizer()("the").input_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "Give either a --plan or a --policy"),
+        (["--plan", "PLAN", "--policy", "EE"], "Give either a --plan or a --policy"),
+        (["--plan", "PLAN", "--gain", "norm"], "--gain is of no use beside --plan"),
+        (["--plan", "PLAN", "--scope", "decode"], "--scope is of no use beside --plan"),
+        (["--plan", "none.safetensors"], "There is no plan"),
+        (["--policy", "EE"], "Policy EE needs its budget: --skip_full_layer_num N"),
+        (["--policy", "EE", "--skip_sub_layer_num", "2"], "--skip_sub_layer_num is of no use to"),
+        (["--policy", "XX", "--skip_sub_layer_num", "2"], "Unknown policy 'XX'"),
+        (["--policy", "ADA", "--skip_sub_layer_num", "2"], "needs what it has learned"),
+        (["--policy", "SD", "--skip_full_layer_num", "2"], "SkipDecode skips other sublayers"),
+        (["--policy", "EE", "--skip_full_layer_num", "2", "--scope", "prefill"], "one phase only"),
+        (["--policy", "EE", "--skip_full_layer_num", "4"], "leaves no attention"),
+        (["--plan", "PLAN", "--format", "onnx"], "Unknown format 'onnx'"),
+        (["--plan", "PLAN", "--tokenizer", "a.gguf"], "takes no tokenizer from a GGUF file"),
+        (["--plan", "PLAN", "--format", "gguf", "--tokenizer", "a.gguf"], "cannot be read as GGUF"),
+    ],
+)
+def test_bad_input(
+    options: list[str], said: str, checkpoint: Path, tmp_path: Path, capsys: Any
+) -> None:
+    options = [str(tmp_path / "plan.safetensors") if o == "PLAN" else o for o in options]
+    out = tmp_path / "out"
+    assert EXPORT.main(["--model", str(checkpoint), "--device", "cpu", *options, str(out)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert said in error
+    assert not out.exists()
+
+
+def test_a_tokenizer_that_gguf_does_not_know(tmp_path: Path, capsys: Any) -> None:
+    """Bytes that are split as GPT-2 does it."""
+    checkpoint = save_checkpoint(tmp_path)
+    PLAN.save(tmp_path / "plan.safetensors")
+    options = ["--plan", str(tmp_path / "plan.safetensors"), "--format", "gguf", "--device", "cpu"]
+    assert EXPORT.main(["--model", str(checkpoint), *options, str(tmp_path / "out")]) == 2
+    assert "splits texts otherwise" in capsys.readouterr().err
