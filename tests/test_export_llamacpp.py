@@ -37,6 +37,7 @@ from adaskip import (
 )
 from adaskip.errors import AdaskipError
 from adaskip.export import comparing, gguf_file, gguf_tokenizer, llamacpp
+from adaskip.export.engines import Engine, Settings
 from adaskip.export.llama_form import LlamaForm
 from adaskip.export.report import Check
 from adaskip.export.surviving import surviving
@@ -132,10 +133,10 @@ def test_smollm2_with_most_kinds_of_gaps(tmp_path: Path) -> None:
         assert report.kv_bytes_per_token == 18 * 2 * 3 * 64 * 2
     text = tokenizer(comparing.TEXTS[0]).input_ids
     request = {"ids": comparing.TEXTS[0], "n_new": 1}
-    settings = llamacpp.Settings(context=256)
-    told, _ = llamacpp.ask(tmp_path / "gguf" / gguf_file.NAME, [request], settings)
+    with Engine(Settings("llama.cpp", tmp_path / "gguf" / gguf_file.NAME, 256)) as engine:
+        told = engine.ask(request)
     # llama.cpp makes the same tokens of the text.
-    assert told[0]["timings"]["prompt_n"] == len(text)
+    assert told["prompt_tokens"] == len(text)
 
 
 def test_only_attentions_have_kv(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from adaskip.command import Command, say
 from adaskip.errors import AdaskipError, PlanError
 from adaskip.export import refusing
 from adaskip.export.exporting import export_checkpoint
-from adaskip.importance import GAINS, Importance
+from adaskip.importance import GAINS, Importance, shipped_profiles
 from adaskip.models.loading import load_model, load_tokenizer
 from adaskip.plan import SCOPES, SkipPlan
 from adaskip.policies import POLICIES
@@ -28,7 +28,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{flag}", type=int, metavar="N", help=f"budget in {unit}, of {users}"
         )
-    parser.add_argument("--importance", metavar="FILE", help="profile of a policy that has learned")
+    parser.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="profile of a policy that learns (default: a shipped one)",
+    )
     parser.add_argument("--gain", choices=(*GAINS, "none"), help="compensation, of AdaSkip")
     parser.add_argument("--scope", default="e2e", choices=SCOPES, help="where the policy applies")
     parser.add_argument(
@@ -105,12 +109,14 @@ def _plan(given: argparse.Namespace) -> Any:
         offered["gain"] = None if given.gain == "none" else given.gain
 
     def importance() -> Importance:
-        if given.importance is None:
+        shipped = given.model if given.model in shipped_profiles() else None
+        name = given.importance or shipped
+        if name is None:
             raise PlanError(
                 f"Policy {given.policy} needs what it has learned: --importance FILE, a profile "
-                "that Importance.save has written."
+                "that `adaskip learn` or Importance.save has written."
             )
-        return Importance.load(given.importance)
+        return Importance.load(name)
 
     return build_policy(given.policy, int(settings[flag]), offered, importance)
 

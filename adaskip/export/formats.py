@@ -109,7 +109,7 @@ class GgufKind(Kind):
         yield f"{_transformers()}, read back", comparing.run(loaded, self.model, expected)
         if llamacpp.is_installed():
             tokens = self.fields["tokenizer.ggml.tokens"][0]
-            yield llamacpp.engine(), llamacpp.run(path, expected, tokens)
+            yield llamacpp.name(), llamacpp.run(path, expected, tokens)
 
 
 KINDS: dict[str, type[Kind]] = {"hf": HfKind, "gguf": GgufKind}

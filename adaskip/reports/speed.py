@@ -168,9 +168,42 @@ def _budget(record: Mapping[str, Any]) -> str:
     return markdown_table(header, cells)
 
 
+def _serving(record: Mapping[str, Any]) -> str:
+    """What was served, how near it is to the plan, and its times beside dense's."""
+    header = ["case", "attn+ffn", "file MB", "KV MiB at 4,096", "greedy tokens", "difference"]
+    header += ["tokens", "prefill ms", "speedup", "ms/token", "speedup"]
+    cells = []
+    for point in record["points"]:
+        for row in point["rows"]:
+            line = [
+                row["label"],
+                f"{row['attentions']}+{row['ffns']}",
+                number(row["bytes"] / 1e6, 1),
+                number(row["kv_mebibytes"], 1),
+                f"{row['greedy_equal']}/{row['greedy_tokens']}",
+                f"{row['largest_difference']:.1e}",
+                str(point["context"]),
+            ]
+            for phase in Phase:
+                line += [
+                    _milliseconds(row[str(phase)]),
+                    Ratio(**row[str(phase)]["speedup"]).text(3),
+                ]
+            cells.append(line)
+    settings = record["settings"]
+    about = (
+        f"{settings['engine']}, {settings['threads']} thread(s), weights in "
+        f"{'f32' if settings['engine'] == 'vLLM' else settings['dtype']}. Greedy tokens: as many "
+        "as the plan in this process gives, before the first one that differs; difference: the "
+        "largest of the log-probabilities told meanwhile."
+    )
+    return f"{about}\n\n{markdown_table(header, cells)}"
+
+
 _TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "overhead": partial(_compared, first="case", key=None, added="goal"),
     "budget": _budget,
+    "serving": _serving,
     "waiting": partial(_compared, first="waiting", key="busy", added=None),
 }
 
