@@ -8,12 +8,13 @@ OLDEST_TRANSFORMERS := 5.4.0
 OLDEST := .venv-oldest
 QUANTIZED := .venv-quantized
 LLAMACPP := .venv-llamacpp
+VLLM := .venv-vllm
 CORE_TESTS := families policies phases turns shared_state entering recorders golden engines models \
 	export export_refusals
 PYTEST := python -m pytest -q -n 2 --dist loadfile --timeout 600
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 
-.PHONY: demo test lint types unit oldest quantized docs llamacpp observations leaderboard speed gpu paper clean
+.PHONY: demo test lint types unit oldest quantized docs llamacpp serving vllm observations leaderboard speed gpu paper clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/demo.yaml
@@ -42,6 +43,13 @@ llamacpp: $(LLAMACPP)/.installed
 # Fails on a link that leads nowhere; begin reading at build/docs/index.html.
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
+
+# vLLM is 3 GB, and some packages that come with it keep it from starting on a CPU.
+vllm: $(VLLM)/.installed
+	$(BIN)/python speed/serving.py --engine vLLM --python $(VLLM)/bin/python
+
+serving: $(LLAMACPP)/.installed
+	$(BIN)/python speed/serving.py --python $(LLAMACPP)/bin/python
 
 observations: $(VENV)/.installed
 	$(BIN)/python observations/ob0.py --model smollm2
@@ -94,5 +102,11 @@ $(LLAMACPP)/.installed: $(VENV)/.installed requirements-xllamacpp.txt
 	$(@D)/bin/python -m pip install -r requirements-xllamacpp.txt
 	touch $@
 
+$(VLLM)/.installed: requirements-vllm.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -r requirements-vllm.txt
+	$(@D)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(QUANTIZED) $(LLAMACPP) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(QUANTIZED) $(LLAMACPP) $(VLLM) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

