@@ -81,6 +81,10 @@ def test_every_part_is_made_once(board: Board, monkeypatch: pytest.MonkeyPatch) 
     board.score(progress=False)
     board.time(progress=False)
     assert {path: path.read_bytes() for path in board.folder.rglob("*.json")} == before
+    # A plan whose file is gone is made again.
+    next(board.folder.rglob("*.safetensors")).unlink()
+    with pytest.raises(AssertionError, match="a second time"):
+        board.make_plans(progress=False)
 
 
 def test_losses_go_on_where_they_were(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:

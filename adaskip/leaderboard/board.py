@@ -95,11 +95,12 @@ class Board:
     folder: Path
 
     def make_plans(self, *, progress: bool = True) -> None:
-        """Makes the plans that are missing."""
+        """Makes the plans that are missing: those without a row, and those without their file."""
         store = self.plans
-        done = {row.id for row in store.rows()}
+        tried = {row.id: row for row in store.rows()}
         for point in self.file.points(self.context):
-            if point.name not in done:
+            failed = point.name in tried and tried[point.name].error is not None
+            if not failed and not (point.name in tried and self.path_of(point).exists()):
                 store.append([self._made(point, progress=progress)])
 
     def score(self, *, progress: bool = True) -> None:
