@@ -83,10 +83,11 @@ def test_a_run_killed_at_random_points_ends_as_one_never_stopped(
 
     generator = random.Random(n_kills)
     kills, seen = 0, []
-    while kills < n_kills:
+    # On a busy machine it may take more of them until one falls between two rows.
+    while kills < n_kills or (kills < 5 * n_kills and len({0, N_ROWS, *seen}) <= 2):
         results = tmp_path / str(kills)
         code = None
-        while code != 0 and kills < n_kills:
+        while code != 0 and kills < 5 * n_kills:
             code = nursery.run(results, kill_after=generator.uniform(0, length))
             assert code in (0, -signal.SIGKILL)
             kills += code != 0
@@ -99,7 +100,7 @@ def test_a_run_killed_at_random_points_ends_as_one_never_stopped(
         assert left >= {"run.json", path.name}
         assert not [name for name in left if ".shard" in name]
     assert len({0, N_ROWS, *seen}) > 2  # some were killed between the first row and the last
-    print(f"{n_kills} kills of runs of {length:.1f} s; rows kept after each: {seen}")
+    print(f"{kills} kills of runs of {length:.1f} s; rows kept after each: {seen}")
 
 
 class Crash(BaseException):
