@@ -232,8 +232,10 @@ class Additive:
     def loss(
         self, options: Iterable[Option] = (), *, dropped: Sublayer | None = None, few: bool = False
     ) -> float:
+        options = list(options)
         plan = self.plan | {o.sublayer: str(o) for o in options}
-        self.looked += [f"{o}{' few' if few else ''}" for o in options]
+        names = [*map(str, options), *([f"without {dropped}"] if dropped else [])]
+        self.looked += [f"{name}{' few' if few else ''}" for name in names]
         return sum(self.lost[name] for s, name in plan.items() if s != dropped)
 
     def accept(self, options: Iterable[Option], *, dropped: Sublayer | None = None) -> None:
@@ -301,4 +303,32 @@ def test_what_nobody_looked_at_is_guessed_from_other_sublayers() -> None:
         "attn0 gain few",
         "attn1 gain few",
         "attn2 gain few",
+    ]
+
+
+def test_a_change_that_was_just_looked_at_is_not_computed_again(model: PreTrainedModel) -> None:
+    change = {Sublayer(1, "ffn"): 1.1}
+    with measuring(model):
+        losses = Losses(Sublayers(model), ROWS)
+        lost = losses.loss(change)
+        before = losses.forwards
+        losses.accept(change)
+        assert losses.forwards == before
+        assert losses.loss({}) == lost
+        # Another look came between, so that this one is computed.
+        losses.loss(change | {Sublayer(2, "ffn"): None})
+        losses.accept({Sublayer(2, "ffn"): None})
+        assert losses.forwards > before + 1
+        assert losses.loss({}) == pytest.approx(divergence(model, SkipPlan(losses.plan)), rel=1e-3)
+
+
+def test_exchange_looks_at_all_that_is_chosen_only_when_nothing_else_is_promised() -> None:
+    attn0 = {"attn0 window 16": 0.05, "attn0 window 8": 0.1}
+    attn3 = {"attn3 window 16": 0.9, "attn3 window 8": 0.9, "attn3 gain": 1.0}
+    _, rows = chosen({**attn0, **attn3, "ffn1 gain": 1.1}, 1.6, 10)
+    # At the beginning; then the move that helps, on few rows and on all; then what is left.
+    assert [name for name in rows.looked if name.startswith("without")] == [
+        *("without attn0 few", "without attn3 few"),
+        *("without attn0 few", "without attn0"),
+        "without attn3 few",
     ]

@@ -45,27 +45,26 @@ def exchange(choice: Choice, tries: int) -> None:
         choice: the plan, whose budget is met.
         tries: moves tried at most.
     """
-    trials, base = choice.trials, choice.trials.loss()
-    while tries > 0:
-        base_few = trials.loss(few=True)
+    trials, improved = choice.trials, True
+    base, base_few = trials.loss(), trials.loss(few=True)
+    while improved and tries > 0:
+        # Looking at all that is chosen costs as much as ten moves, so it is done only when the
+        # losses last seen promise nothing more.
         _refresh(choice, base_few)
-        failed: set[_Move] = set()
-        accepted = False
-        while tries > 0 and not accepted:
-            move = _best(choice, failed)
-            if move is None:
-                return
+        improved, failed = False, set[_Move]()
+        while tries > 0 and (move := _best(choice, failed)) is not None:
             tries -= 1
             failed.add(move)
             few = trials.loss(move.options, dropped=move.dropped, few=True)
             _correct(choice, move, few - base_few)
-            if few < base_few:
-                loss = trials.loss(move.options, dropped=move.dropped)
-                accepted = loss < base
-                if accepted:
-                    choice.accept(move.options, dropped=move.dropped)
-                    base = loss
-                    trials.say(f"exchanging, loss {base:.4f}")
+            if few >= base_few:
+                continue
+            loss = trials.loss(move.options, dropped=move.dropped)
+            if loss < base:
+                choice.accept(move.options, dropped=move.dropped)
+                base, base_few, improved = loss, few, True
+                failed.clear()
+                trials.say(f"exchanging, loss {base:.4f}")
 
 
 def _refresh(choice: Choice, base: float) -> None:

@@ -29,6 +29,8 @@ Measure = Literal["kl", "nll"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 # Of so many rows one is looked at where a first estimate will do.
 _STRIDE = 4
+# Streams behind a change are kept until the next one, as it may be accepted; if they fit in this.
+_KEPT_BYTES = 2**30
 # First tokens of a row that no linear map is fitted on, attention sinks.
 _SINKS, _RIDGE = 4, 1e-3
 
@@ -76,6 +78,9 @@ class Losses:
         self.plan: dict[Sublayer, Replacement] = {}
         self.forwards = 0.0
         self._measure = measure
+        # The latest change that all rows were looked at, and the streams behind it.
+        self._latest: tuple[Mapping[Sublayer, Replacement] | None, list[list[Tensor]]]
+        self._latest = (None, [])
         self._streams = [self._stream(*row) for row in rows]
         if not self._streams:
             raise AdaskipError("No calibration row was given; a search needs at least one.")
@@ -138,16 +143,28 @@ class Losses:
         measure = measure or self._measure
         plan, first = self._changed(changed, dropped)
         streams = self._streams[::_STRIDE] if few else self._streams
-        losses = [self._lost(s, self._behind(s, first, plan)[-1], measure) for s in streams]
+        losses, kept, room = [], [], _KEPT_BYTES
+        for stream in streams:
+            behind = self._behind(stream, first, plan)
+            losses.append(self._lost(stream, behind[-1], measure))
+            room -= sum(x.nbytes for x in behind)
+            if room > 0:
+                kept.append(behind)
+        if not few:
+            self._latest = (changed, kept) if len(kept) == len(streams) else (None, [])
         return float(torch.stack(losses).sum()) / sum(len(s.answer) for s in streams)
 
     def accept(
         self, changed: Mapping[Sublayer, Replacement], *, dropped: Sublayer | None = None
     ) -> None:
-        """Makes a change part of the plan."""
+        """Makes a change part of the plan; what was just looked at is not computed again."""
         self.plan, first = self._changed(changed, dropped)
-        for stream in self._streams:
-            stream.before[first + 1 :] = self._behind(stream, first, self.plan)
+        looked, kept = self._latest
+        self._latest = (None, [])
+        if looked is not changed:
+            kept = [self._behind(stream, first, self.plan) for stream in self._streams]
+        for stream, behind in zip(self._streams, kept, strict=True):
+            stream.before[first + 1 :] = behind
 
     def relearn(self, learn: Callable[[Sublayer], Replacement]) -> bool:
         """Learns every replacement of the plan anew, in depth order, if that lowers the loss.
@@ -159,6 +176,7 @@ class Losses:
             Whether it did.
         """
         loss, plan = self.loss({}), self.plan
+        self._latest = (None, [])
         streams = [stream.before[:] for stream in self._streams]
         self.plan = dict(plan)
         for sublayer in self.order:

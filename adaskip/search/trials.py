@@ -32,6 +32,9 @@ class Trials:
     ) -> None:
         self.losses = losses
         self.saved_forwards = 0.0
+        # The latest change that all rows were looked at, and what was learned for it, if anything
+        # was: an earlier call may have done that.
+        self._latest: tuple[str, Mapping[Sublayer, Replacement] | None] = ("", None)
         self._rank = rank
         self._journal = journal
         self._bar = tqdm(desc="searching", unit=" forwards", disable=not progress)
@@ -52,9 +55,8 @@ class Trials:
             few: whether to look at every fourth row only.
         """
         options = list(options)
-        step = " ".join([*map(str, options), *([f"without {dropped}"] if dropped else [])])
         return self.look(
-            step or "plan",
+            _named(options, dropped),
             lambda: {option.sublayer: self.learn(option) for option in options},
             dropped=dropped,
             few=few,
@@ -76,22 +78,32 @@ class Trials:
             dropped: a sublayer of the plan that runs again.
             few: whether to look at every fourth row only.
         """
-        step = f"{step}{' few' if few else ''}"
-        known = self._journal.loss(step)
+        name = f"{step}{' few' if few else ''}"
+        known, changed = self._journal.loss(name), None
         if known is not None:
             loss, forwards = known
             self.saved_forwards += forwards
         else:
-            before = self.losses.forwards
-            loss = self.losses.loss(change(), dropped=dropped, few=few)
-            self._journal.add(step, loss=loss, forwards=self.losses.forwards - before)
+            before, changed = self.losses.forwards, change()
+            loss = self.losses.loss(changed, dropped=dropped, few=few)
+            self._journal.add(name, loss=loss, forwards=self.losses.forwards - before)
+        if not few:
+            self._latest = step, changed
         self._show()
         return loss
 
     def accept(self, options: Iterable[Option], *, dropped: Sublayer | None = None) -> None:
-        """Makes a change part of the plan."""
-        changed = {option.sublayer: self.learn(option) for option in options}
+        """Makes a change part of the plan; one that was just looked at takes no forwards more."""
+        options, before = list(options), self.losses.forwards
+        step, changed = self._latest
+        looked = step == _named(options, dropped)
+        if changed is None or not looked:
+            changed = {option.sublayer: self.learn(option) for option in options}
         self.losses.accept(changed, dropped=dropped)
+        if looked:
+            # Also where an earlier call looked, and this one has to catch up.
+            self.losses.forwards = before
+        self._latest = ("", None)
         self._show()
 
     def relearn(self, chosen: Iterable[Option]) -> None:
@@ -118,3 +130,8 @@ class Trials:
 
     def _show(self) -> None:
         self._bar.update(self.forwards - self._bar.n)
+
+
+def _named(options: Iterable[Option], dropped: Sublayer | None) -> str:
+    """What a record calls a change; `plan` is none."""
+    return " ".join([*map(str, options), *([f"without {dropped}"] if dropped else [])]) or "plan"
