@@ -6,7 +6,7 @@ fitted on is the residual stream that the plan itself produces up to there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,19 +163,38 @@ class Moments:
         self._nn += n.T @ n
         self._n_delta += n.T @ delta
 
+    @classmethod
+    def joined(cls, parts: Sequence[Moments]) -> Moments:
+        """Those of all tokens of one or more together."""
+        made = cls(parts[0]._n)
+        for part in parts:
+            made._count += part._count
+            for name in ("_n", "_delta", "_nn", "_n_delta"):
+                getattr(made, name).add_(getattr(part, name))
+        return made
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether there are more tokens than directions."""
+        return self._count > len(self._n)
+
+    def check(self) -> None:
+        """Raises an `AdaskipError` if a map cannot be fitted on so few tokens."""
+        hidden = len(self._n)
+        if not self.are_enough:
+            raise AdaskipError(
+                f"A linear map of a model {hidden} wide is fitted on at least {hidden + 1} tokens "
+                f"besides the first ones of each prompt; {self._count} were given. Give more or "
+                "longer prompts."
+            )
+
     def solve(self, rank: int | None, ridge: float) -> Linear:
         """The map, in float32 on the CPU.
 
         Raises:
             AdaskipError: there are not more tokens than directions.
         """
-        hidden = len(self._n)
-        if self._count <= hidden:
-            raise AdaskipError(
-                f"A linear map of a model {hidden} wide is fitted on at least {hidden + 1} tokens "
-                f"besides the first ones of each prompt; {self._count} were given. Give more or "
-                "longer prompts."
-            )
+        self.check()
         mean_n, mean_delta = self._n / self._count, self._delta / self._count
         cov = self._nn / self._count - mean_n.outer(mean_n)
         cross = self._n_delta / self._count - mean_n.outer(mean_delta)

@@ -16,7 +16,7 @@ from adaskip.numbers import is_finite
 from adaskip.search.losses import Row
 
 # Of the search: one that goes another way cannot take up its record.
-VERSION = 3
+VERSION = 4
 Line = dict[str, Any]
 
 

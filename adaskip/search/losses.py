@@ -18,7 +18,8 @@ from adaskip.errors import AdaskipError, unknown_name
 from adaskip.fitting import Moments
 from adaskip.plan import Sublayer, all_sublayers
 from adaskip.recorders import median
-from adaskip.replacements import Linear, Replacement
+from adaskip.replacements import Replacement
+from adaskip.search.cross_fitting import CrossFitted, Learned, for_all, for_row
 from adaskip.streams import Calls, Sublayers
 from adaskip.warmup import checked_prompts
 
@@ -40,6 +41,7 @@ class _Stream:
     """One calibration row under the plan so far.
 
     Attributes:
+        number: of the row.
         ids: prompt and answer without its last token: [1, tokens].
         answer: the answer's tokens, each predicted by the position before it: [n].
         calls: what each layer is given besides the residual stream.
@@ -47,6 +49,7 @@ class _Stream:
         dense: the dense model's log-probabilities of the answer's positions.
     """
 
+    number: int
     ids: Tensor
     answer: Tensor
     calls: Calls
@@ -66,7 +69,6 @@ class Losses:
         AdaskipError: there is no row, or one without prompt or answer tokens.
 
     Attributes:
-        plan: the replacements so far.
         forwards: what was computed, in forwards of a row.
     """
 
@@ -75,15 +77,20 @@ class Losses:
             raise unknown_name("measure", str(measure), MEASURES)
         self.sublayers = sublayers
         self.order = all_sublayers(len(sublayers.decoder.layers))
-        self.plan: dict[Sublayer, Replacement] = {}
+        self._plan: dict[Sublayer, Learned] = {}
         self.forwards = 0.0
         self._measure = measure
         # The latest change that all rows were looked at, and the streams behind it.
-        self._latest: tuple[Mapping[Sublayer, Replacement] | None, list[list[Tensor]]]
+        self._latest: tuple[Mapping[Sublayer, Learned] | None, list[list[Tensor]]]
         self._latest = (None, [])
-        self._streams = [self._stream(*row) for row in rows]
+        self._streams = [self._stream(number, *row) for number, row in enumerate(rows)]
         if not self._streams:
             raise AdaskipError("No calibration row was given; a search needs at least one.")
+
+    @property
+    def plan(self) -> dict[Sublayer, Replacement]:
+        """The replacements so far."""
+        return for_all(self._plan)
 
     @property
     def longest_prompt(self) -> int:
@@ -103,17 +110,18 @@ class Losses:
         pairs = self.pairs(sublayer)
         return token_gain([x for x, _ in pairs], [x + delta for x, delta in pairs])
 
-    def linear(self, sublayer: Sublayer, rank: int | None) -> Linear:
+    def linear(self, sublayer: Sublayer, rank: int | None) -> CrossFitted:
         """The linear map nearest to a sublayer, fitted on the present streams.
 
         Raises:
             AdaskipError: the rows have too few tokens.
         """
-        pairs = self.pairs(sublayer)
-        moments = Moments(pairs[0][0])
-        for x, delta in pairs:
+        by_row = []
+        for x, delta in self.pairs(sublayer):
+            moments = Moments(x)
             moments.add(x[_SINKS:], delta[_SINKS:])
-        return moments.solve(rank, _RIDGE)
+            by_row.append(moments)
+        return CrossFitted(by_row, rank, _RIDGE)
 
     def pairs(self, sublayer: Sublayer) -> list[tuple[Tensor, Tensor]]:
         """Per row a sublayer's input and what it adds: [tokens, hidden] each."""
@@ -126,7 +134,7 @@ class Losses:
 
     def loss(
         self,
-        changed: Mapping[Sublayer, Replacement],
+        changed: Mapping[Sublayer, Learned],
         *,
         dropped: Sublayer | None = None,
         few: bool = False,
@@ -155,18 +163,18 @@ class Losses:
         return float(torch.stack(losses).sum()) / sum(len(s.answer) for s in streams)
 
     def accept(
-        self, changed: Mapping[Sublayer, Replacement], *, dropped: Sublayer | None = None
+        self, changed: Mapping[Sublayer, Learned], *, dropped: Sublayer | None = None
     ) -> None:
         """Makes a change part of the plan; what was just looked at is not computed again."""
-        self.plan, first = self._changed(changed, dropped)
+        self._plan, first = self._changed(changed, dropped)
         looked, kept = self._latest
         self._latest = (None, [])
         if looked is not changed:
-            kept = [self._behind(stream, first, self.plan) for stream in self._streams]
+            kept = [self._behind(stream, first, self._plan) for stream in self._streams]
         for stream, behind in zip(self._streams, kept, strict=True):
             stream.before[first + 1 :] = behind
 
-    def relearn(self, learn: Callable[[Sublayer], Replacement]) -> bool:
+    def relearn(self, learn: Callable[[Sublayer], Learned]) -> bool:
         """Learns every replacement of the plan anew, in depth order, if that lowers the loss.
 
         Args:
@@ -175,34 +183,34 @@ class Losses:
         Returns:
             Whether it did.
         """
-        loss, plan = self.loss({}), self.plan
+        loss, plan = self.loss({}), self._plan
         self._latest = (None, [])
         streams = [stream.before[:] for stream in self._streams]
-        self.plan = dict(plan)
+        self._plan = dict(plan)
         for sublayer in self.order:
             if sublayer in plan:
-                self.plan[sublayer] = learn(sublayer)
+                self._plan[sublayer] = learn(sublayer)
             position = sublayer.position
             for stream in self._streams:
-                x, calls = stream.before[position], stream.calls
-                stream.before[position + 1] = self.sublayers.through(sublayer, x, calls, self.plan)
+                x, own = stream.before[position], for_row(self._plan, stream.number)
+                stream.before[position + 1] = self.sublayers.through(sublayer, x, stream.calls, own)
         self.forwards += len(self._streams)
         if self.loss({}) < loss:
             return True
-        self.plan = plan
+        self._plan = plan
         for stream, before in zip(self._streams, streams, strict=True):
             stream.before = before
         return False
 
     def _changed(
-        self, changed: Mapping[Sublayer, Replacement], dropped: Sublayer | None
-    ) -> tuple[dict[Sublayer, Replacement], int]:
+        self, changed: Mapping[Sublayer, Learned], dropped: Sublayer | None
+    ) -> tuple[dict[Sublayer, Learned], int]:
         """The plan after a change, and the position of the first sublayer that it touches."""
-        plan = {s: r for s, r in (self.plan | dict(changed)).items() if s != dropped}
+        plan = {s: r for s, r in (self._plan | dict(changed)).items() if s != dropped}
         touched = [*changed, *([] if dropped is None else [dropped])]
         return plan, min((s.position for s in touched), default=len(self.order))
 
-    def _stream(self, prompt: Ids, answer: Ids) -> _Stream:
+    def _stream(self, number: int, prompt: Ids, answer: Ids) -> _Stream:
         vocab_size = self.sublayers.model.config.get_text_config(decoder=True).vocab_size
         parts = [torch.as_tensor(part, dtype=torch.long).flatten() for part in (prompt, answer)]
         if not all(map(len, parts)):
@@ -213,19 +221,20 @@ class Losses:
         [inputs] = checked_prompts([torch.cat(parts)[None]], vocab_size)
         ids = inputs["input_ids"][:, :-1]
         x, calls = self.sublayers.begin({"input_ids": ids})
-        stream = _Stream(ids.to(x.device), parts[1].to(x.device), calls, [x])
+        stream = _Stream(number, ids.to(x.device), parts[1].to(x.device), calls, [x])
         stream.before += self._behind(stream, 0, {})
         stream.dense = self._log_probabilities(stream, stream.before[-1])
         return stream
 
     def _behind(
-        self, stream: _Stream, first: int, plan: Mapping[Sublayer, Replacement]
+        self, stream: _Stream, first: int, plan: Mapping[Sublayer, Learned]
     ) -> list[Tensor]:
         """The streams behind every sublayer from the first changed one on."""
+        own = for_row({s: r for s, r in plan.items() if s.position >= first}, stream.number)
         x = stream.before[first] if first < len(stream.before) else stream.before[-1]
         behind = [] if first < len(self.order) else [x]
         for sublayer in self.order[first:]:
-            x = self.sublayers.through(sublayer, x, stream.calls, plan)
+            x = self.sublayers.through(sublayer, x, stream.calls, own)
             behind.append(x)
         self.forwards += (len(self.order) - first) / len(self.order)
         return behind

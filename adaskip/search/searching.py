@@ -54,14 +54,16 @@ def search_plan(
 
     What replaces a sublayer is chosen one by one, by the loss it adds per second it saves: the
     divergence `KL(dense || plan)` over the answer tokens of the calibration rows, with what was
-    learned on the stream of the plan so far. Losses are looked at on every fourth row first, and
+    learned on the stream of the plan so far; no row is judged by a linear map that was fitted on
+    it. Losses are looked at on every fourth row first, and
     again only when their option comes to the top. Afterwards options are exchanged for others while
     that helps; last, gains and linear maps are learned anew, in depth order, on the streams that
     the whole plan produces, if that helps.
 
     Args:
         model: a causal language model of a supported family, outside of `skipping()`.
-        calibration: `(prompt ids, answer ids)` each; apart from what the plan is tested on.
+        calibration: `(prompt ids, answer ids)` each; apart from what the plan is tested on, and as
+            long as the context that matters: a window loses nothing in prompts that fit in it.
         acceleration: ratio of dense to predicted time to reach, 1 or more.
         phase: "prefill" or "decode", in which it is reached.
         context: prompt tokens at which times count; by default the longest calibration prompt.

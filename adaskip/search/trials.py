@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from tqdm import tqdm
 
 from adaskip.plan import Sublayer
-from adaskip.replacements import Replacement
+from adaskip.search.cross_fitting import Learned
 from adaskip.search.journal import Journal
 from adaskip.search.losses import Losses
 from adaskip.search.menu import Option
@@ -34,7 +34,7 @@ class Trials:
         self.saved_forwards = 0.0
         # The latest change that all rows were looked at, and what was learned for it, if anything
         # was: an earlier call may have done that.
-        self._latest: tuple[str, Mapping[Sublayer, Replacement] | None] = ("", None)
+        self._latest: tuple[str, Mapping[Sublayer, Learned] | None] = ("", None)
         self._rank = rank
         self._journal = journal
         self._bar = tqdm(desc="searching", unit=" forwards", disable=not progress)
@@ -65,7 +65,7 @@ class Trials:
     def look(
         self,
         step: str,
-        change: Callable[[], Mapping[Sublayer, Replacement]],
+        change: Callable[[], Mapping[Sublayer, Learned]],
         *,
         dropped: Sublayer | None = None,
         few: bool = False,
@@ -112,7 +112,7 @@ class Trials:
         self.losses.relearn(lambda sublayer: self.learn(by_sublayer[sublayer]))
         self._show()
 
-    def learn(self, option: Option) -> Replacement:
+    def learn(self, option: Option) -> Learned:
         """What takes the sublayer's place, learned on the present streams."""
         if option.window is not None:
             return option.window
