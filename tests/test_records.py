@@ -31,6 +31,15 @@ def kept(tmp_path: Path, name: str = "a.jsonl", **settings: object) -> Store[Kep
     return Store(tmp_path / name, Kept, settings or None)
 
 
+def test_infinities_beyond_the_fields_stay(tmp_path: Path) -> None:
+    content = {"id": "1", "share": float("inf"), "deeper": {"least": [float("-inf")]}}
+    store = kept(tmp_path)
+    store.append([Kept.from_dict(content)])
+    assert [row.as_dict() for row in store.rows()] == [content]
+    store.merge()
+    assert [row.as_dict() for row in store.rows()] == [content]
+
+
 def test_rows_come_back_in_order_and_any_language(tmp_path: Path) -> None:
     store = kept(tmp_path)
     store.append([Kept(id="1", prediction="数\n\u2028"), Kept(id="2")])

@@ -26,7 +26,8 @@ def first_problem(error: ValidationError) -> str:
 class Stored(BaseModel):
     """What a file of ours holds: types are checked, and what it says beyond the fields is kept."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    # An infinity stays one: as pydantic would have it, what is beyond the fields becomes null.
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", ser_json_inf_nan="constants")
 
     @classmethod
     def from_dict(cls, content: Any) -> Self:
