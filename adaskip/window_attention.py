@@ -16,6 +16,7 @@ from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from adaskip.window_cache import WindowCacheLayer, sinks_among
+from adaskip.window_flash import flash_windows, takes_flash
 from adaskip.window_track import BlockStep, DecodeStep, WindowStep
 
 NAME = "adaskip_window"
@@ -106,6 +107,8 @@ def window_attention_forward(
     settings = _Settings(scaling, dropout, softcap)
     if isinstance(window_step, DecodeStep):
         return _decode(query, key, value, window_step, window_cache, settings), None
+    if softcap is None and not dropout and takes_flash(query, window_step):
+        return _flash(query, key, value, window_step, window_cache, scaling), None
     return _blocks(query, key, value, window_step, window_cache, settings), None
 
 
@@ -149,6 +152,26 @@ def _decode(
     return settings.attend(together, keys, values, mask).reshape(batch, 1, heads, -1)
 
 
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: BlockStep,
+    held: WindowCacheLayer | None,
+    scaling: float | None,
+) -> Tensor:
+    """Several tokens per sequence, by a kernel that knows windows."""
+    earlier = None if held is None else held.earlier(step)
+    sinks = sinks_among(key, step), sinks_among(value, step)
+    if held is not None:
+        n_sinks = sinks[0].shape[2]
+        key_held, value_held = held.put(key, value, step)
+        sinks = key_held[:, :, :n_sinks], value_held[:, :, :n_sinks]
+    if earlier is not None:
+        key, value = torch.cat([earlier[0], key], dim=2), torch.cat([earlier[1], value], dim=2)
+    return flash_windows(query, key, value, sinks, step, scaling)
+
+
 def _blocks(
     query: Tensor,
     key: Tensor,
@@ -162,7 +185,8 @@ def _blocks(
     The query heads of one key-value head are rows of one product.
     """
     batch, heads, tokens, width = query.shape
-    kv_heads, (_, n_blocks, block, _) = key.shape[1], step.mask.shape
+    kv_heads, block = key.shape[1], step.block
+    n_blocks = -(-tokens // block)
     tail = n_blocks * block - tokens
     query = pad(query, (0, 0, 0, tail)).view(batch, kv_heads, -1, n_blocks, block, width)
     query = query.permute(0, 3, 1, 2, 4, 5)

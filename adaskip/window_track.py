@@ -8,7 +8,9 @@ be seen, and says so to each forward in a `WindowStep`; nothing of it reads the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -46,7 +48,8 @@ class BlockStep:
     """What one forward of several tokens needs; tensors on the device.
 
     Attributes:
-        mask: whether a query sees a key: bool [rows, blocks, block, sinks + before + block].
+        window: its shape.
+        past: tokens before these in every row, where no row has padding; else None.
         block: queries in a block.
         before: keys before a block that it may see.
         order: places of the earlier tokens that are seen, in order: [held tokens].
@@ -55,9 +58,11 @@ class BlockStep:
         stored: new tokens that stay: the last so many.
         places: of those in the buffer: [stored].
         room: length of the buffer.
+        make_mask: makes `mask`, which a kernel that knows windows has no need of.
     """
 
-    mask: Tensor
+    window: Window
+    past: int | None
     block: int
     before: int
     order: Tensor
@@ -66,6 +71,12 @@ class BlockStep:
     stored: int
     places: Tensor
     room: int
+    make_mask: Callable[[], Tensor] = field(repr=False)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Whether a query sees a key: bool [rows, blocks, block, sinks + before + block]."""
+        return self.make_mask()
 
 
 WindowStep = DecodeStep | BlockStep
@@ -125,11 +136,11 @@ class WindowTrack:
 
     def move(self, argument: Tensor | int) -> None:
         """Selects rows, or repeats each, as `moved`."""
-        for field in ("_n_real", "_sinks", "_ring"):
-            rows: Tensor = getattr(self, field)
+        for name in ("_n_real", "_sinks", "_ring"):
+            rows: Tensor = getattr(self, name)
             # A single row stands for all of them.
             if len(rows) > 1:
-                setattr(self, field, moved(rows, argument))
+                setattr(self, name, moved(rows, argument))
 
     def _room(self, tokens: int) -> int:
         """Places of the ring."""
@@ -162,17 +173,12 @@ class WindowTrack:
         order = (torch.arange(n_held, device=device) + self._length - n_held) % size
         keys = torch.cat([self._ring[:, order], seen], dim=1)
         keys = pad(keys, (before - n_held, tail)).unfold(1, before + block, block)
-        query = torch.arange(block, device=device)[:, None] + before
-        key = torch.arange(before + block, device=device)
-        band = (key <= query) & (key > query - size)
         own = pad(~is_sink, (0, tail), value=True).view(rows, n_blocks, block, 1)
-        # Padding sees itself: a query that sees nothing would be NaN.
-        mask = (keys[:, :, None] & band) | (own & (key == query))
         found, sink_at = of_sink.any(-1), of_sink.int().argmax(-1)
         never = tokens + block
         since = sink_at.masked_fill(~found, never).masked_fill(self._sinks, -1)
-        time = torch.arange(n_blocks * block, device=device).view(n_blocks, block, 1)
-        mask = torch.cat([since[:, None, None] <= time, mask], dim=-1)
+        make_mask = partial(_blocks_mask, keys, own, since, before, size)
+        past = None if self._padded else self._length
         stored = min(tokens, size)
         places = torch.arange(self._length + tokens - stored, self._length + tokens, device=device)
         places = places % size
@@ -180,9 +186,28 @@ class WindowTrack:
         self._ring = self._ring.index_copy(1, places, seen[:, tokens - stored :])
         room = sinks + self._ring.shape[1]
         fill = found[:, None, :, None]
-        return BlockStep(
-            mask, block, before, order + sinks, sink_at, fill, stored, places + sinks, room
-        )
+        put = (order + sinks, sink_at, fill, stored, places + sinks, room)
+        return BlockStep(self.window, past, block, before, *put, make_mask)
+
+
+def _blocks_mask(keys: Tensor, own: Tensor, since: Tensor, before: int, size: int) -> Tensor:
+    """Whether a query sees a key, block by block.
+
+    Args:
+        keys: whether a key may be seen: bool [rows, blocks, before + block].
+        own: whether a query sees itself in any case: bool [rows, blocks, block, 1].
+        since: number of the new token from which on each sink is seen: [rows, sinks].
+        before: keys before a block.
+        size: of the window.
+    """
+    _, n_blocks, block, _ = own.shape
+    query = torch.arange(block, device=keys.device)[:, None] + before
+    key = torch.arange(before + block, device=keys.device)
+    band = (key <= query) & (key > query - size)
+    # Padding sees itself: a query that sees nothing would be NaN.
+    mask = (keys[:, :, None] & band) | (own & (key == query))
+    time = torch.arange(n_blocks * block, device=keys.device).view(n_blocks, block, 1)
+    return torch.cat([since[:, None, None] <= time, mask], dim=-1)
 
 
 def moved(rows: Tensor, argument: Tensor | int) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from adaskip import (
     AdaSkip,
@@ -24,12 +25,15 @@ from adaskip import (
     Window,
     learn_importance,
     skipping,
+    window_attention,
 )
+from adaskip.grouped_attention import grouped_decoding
 from adaskip.growing_cache import kv_tensors
 from adaskip.models.loading import random_model
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.timing import growing_cache, time_request
 from adaskip.speedtest.cases import compiled_call
+from adaskip.window_flash import takes_flash
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,6 +105,39 @@ def test_the_logits_are_those_of_the_cpu(
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_tokens_in_float32_are_those_of_the_cpu(
+    model: PreTrainedModel, policies: dict[str, SkipPolicy], name: str
+) -> None:
+    ids = random_prompt(model, 48)
+    on_cpu = random_model("smollm2", device="cpu", dtype="float32", n_layers=LAYERS)
+    on_cpu.load_state_dict(model.state_dict())
+    found = []
+    for own in (model, on_cpu):
+        with skipping(own, policies[name]):
+            found.append(time_request(own, ids.to(own.device), 12).tokens.cpu())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_as_near_to_float32_as_the_dense_model_is(
+    model: PreTrainedModel, policies: dict[str, SkipPolicy], name: str
+) -> None:
+    ids = random_prompt(model, 200)
+    short = random_model("smollm2", device="cuda", dtype="bfloat16", n_layers=LAYERS)
+    exact = random_model("smollm2", device="cuda", dtype="float32", n_layers=LAYERS)
+    exact.load_state_dict(short.state_dict())
+
+    def error(policy: SkipPolicy) -> float:
+        logits = []
+        for own in (short, exact):
+            with torch.no_grad(), skipping(own, policy):
+                logits.append(own(ids).logits.float())
+        return float((logits[0] - logits[1]).norm() / logits[1].norm())
+
+    assert error(policies[name]) < 2 * error(FixedSkipping(SkipPlan()))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_step_waits_for_nothing(
     model: PreTrainedModel, policies: dict[str, SkipPolicy], name: str
 ) -> None:
@@ -145,9 +182,85 @@ def test_compiled_decoding_chooses_the_same_tokens(
     assert torch.equal(eager.tokens, compiled.tokens)
 
 
+def test_decoding_with_grouped_queries_is_the_same(model: PreTrainedModel) -> None:
+    ids = random_prompt(model, 40)
+
+    def static(own: PreTrainedModel) -> StaticCache:
+        return StaticCache(config=own.config, max_cache_len=56)
+
+    stock = time_request(model, ids, 12, make_cache=static)
+    with grouped_decoding(model), skipping(model, FixedSkipping(SkipPlan())):
+        grouped = time_request(model, ids, 12, make_cache=static)
+    assert torch.equal(stock.tokens, grouped.tokens)
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("size", [1, 3, 64, 200, 4000])
+@pytest.mark.parametrize("chunks", [[300], [1, 150, 149], [250, 50]])
+def test_flash_windows_see_what_blocks_see(
+    monkeypatch: pytest.MonkeyPatch, size: int, sinks: int, chunks: list[int]
+) -> None:
+    own = random_model("smollm2", device="cuda", dtype="bfloat16", n_layers=LAYERS)
+    ids = random_prompt(own, sum(chunks), 2)
+    plan = SkipPlan({Sublayer(layer, "attn"): Window(size, sinks) for layer in (0, 2, 3)})
+    taken = []
+
+    def logits(*, flash: bool) -> torch.Tensor:
+        def takes(query: torch.Tensor, step: Any) -> bool:
+            taken.append(takes_flash(query, step))
+            return flash and taken[-1]
+
+        monkeypatch.setattr(window_attention, "takes_flash", takes)
+        found, cache = [], growing_cache(own)
+        with torch.no_grad(), skipping(own, FixedSkipping(plan)) as session:
+            with session.prefill():
+                for part in ids.split(chunks, dim=1):
+                    found.append(own(part, past_key_values=cache, use_cache=True).logits)
+            found.append(own(ids[:, -1:], past_key_values=cache, use_cache=True).logits)
+        return torch.cat(found, dim=1).float()
+
+    blocks, flash = logits(flash=False), logits(flash=True)
+    assert taken
+    assert all(taken)
+    assert (flash - blocks).norm() / blocks.norm() < 0.03
+
+
+def test_an_offloaded_cache_is_right(
+    model: PreTrainedModel, policies: dict[str, SkipPolicy]
+) -> None:
+    ids = random_prompt(model, 40)
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    for name in ("plan", "EE", "ADA"):
+        with skipping(model, policies[name]):
+            kept = model.generate(ids, **options)
+        with skipping(model, policies[name]):
+            moved = model.generate(ids, cache_implementation="offloaded", **options)
+        assert torch.equal(kept, moved)
+
+
+def test_a_model_that_is_split_over_devices_is_right(
+    model: PreTrainedModel, policies: dict[str, SkipPolicy], tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    last = {f"model.layers.{layer}": "cpu" for layer in range(LAYERS // 2, LAYERS)}
+    first = {f"model.layers.{layer}": 0 for layer in range(LAYERS // 2)}
+    # The weights of the last layers stay on the CPU and are fetched for each forward.
+    around = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+    split = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=first | last | around).eval()
+    ids = random_prompt(model, 40)
+    for name in NAMES:
+        with torch.no_grad(), skipping(model, policies[name]):
+            expected = model(ids).logits
+        with torch.no_grad(), skipping(split, policies[name]):
+            found = split(ids).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_skipped_attention_takes_no_memory(model: PreTrainedModel) -> None:
     ids = random_prompt(model, 2048)
     held = []
+    with torch.no_grad():
+        model.base_model(ids)  # what libraries allocate once is not counted
     for plan in (SkipPlan(), PLAN):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

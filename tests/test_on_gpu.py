@@ -13,7 +13,10 @@ from conftest import ROOT
 from adaskip.cli import gpu
 from adaskip.cli.gpu import PARTS, gpu_main
 from adaskip.cli.speed import with_options
+from adaskip.plan import SkipPlan
 from adaskip.speedtest.benchmark import SpeedTest
+from adaskip.speedtest.compiled import CompiledDecoding
+from adaskip.speedtest.measurement import Measurement
 from adaskip.speedtest.overhead import Overhead
 
 
@@ -39,15 +42,16 @@ def test_every_part_is_a_command_with_options_it_knows(
     options = ["--results_dir", str(tmp_path), *(["--try_on_cpu"] if tried else [])]
     assert gpu_main(options) == 1
     assert len(commands) == len(PARTS)
-    assert commands[0][1:] == ["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")]
+    checks = ["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests/test_cuda.py")]
+    assert commands[0][1:] == checks
     for _, script, *given in commands[1:]:
         assert Path(script).is_file()
-        kind = Overhead if "overhead" in script else SpeedTest
-        model = Path(script).stem.split("_")[1] if kind is SpeedTest else "llama"
-        made = with_options(
-            SpeedTest(model_name=model) if kind is SpeedTest else Overhead(model=model), given
-        )
+        name = Path(script).stem
+        study: dict[str, Measurement] = {"overhead": Overhead(), "compiled": CompiledDecoding()}
+        made = with_options(study.get(name) or SpeedTest(model_name=name.split("_")[1]), given)
         made.check()
+        for plan in getattr(made, "plans", ()):
+            SkipPlan.load(plan).check(2 if tried else 32)
         assert made.results_dir == str(tmp_path)
         assert made.name.endswith("try" if tried else "cuda")
         assert (made.layers == 2) == tried

@@ -48,7 +48,8 @@ def test_a_replacement_costs_what_lies_between_it_and_nothing(
 ) -> None:
     model = tiny_model("llama")
     dense = SublayerTimes(10.0, times().seconds, phase, 40, 1)
-    shares = measure_replacements(model, dense, [Window(8), linear_like(model, None)], repeats=3)
+    replacements = [Window(8), linear_like(model, None)]
+    (shares,) = measure_replacements(model, [dense], replacements, repeats=3).values()
     # Of a dense forward of 12 ms.
     assert shares == {"window 8": pytest.approx(1 / 12), "linear": pytest.approx(0.25 / 12)}
     # One of each warms up.

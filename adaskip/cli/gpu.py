@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,55 @@ from adaskip.errors import AdaskipError, unknown_name
 from adaskip.plan import Phase
 from adaskip.tables import markdown_table, number
 
-_CASES = ("--policies", "EE", "ADA", "--budgets", "8", "12", "16", "--compiled", "--minutes", "6")
-_SPEED = {
-    "llama-8k": ("llama", "--contexts", "8192", "--batches", "1", "8"),
-    "llama-32k": ("llama", "--contexts", "32768"),
-    "llama-128k": ("llama", "--contexts", "131072"),
-    "vicuna-8k": ("vicuna", "--contexts", "8192", "--batches", "1", "8"),
-    "internlm-8k": ("internlm", "--contexts", "8192", "--batches", "1", "8"),
+# Of 32 layers: attention and FFN of every fourth; or a window, or a map of rank 64, in the place of
+# three attentions of four.
+_SKIP, _WINDOW, _LINEAR = PLANS = ("skip-16", "window-1024-in-24", "linear-64-in-24")
+_LAYERS, _HIDDEN, _WINDOW_SIZE, _RANK = 32, 4096, 1024, 64
+_EAGER = ("--policies", "EE", "ADA", "--rounds", "5", "--minutes", "1", "--budgets")
+_ALL, _ONE = (*_EAGER, "8", "12", "16"), (*_EAGER, "16")
+# By name: the script, its options, and the plans it measures besides.
+_SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "llama-8k": ("run_llama_speed", ("--contexts", "8192", *_ALL), (_WINDOW, _LINEAR)),
+    "llama-8k-compiled": (
+        "compiled",
+        ("--model", "llama", "--contexts", "8192", "--rounds", "5"),
+        (_SKIP, _WINDOW),
+    ),
+    "llama-32k": ("run_llama_speed", ("--contexts", "32768", *_ONE), (_WINDOW,)),
+    "vicuna-8k": ("run_vicuna_speed", ("--contexts", "8192", *_ONE), ()),
+    "internlm-8k": ("run_internlm_speed", ("--contexts", "8192", *_ONE), ()),
+    # 34 GB of keys and values beside 16 GB of weights and as many of activations.
+    "llama-32k-batch-8": (
+        "compiled",
+        (
+            "--model",
+            "llama",
+            "--contexts",
+            "32768",
+            "--batches",
+            "8",
+            "--rounds",
+            "3",
+            "--no-ideal",
+        ),
+        (_WINDOW,),
+    ),
+    "llama-8k-batch-8": (
+        "run_llama_speed",
+        ("--contexts", "8192", "--batches", "8", *_ONE),
+        (_WINDOW,),
+    ),
+    "llama-128k": (
+        "run_llama_speed",
+        ("--contexts", "131072", *_ONE, "--rounds", "1"),
+        (_WINDOW,),
+    ),
+    "overhead": ("overhead", ("--model", "llama", "--contexts", "8192"), ()),
 }
-_CHECKS, _OVERHEAD = "checks", "overhead"
-PARTS = (_CHECKS, *_SPEED, _OVERHEAD)
+_CHECKS = "checks"
+PARTS = (_CHECKS, *_SPEED)
 # What a part becomes on a machine without a GPU, to see that it runs.
+_TRIED_LAYERS = 2
 _TRIED = ("--device", "cpu", "--layers", "2", "--contexts", "16", "--new_tokens", "2")
 
 
@@ -93,20 +132,39 @@ def _command(part: str, folder: Path, *, tried: bool) -> list[str]:
     """The command line of a part."""
     root = Path(__file__).resolve().parents[2]
     if part == _CHECKS:
-        return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(root / "tests")]
-    kept = ["--results_dir", str(folder)]
-    small = [*_TRIED, "--rounds", "1"] if tried else []
-    kind = "try" if tried else "cuda"
-    if part == _OVERHEAD:
-        options = ["--model", "llama", "--contexts", "8192", "--name", f"overhead-llama-{kind}"]
-        return [sys.executable, str(root / "speed/overhead.py"), *options, *small, *kept]
-    model, *options = _SPEED[part]
-    script = str(root / f"speed/run_{model}_speed.py")
-    cases = [option for option in _CASES if not (tried and option == "--compiled")]
+        return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(root / "tests/test_cuda.py")]
+    script, options, plans = _SPEED[part]
+    name = f"{part}-{'try' if tried else 'cuda'}"
+    command = [sys.executable, str(root / f"speed/{script}.py"), *options]
+    if plans:
+        command += ["--plans", *(str(_plan(plan, tried=tried)) for plan in plans)]
     if tried:
-        cases = [*cases[: cases.index("--budgets")], "--budgets", "2", "--minutes", "0.1"]
-    name = ["--name", f"{model}-{kind}"]
-    return [sys.executable, script, *options, *cases, *name, *small, *kept]
+        command += [*_TRIED, *(["--budgets", "2"] if "--budgets" in options else [])]
+    return [*command, "--name", name, "--results_dir", str(folder)]
+
+
+def _plan(name: str, *, tried: bool) -> Path:
+    """The file of a plan for the paper's sizes, which are alike; for two layers if tried."""
+    import torch
+
+    from adaskip.plan import SkipPlan, Sublayer
+    from adaskip.replacements import Linear, Replacement, Window
+
+    layers = _TRIED_LAYERS if tried else _LAYERS
+    chosen: dict[Sublayer, Replacement] = {}
+    for layer in range(layers):
+        attention = Sublayer(layer, "attn")
+        if name == _SKIP and layer % 4 == 0:
+            chosen |= {attention: None, Sublayer(layer, "ffn"): None}
+        elif name == _WINDOW and layer % 4:
+            chosen[attention] = Window(8 if tried else _WINDOW_SIZE)
+        elif name == _LINEAR and layer % 4:
+            sizes = (_HIDDEN, _RANK), (_RANK, _HIDDEN)
+            factors = [torch.full(size, 1e-6) for size in sizes]
+            chosen[attention] = Linear.of(factors, torch.zeros(_HIDDEN))
+    path = Path(tempfile.gettempdir()) / "adaskip-plans" / f"{name}.safetensors"
+    SkipPlan(chosen).save(path)
+    return path
 
 
 def _run(command: Sequence[str], seconds: float) -> str | None:
@@ -120,15 +178,15 @@ def _run(command: Sequence[str], seconds: float) -> str | None:
 
 
 def _table(folder: Path, kind: str) -> str:
-    """All speed records of this kind in short."""
-    header = ["model", "tokens", "batch", "case", "TTFT ms", "speedup", "ms/token", "speedup"]
+    """All records of this kind in short."""
+    header = ["part", "tokens", "batch", "case", "TTFT ms", "speedup", "ms/token", "speedup"]
     rows = []
     for path in sorted(folder.glob(f"*-{kind}.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for point in record["points"]:
-            for case in point.get("cases", ()):
-                place = [path.stem.rpartition("-")[0], str(point["context"]), str(point["batch"])]
-                rows.append([*place, case["label"], *_numbers(case)])
+            for case in point.get("cases", point.get("rows", ())):
+                place = [path.stem.rpartition("-")[0], str(point["context"])]
+                rows.append([*place, str(point.get("batch", 1)), case["label"], *_numbers(case)])
     return markdown_table(header, rows)
 
 
@@ -137,6 +195,9 @@ def _numbers(case: dict[str, Any]) -> list[str]:
     found = []
     for phase in Phase:
         timed = case.get(str(phase)) or {}
-        median, speedup = timed.get("median"), (timed.get("speedup") or {}).get("median")
+        median = timed.get("median")
+        # The ratios of studies are times over a baseline's.
+        ratio = (timed.get("ratio") or {}).get("median")
+        speedup = (timed.get("speedup") or {}).get("median", ratio and 1 / ratio)
         found += [number(None if median is None else 1000 * median, 1), number(speedup)]
     return found

@@ -69,8 +69,8 @@ def measured_plan_times(
         known = {str(name): float(share) for name, share in content.items()}
     missing = [r for r in replacements if replacement_name(r) not in {"gain", *known}]
     if missing:
-        shares = measure_replacements(model, dense, missing, make_cache, progress=progress)
-        known |= shares
+        shares = measure_replacements(model, [dense], missing, make_cache, progress=progress)
+        known |= shares[dense.phase]
         with suppress(OSError):  # a cache that cannot be written is only slower
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(known), encoding="utf-8")
@@ -80,21 +80,21 @@ def measured_plan_times(
 
 def measure_replacements(
     model: PreTrainedModel,
-    dense: SublayerTimes,
+    phases: Sequence[SublayerTimes],
     replacements: Sequence[Replacement],
     make_cache: MakeCache = dynamic_cache,
     *,
     repeats: int = REPEATS,
     progress: bool = False,
-) -> dict[str, float]:
-    """What replacements take, as shares of a dense forward, by name; measured now.
+) -> dict[Phase, dict[str, float]]:
+    """What replacements take, as shares of a dense forward, by phase and name; measured now.
 
     Each takes the place of every attention it may, and is compared within its round with nothing
     in those places: what is between the two is its cost, where it is used.
 
     Args:
         model: outside of `skipping(...)`.
-        dense: whose phase, context length and batch count.
+        phases: of dense forwards, at one context length and batch size.
         replacements: one of each sort.
         make_cache: the cache the model will be used with.
         repeats: requests of each kind.
@@ -103,8 +103,9 @@ def measure_replacements(
     Raises:
         AdaskipError: a replacement does not fit any layer of the model.
     """
-    ids = random_prompt(model, dense.context, dense.batch)
-    n_steps = 1 if dense.phase is Phase.PREFILL else STEPS
+    context = phases[0].context
+    ids = random_prompt(model, context, phases[0].batch)
+    n_steps = STEPS if any(dense.phase is Phase.DECODE for dense in phases) else 1
     plans = {_DENSE: EMPTY_PLAN}
     for replacement in replacements:
         everywhere = _everywhere(model, replacement)
@@ -114,21 +115,22 @@ def measure_replacements(
         name: partial(_request, model, plan, ids, n_steps, make_cache)
         for name, plan in plans.items()
     }
-    logger.info("Timing %s at %d tokens", ", ".join(plans), dense.context)
+    logger.info("Timing %s at %d tokens", ", ".join(plans), context)
     for request in kinds.values():
         request()
     rounds = list(by_turns(kinds, rounds=repeats, title="timing replacements", progress=progress))
 
-    def seconds(name: str) -> list[float]:
-        return per_round(rounds, name, lambda taken: taken.seconds(dense.phase))
+    def seconds(name: str, phase: Phase) -> list[float]:
+        return per_round(rounds, name, lambda taken: taken.seconds(phase))
 
-    base = seconds(_DENSE)
-    shares = {}
-    for name in map(replacement_name, replacements):
-        n = len(plans[name])
-        own, nothing = seconds(name), seconds(f"{_NOTHING} in {n}")
-        each = [(a - b) / n / total for a, b, total in zip(own, nothing, base, strict=True)]
-        shares[name] = max(median(each), 0.0)
+    shares: dict[Phase, dict[str, float]] = {}
+    for phase in (dense.phase for dense in phases):
+        base, of_phase = seconds(_DENSE, phase), shares.setdefault(phase, {})
+        for name in map(replacement_name, replacements):
+            n = len(plans[name])
+            own, nothing = seconds(name, phase), seconds(f"{_NOTHING} in {n}", phase)
+            each = [(a - b) / n / total for a, b, total in zip(own, nothing, base, strict=True)]
+            of_phase[name] = max(median(each), 0.0)
     return shares
 
 

@@ -33,7 +33,7 @@ def as_markdown(kind: str, title: str, record: Mapping[str, Any]) -> str:
     """The report of a measurement, with what it was measured on.
 
     Args:
-        kind: "speed", "overhead", "budget" or "waiting".
+        kind: of a measurement.
         title: its heading.
         record: the content of its JSON file.
     """
@@ -200,9 +200,34 @@ def _serving(record: Mapping[str, Any]) -> str:
     return f"{about}\n\n{markdown_table(header, cells)}"
 
 
+def _compiled(record: Mapping[str, Any]) -> str:
+    """Compiled decoding under plans beside the dense model's."""
+    rates = next((point["rates"] for point in record["points"] if point["rates"]), None)
+    header = ["case", "tokens", "batch", "attn+ffn", "windows", "ms/token", "speedup", "ideal"]
+    header += ["KV MB", "peak GB", *(["roofline ratio"] if rates else [])]
+    cells = []
+    for point in record["points"]:
+        for row in point["rows"]:
+            own, peak = row[str(Phase.DECODE)], row["peak_bytes"]
+            line = [row["label"], str(point["context"]), str(point["batch"])]
+            line += [f"{row['skipped_attn']}+{row['skipped_ffn']}", str(row["windows"])]
+            line += [_milliseconds(own), Ratio(**own["speedup"]).text(3)]
+            line += [number(row["ideal_speedup"], 3), number(row["kv_bytes"] / 1e6)]
+            line += [number(None if peak is None else peak / 1e9)]
+            cells.append([*line, *([number(row["roofline_ratio"])] if rates else [])])
+    about = "Static cache, compiled decode steps; speedups are over `dense`."
+    if rates:
+        about += (
+            f" Roofline ratio: measured time / the time that the step's bytes need at the measured "
+            f"{rates['bytes_per_second'] / 1e12:.2f} TB/s."
+        )
+    return f"{about}\n\n{markdown_table(header, cells)}"
+
+
 _TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "overhead": partial(_compared, first="case", key=None, added="goal"),
     "budget": _budget,
+    "compiled": _compiled,
     "serving": _serving,
     "waiting": partial(_compared, first="waiting", key="busy", added=None),
 }

@@ -183,7 +183,7 @@ class SpeedTest(Measurement):
             for label, own in measured.items():
                 own.add(taken[label])
         dense = {phase: clock.times(phase, measured[DENSE].seconds(phase)) for phase in Phase}
-        times = {phase: with_replacements(model, dense[phase], measured) for phase in Phase}
+        times = with_replacements(model, dense, measured, repeats=self.rounds)
         lines = case_records(cases, measured, times)
         if rates is not None:
             add_rooflines(lines, model, measured, rates)

@@ -5,6 +5,7 @@ The device's rates are measured, not taken from a data sheet; operations are cou
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from adaskip.blocks import block_spec, bound_parts
@@ -70,10 +71,22 @@ def _best_seconds(action: Callable[[], object], device: torch.device, repeats: i
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
-    """Operations of causal attention; a query that is as long as the keys sees half of them."""
-    n = query[-2]
-    full = int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-    return full * (n + 1) // (2 * n) if n == key[-2] else full
+    """Operations of causal attention; a query that is as long as the keys sees half of them.
+
+    Shapes are [batch, heads, tokens, width]; keys may have fewer heads than queries.
+    """
+    n, n_keys = query[-2], key[-2]
+    full: int = 2 * math.prod(query[:-1]) * n_keys * (key[-1] + value[-1])
+    return full * (n + 1) // (2 * n) if n == n_keys else full
+
+
+def _windows(query: Shape, key: Shape, *_: object, **settings: Any) -> int:
+    """Operations of flash attention over windows; shapes are [batch, tokens, heads, width]."""
+    batch, n, heads, width = query
+    size = settings["window_size_left"] + 1
+    n_before = key[1] - n
+    seen: int = sum(min(n_before + t + 1, size) for t in range(n))
+    return 4 * int(batch) * heads * width * seen
 
 
 def operation_counter() -> FlopCounterMode:
@@ -85,7 +98,8 @@ def operation_counter() -> FlopCounterMode:
         aten._scaled_dot_product_cudnn_attention,
         aten._scaled_dot_product_flash_attention_for_cpu,
     )
-    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kernels, _attention))
+    mapping = {**dict.fromkeys(kernels, _attention), aten._flash_attention_forward: _windows}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def forward_bytes(model: PreTrainedModel, plan: SkipPlan, held: int, batch: int) -> int:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from adaskip.errors import RunError
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan
+from adaskip.profiling.calibration import REPEATS
 from adaskip.profiling.interleaving import Ratio, Spread
 from adaskip.profiling.plan_times import measure_replacements
 from adaskip.profiling.timing import RequestTimes, growing_cache
@@ -86,16 +87,28 @@ def _window_room(window: Window, held: int, *, static: bool) -> int:
 
 
 def with_replacements(
-    model: PreTrainedModel, dense: SublayerTimes, measured: Mapping[str, Measured]
-) -> PlanTimes:
+    model: PreTrainedModel,
+    dense: Mapping[Phase, SublayerTimes],
+    measured: Mapping[str, Measured],
+    *,
+    repeats: int,
+) -> dict[Phase, PlanTimes]:
     """The sublayers' times, with those of what takes places in the cases, measured now."""
     plans = [plan for own in measured.values() for plan in own.first.plans]
     sorts = {replacement_name(r): r for plan in plans for r in plan.values()}
     sorts.pop(GAIN, None)
     if not sorts:
-        return PlanTimes(dense)
-    shares = measure_replacements(model, dense, list(sorts.values()), growing_cache)
-    return PlanTimes(dense, {name: share * dense.total for name, share in shares.items()})
+        return {phase: PlanTimes(times) for phase, times in dense.items()}
+    named = [*sorts.values()]
+    shares = measure_replacements(
+        model, [*dense.values()], named, growing_cache, repeats=min(repeats, REPEATS)
+    )
+    return {
+        phase: PlanTimes(
+            times, {name: share * times.total for name, share in shares[phase].items()}
+        )
+        for phase, times in dense.items()
+    }
 
 
 def compiled_times(measured: Mapping[str, Measured], times: PlanTimes) -> PlanTimes:

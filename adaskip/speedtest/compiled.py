@@ -1,0 +1,176 @@
+"""Compiled decoding under plans beside the dense model, at any batch size: one graph per plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+from typing_extensions import override
+
+from adaskip.errors import refuse_below_one
+from adaskip.grouped_attention import grouped_decoding
+from adaskip.plan import EMPTY_PLAN, KINDS, Phase, SkipPlan, Sublayer, all_sublayers
+from adaskip.policies.made_plan import PlanFile
+from adaskip.profiling import memory
+from adaskip.profiling.calibration import random_prompt
+from adaskip.profiling.interleaving import Ratio, Spread, by_turns
+from adaskip.profiling.timing import RequestTimes, time_request
+from adaskip.session import skipping
+from adaskip.speedtest.cases import DENSE, compiled_call
+from adaskip.speedtest.measurement import Row, Study, option
+from adaskip.speedtest.record import Key, Point
+from adaskip.speedtest.roofline import Rates, forward_bytes, measured_rates
+
+EMPTY = "empty plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledDecoding(Study):
+    """Times compiled decoding under plans that were made.
+
+    On CUDA, decode steps are CUDA graphs, and grouped queries read each key once.
+    """
+
+    kind: ClassVar[str] = "compiled"
+    title: ClassVar[str] = "Compiled decoding, dense and under plans"
+    free = Study.free | {"batches"}
+
+    contexts: tuple[int, ...] = option((1024,), "prompt lengths in tokens")
+    batches: tuple[int, ...] = option((1,), "batch sizes")
+    plans: tuple[str, ...] = option((), "files of plans to measure")
+    ideal: bool = option(
+        True, "also what is ideal: by steps without any attention, and without any FFN"
+    )
+
+    @override
+    def keys(self) -> list[Key]:
+        return [{"batch": b, "context": c} for b in self.batches for c in self.contexts]
+
+    @override
+    def check(self) -> None:
+        super().check()
+        refuse_below_one({"batches": min(self.batches)})
+        for path in self.plans:
+            PlanFile.read(path)
+
+    @override
+    def points(self, missing: Sequence[Key]) -> Iterator[Point]:
+        model = self.open()
+        plans = {Path(path).stem: PlanFile.read(path).plan for path in self.plans}
+        rates = measured_rates(model.device)
+        for key in missing:
+            ids = random_prompt(model, key["context"], key["batch"])
+            rows = compare_compiled(
+                model,
+                plans,
+                ids,
+                n_steps=self.new_tokens,
+                rounds=self.rounds,
+                ideal=self.ideal,
+                rates=rates,
+            )
+            yield {"rates": rates and asdict(rates), "rows": rows}
+
+
+def compare_compiled(
+    model: PreTrainedModel,
+    plans: dict[str, SkipPlan],
+    ids: Tensor,
+    *,
+    n_steps: int,
+    rounds: int,
+    ideal: bool,
+    rates: Rates | None,
+) -> list[Row]:
+    """Requests under all plans, and dense ones, by turns, their decode steps compiled.
+
+    Args:
+        model: outside of `skipping(...)`.
+        plans: by the name of their row.
+        ids: the prompts: [batch, tokens].
+        n_steps: decode steps per request.
+        rounds: requests of each kind that count.
+        ideal: whether to measure what the sublayers take.
+        rates: of the device, for the roofline; None for none.
+    """
+    n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    without = {f"no {kind}": _without(kind, n_layers) for kind in KINDS} if ideal else {}
+    cases: dict[str, SkipPlan | None] = {DENSE: None, EMPTY: EMPTY_PLAN, **plans, **without}
+    kinds = {name: partial(_request, model, plan, ids, n_steps) for name, plan in cases.items()}
+    # The first call that is compiled is compiled twice: a cheap one.
+    everything = SkipPlan(dict.fromkeys(all_sublayers(n_layers)))
+    _request(model, everything, ids, n_steps)
+    peaks: dict[str, int | None] = {}
+    for name, request in kinds.items():
+        memory.reset_peak(model.device)
+        request()  # compiles
+        request()  # records the graph
+        peaks[name] = memory.peak_bytes(model.device)
+    title = f"{ids.shape[1]} tokens x {ids.shape[0]}"
+    taken: dict[str, list[RequestTimes]] = {name: [] for name in kinds}
+    for one in by_turns(kinds, rounds=rounds, title=title):
+        for name, requests in one.items():
+            taken[name] += requests
+    each = _each(taken, n_layers) if ideal else {}
+    rows = []
+    for name in [DENSE, EMPTY, *plans]:
+        plan = cases[name] or EMPTY_PLAN
+        row = _row(name, taken[name], taken[DENSE])
+        row |= {"kv_bytes": taken[name][0].kv_bytes, "peak_bytes": peaks[name]}
+        row |= {"skipped_attn": len(plan.layers("attn")), "skipped_ffn": len(plan.layers("ffn"))}
+        row |= {"windows": len(plan.windows), "ideal_speedup": None, "roofline_ratio": None}
+        own = row[str(Phase.DECODE)]["median"]
+        if ideal and not plan.windows:
+            dense = median(request.per_token for request in taken[DENSE])
+            saved = sum(each[sublayer.kind] for sublayer in plan)
+            row["ideal_speedup"] = dense / (dense - saved)
+        if rates is not None:
+            held = range(ids.shape[1] + 1, ids.shape[1] + n_steps + 1)
+            needed = mean(forward_bytes(model, plan, n, ids.shape[0]) for n in held)
+            row["roofline_ratio"] = own / rates.seconds(0, needed)
+        rows.append(row)
+    return rows
+
+
+def _request(
+    model: PreTrainedModel, plan: SkipPlan | None, ids: Tensor, n_steps: int
+) -> RequestTimes:
+    capacity = ids.shape[1] + n_steps
+
+    def static(own: PreTrainedModel) -> StaticCache:
+        return StaticCache(config=own.config, max_cache_len=capacity)
+
+    with ExitStack() as patched:
+        if model.device.type == "cuda":
+            patched.enter_context(grouped_decoding(model))
+        if plan is not None:
+            patched.enter_context(skipping(model, plan))
+        return time_request(model, ids, n_steps, make_cache=static, decode=compiled_call(model))
+
+
+def _without(kind: Any, n_layers: int) -> SkipPlan:
+    return SkipPlan({Sublayer(layer, kind): None for layer in range(n_layers)})
+
+
+def _each(taken: dict[str, list[RequestTimes]], n_layers: int) -> dict[str, float]:
+    """Seconds of an attention and of an FFN in a dense step, by difference."""
+    seconds = {name: median(r.per_token for r in requests) for name, requests in taken.items()}
+    return {kind: max(seconds[DENSE] - seconds[f"no {kind}"], 0.0) / n_layers for kind in KINDS}
+
+
+def _row(name: str, own: Sequence[RequestTimes], base: Sequence[RequestTimes]) -> Row:
+    row: Row = {"label": name}
+    for phase in Phase:
+        times, dense = ([request.seconds(phase) for request in r] for r in (own, base))
+        speedup = asdict(Ratio.paired(dense, times))
+        row[str(phase)] = asdict(Spread.of(times)) | {"speedup": speedup}
+    same = bool(torch.equal(own[0].tokens, base[0].tokens))
+    return row | {"same_tokens_as_dense": same}
