@@ -29,8 +29,6 @@ from adaskip.speedtest.measurement import Row, Study, option
 from adaskip.speedtest.record import Key, Point
 from adaskip.speedtest.roofline import Rates, forward_bytes, measured_rates
 
-EMPTY = "empty plan"
-
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledDecoding(Study):
@@ -45,6 +43,7 @@ class CompiledDecoding(Study):
 
     contexts: tuple[int, ...] = option((1024,), "prompt lengths in tokens")
     batches: tuple[int, ...] = option((1,), "batch sizes")
+    new_tokens: int = option(64, "decode steps per request; the first may record a graph anew")
     plans: tuple[str, ...] = option((), "files of plans to measure")
     ideal: bool = option(
         True, "also what is ideal: by steps without any attention, and without any FFN"
@@ -103,7 +102,7 @@ def compare_compiled(
     """
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     without = {f"no {kind}": _without(kind, n_layers) for kind in KINDS} if ideal else {}
-    cases: dict[str, SkipPlan | None] = {DENSE: None, EMPTY: EMPTY_PLAN, **plans, **without}
+    cases: dict[str, SkipPlan | None] = {DENSE: None, **plans, **without}
     kinds = {name: partial(_request, model, plan, ids, n_steps) for name, plan in cases.items()}
     # The first call that is compiled is compiled twice: a cheap one.
     everything = SkipPlan(dict.fromkeys(all_sublayers(n_layers)))
@@ -111,8 +110,7 @@ def compare_compiled(
     peaks: dict[str, int | None] = {}
     for name, request in kinds.items():
         memory.reset_peak(model.device)
-        request()  # compiles
-        request()  # records the graph
+        request()  # its first step compiles, its second records the graph
         peaks[name] = memory.peak_bytes(model.device)
     title = f"{ids.shape[1]} tokens x {ids.shape[0]}"
     taken: dict[str, list[RequestTimes]] = {name: [] for name in kinds}
@@ -121,7 +119,7 @@ def compare_compiled(
             taken[name] += requests
     each = _each(taken, n_layers) if ideal else {}
     rows = []
-    for name in [DENSE, EMPTY, *plans]:
+    for name in [DENSE, *plans]:
         plan = cases[name] or EMPTY_PLAN
         row = _row(name, taken[name], taken[DENSE])
         row |= {"kv_bytes": taken[name][0].kv_bytes, "peak_bytes": peaks[name]}
