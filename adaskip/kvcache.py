@@ -91,15 +91,17 @@ def prepare(
     for index in sorted(wanted):
         replaced = cache.layers[index]
         if not isinstance(replaced, SkippedCacheLayer):
-            placeholder = SkippedCacheLayer(replaced, index, length, devices[index])
-            if isinstance(stand_ins.get(index), WindowCacheLayer):
+            former = stand_ins.get(index)
+            placeholder = SkippedCacheLayer(replaced, index, length, devices[index], former)
+            if isinstance(former, WindowCacheLayer):
                 placeholder.kept = 0
             cache.layers[index] = placeholder
     leading: set[WindowTrack] = set()
     for index, (track, history) in sorted(windows.items()):
         layer = cache.layers[index]
         if not isinstance(layer, WindowCacheLayer):
-            layer = _windowed(cache, index, length, devices[index], track, history)
+            former = stand_ins.get(index)
+            layer = _windowed(cache, index, length, devices[index], track, history, former)
             cache.layers[index] = layer
         layer.leads = track not in leading
         leading.add(track)
@@ -130,11 +132,12 @@ def _windowed(
     device: torch.device,
     track: WindowTrack,
     history: WindowStep | None,
+    former: SkippedCacheLayer | None,
 ) -> WindowCacheLayer:
     """The cache layer of a window, holding what it may still see of an ordinary one."""
     replaced: Any = cache.layers[index]
     if length == 0:
-        return WindowCacheLayer(replaced, index, length, device, track)
+        return WindowCacheLayer(replaced, index, length, device, track, former)
     if history is None:
         raise CacheHoleError(
             f"Attention of layer {index} gets its window later in this request than others of the "
@@ -152,7 +155,7 @@ def _windowed(
         # What has left the window is not needed any more.
         new_layer: Any = cache.layer_class_to_replicate or type(replaced)
         replaced = new_layer()
-    layer = WindowCacheLayer(replaced, index, length, device, track)
+    layer = WindowCacheLayer(replaced, index, length, device, track, former)
     layer.put(key, value, history)
     return layer
 

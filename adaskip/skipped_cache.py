@@ -25,6 +25,14 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     evaluated on the number of tokens that have passed. As long as none has passed unseen, it does
     what the replaced layer does, so a cache that was reset may be used anywhere.
 
+    Args:
+        replaced: the layer it stands for.
+        index: of the decoder layer.
+        length: tokens that have passed.
+        device: of the decoder layer.
+        former: what stood there in the cache's last request, whose tensors it goes on with: a
+            recorded CUDA graph reads and writes where they are.
+
     Attributes:
         replaced: the layer it stands for.
         length: tokens that have passed.
@@ -37,7 +45,14 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, replaced: Any, index: int, length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        replaced: Any,
+        index: int,
+        length: int,
+        device: torch.device,
+        former: SkippedCacheLayer | None = None,
+    ) -> None:
         # The base __init__ would assign keys and values, which are the replaced layer's here.
         self.replaced: Any = replaced
         self.length = length
@@ -48,8 +63,10 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._in_order = True
         self.is_compileable = replaced.is_compileable
         self.is_sliding = getattr(replaced, "is_sliding", False)
-        self.position: Tensor | None = None
-        if self.is_compileable:
+        self.position: Tensor | None = None if former is None else former.position
+        if self.position is not None:
+            self.position.fill_(length)
+        elif self.is_compileable:
             # A Python int would be baked into a compiled graph, which then recompiles every step.
             with torch.inference_mode(mode=False):
                 self.position = torch.tensor(length, device=device)

@@ -27,15 +27,25 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
     is_croppable = False
 
     def __init__(
-        self, replaced: Any, index: int, length: int, device: torch.device, track: WindowTrack
+        self,
+        replaced: Any,
+        index: int,
+        length: int,
+        device: torch.device,
+        track: WindowTrack,
+        former: SkippedCacheLayer | None = None,
     ) -> None:
-        super().__init__(replaced, index, length, device)
+        super().__init__(replaced, index, length, device, former)
         self.kept = 0
         self.track = track
         self.leads = False
         self.is_open = False
         # [batch, heads, sinks + ring, width] each; None before the first token.
         self._held: tuple[Tensor, Tensor] | None = None
+        # Those of the cache's last request, used again if they fit.
+        self._spare: tuple[Tensor, Tensor] | None = None
+        if isinstance(former, WindowCacheLayer):
+            self._spare = former._held or former._spare
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -65,7 +75,7 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
 
     def put(self, key: Tensor, value: Tensor, step: WindowStep) -> tuple[Tensor, Tensor]:
         """Keeps what a window needs of the new tokens, and returns all that is held then."""
-        old = self._held or (None, None)
+        old = self._held or self._emptied(key, value, step.room)
         if isinstance(step, DecodeStep):
             self._held = self._with_one(old[0], key, step), self._with_one(old[1], value, step)
         else:
@@ -76,6 +86,7 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Empties it; the next request brings a layer of its own."""
         super().reset()
+        self._spare = self._held or self._spare
         self._held = None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -102,6 +113,19 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
             self._held = moved(self._held[0], argument), moved(self._held[1], argument)
             if self.leads:
                 self.track.move(argument)
+
+    def _emptied(
+        self, key: Tensor, value: Tensor, room: int
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The buffers of the cache's last request, if a compiled one may go on with them."""
+        spare, self._spare = self._spare, None
+        if not self.is_compileable or spare is None or any(old.requires_grad for old in spare):
+            return None, None
+        for old, new in zip(spare, (key, value), strict=True):
+            alike = (old.dtype, old.device) == (new.dtype, new.device)
+            if not alike or old.shape != (*new.shape[:2], room, new.shape[3]):
+                return None, None
+        return spare[0].zero_(), spare[1].zero_()
 
     def _with_several(self, buffer: Tensor | None, new: Tensor, step: BlockStep) -> Tensor:
         buffer = self._sized(buffer, new, step.room)

@@ -34,6 +34,7 @@ from adaskip.window_track import BLOCK
 
 # The prompt of the matrix has 29 tokens, the answer 12: one window is passed in prefill, one later.
 NARROW, WIDE = Window(7, sinks=3), Window(33, sinks=2)
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 
 # What lets some layer of a family see all that is before it.
 UNSLID: dict[str, dict[str, Any]] = {
@@ -425,3 +426,26 @@ def test_windows_beneath_the_hooks_of_accelerate(model: PreTrainedModel) -> None
     with skipping(hooked, plan_of({0: NARROW, 3: WIDE})):
         actual = generated(hooked, ids, do_sample=False)
     assert torch.equal(actual[0], expected[0])
+
+
+@pytest.mark.parametrize("plan", [plan_of({0: NARROW}), SkipPlan({Sublayer(1, "attn"): None})])
+def test_a_static_cache_keeps_its_tensors_from_request_to_request(
+    model: PreTrainedModel, plan: SkipPlan
+) -> None:
+    # A CUDA graph is recorded anew where they have moved.
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    found, places = [], []
+    with skipping(model, plan):
+        for seed in (1, 2, 1):
+            cache.reset()
+            found.append(model.generate(prompt(20, seed=seed), past_key_values=cache, **GREEDY))
+            layers: list[Any] = [*cache.layers]
+            stand_ins = [layer for layer in layers if hasattr(layer, "position")]
+            tensors = [layer.position for layer in stand_ins] + kv_tensors(cache)
+            places.append([tensor.data_ptr() for tensor in tensors])
+    assert len(places[0]) > 1
+    assert places[0] == places[1] == places[2]
+    assert torch.equal(found[0], found[2])
+    with skipping(model, plan):
+        fresh = model.generate(prompt(20, seed=2), cache_implementation="static", **GREEDY)
+    assert torch.equal(found[1], fresh)
