@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -37,9 +38,17 @@ from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.speedtest.benchmark import SpeedTest
 from adaskip.speedtest.budget_check import Budget
 from adaskip.speedtest.cases import Case, CaseRun, make_cases, run_case
+from adaskip.speedtest.compiled import CompiledDecoding, compare_compiled
 from adaskip.speedtest.measurement import Measurement, Study, measure
 from adaskip.speedtest.overhead import Overhead, measure_overhead
-from adaskip.speedtest.roofline import Rates, forward_bytes, kv_bytes, operation_counter
+from adaskip.speedtest.roofline import (
+    Rates,
+    _attention,
+    _windows,
+    forward_bytes,
+    kv_bytes,
+    operation_counter,
+)
 from adaskip.speedtest.stats import (
     Measured,
     add_rooflines,
@@ -246,6 +255,35 @@ def test_the_roofline_ratio_is_measured_by_what_is_needed() -> None:
     assert compiled["decode"]["roofline"] == found["decode"]["roofline"]
 
 
+def test_grouped_queries_and_windows_have_their_own_operations() -> None:
+    # 4 query heads on 2 key-value heads: causal attention of 6 tokens, then of one on 10.
+    assert _attention((1, 4, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8)) == 4 * 4 * 8 * (6 * 7 // 2)
+    assert _attention((1, 4, 1, 8), (1, 2, 10, 8), (1, 2, 10, 8)) == 4 * 4 * 8 * 10
+    # A window of 3 after 2 tokens: the first of 4 queries sees 3.
+    assert _windows((1, 4, 4, 8), (1, 6, 2, 8), window_size_left=2) == 4 * 4 * 8 * 12
+    assert _windows((1, 4, 4, 8), (1, 4, 2, 8), window_size_left=2) == 4 * 4 * 8 * (1 + 2 + 3 + 3)
+
+
+def test_compiled_decoding_is_compared_case_by_case() -> None:
+    model = tiny_model("llama")
+    plans = {
+        "less": SkipPlan({Sublayer(0, "attn"): None}),
+        "window": SkipPlan({Sublayer(0, "attn"): Window(4, 1)}),
+    }
+    rates = Rates(bytes_per_second=1e3, operations_per_second=1e15)
+    rows = compare_compiled(model, plans, prompt(12), n_steps=2, rounds=1, ideal=True, rates=rates)
+    dense, less, window = rows
+    assert [row["label"] for row in rows] == ["dense", "less", "window"]
+    assert (dense["ideal_speedup"], window["ideal_speedup"]) == (1, None)
+    assert less["ideal_speedup"] >= 1
+    assert dense["decode"]["speedup"]["median"] == 1
+    # One of four attentions holds nothing, or five tokens of fourteen.
+    assert 4 * less["kv_bytes"] == 3 * dense["kv_bytes"]
+    assert window["kv_bytes"] == dense["kv_bytes"] / 4 * (3 + 5 / 14)
+    needed = mean(forward_bytes(model, plans["less"], held, 1) for held in (13, 14)) / 1e3
+    assert less["roofline_ratio"] == less["decode"]["median"] / needed
+
+
 def test_cases_name_budgets_as_the_policies_count() -> None:
     model = tiny_model("llama")
     learned = learn_importance(model, [prompt(30)])
@@ -386,6 +424,7 @@ def test_a_study_keeps_its_record_and_its_table(
         (Overhead, "adaskip.speedtest.overhead.measure_overhead"),
         (Budget, "adaskip.speedtest.budget_check.check_budgets"),
         (Waiting, "adaskip.speedtest.waiting_check.measure_waiting"),
+        (CompiledDecoding, "adaskip.speedtest.compiled.compare_compiled"),
         (SpeedTest, "adaskip.speedtest.benchmark.SpeedTest.measure_point"),
     ],
 )
@@ -421,7 +460,12 @@ def test_a_killed_measurement_goes_on_where_it_was(
     assert len(taken) == 5
 
 
-KINDS = {"overhead": Overhead, "budget": Budget, "waiting": Waiting}
+KINDS = {
+    "overhead": Overhead,
+    "budget": Budget,
+    "waiting": Waiting,
+    "compiled": CompiledDecoding,
+}
 # Records that were put aside are nobody's.
 SPEED_RECORDS = [
     path

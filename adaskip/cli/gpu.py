@@ -29,7 +29,7 @@ _ALL, _ONE = (*_EAGER, "8", "12", "16"), (*_EAGER, "16")
 # By name: the script, its options, and the plans it measures besides.
 _SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "llama-8k": ("run_llama_speed", ("--contexts", "8192", *_ALL), (_WINDOW, _LINEAR)),
-    "llama-8k-compiled": (
+    "compiled-llama-8k": (
         "compiled",
         ("--model", "llama", "--contexts", "8192", "--rounds", "5"),
         (_SKIP, _WINDOW),
@@ -38,7 +38,7 @@ _SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "vicuna-8k": ("run_vicuna_speed", ("--contexts", "8192", *_ONE), ()),
     "internlm-8k": ("run_internlm_speed", ("--contexts", "8192", *_ONE), ()),
     # 34 GB of keys and values beside 16 GB of weights and as many of activations.
-    "llama-32k-batch-8": (
+    "compiled-llama-32k-batch-8": (
         "compiled",
         (
             "--model",
@@ -63,7 +63,7 @@ _SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("--contexts", "131072", *_ONE, "--rounds", "1"),
         (_WINDOW,),
     ),
-    "overhead": ("overhead", ("--model", "llama", "--contexts", "8192"), ()),
+    "overhead-llama-8k": ("overhead", ("--model", "llama", "--contexts", "8192"), ()),
 }
 _CHECKS = "checks"
 PARTS = (_CHECKS, *_SPEED)
