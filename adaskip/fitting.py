@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from adaskip.errors import AdaskipError, ProfileError
 from adaskip.fingerprint import model_fingerprint
 from adaskip.numbers import is_whole
+from adaskip.padding import real_tokens
 from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer, all_sublayers
-from adaskip.recorders import real_tokens
 from adaskip.replacements import TINY, Linear, Replacement
 from adaskip.streams import Calls, Sublayers, measuring
 from adaskip.warmup import checked_prompts

@@ -155,31 +155,6 @@ def _reduce(
     return torch.cat(inner, dim=-1), squared_in, torch.cat(norms_out, dim=-1)
 
 
-def real_tokens(attention_mask: object, past: int, tokens: int) -> Tensor | None:
-    """Which of a forward's tokens are not padding: bool [batch, tokens], or None if all are.
-
-    Args:
-        attention_mask: as a model takes it: None, [batch, past + tokens], a 4-D mask
-            [batch, 1, tokens, keys] (bool or additive), or a dictionary of those by layer type.
-        past: tokens in the cache.
-        tokens: new tokens per sequence.
-    """
-    if isinstance(attention_mask, dict):
-        # By name: the order of such a dictionary is not to be relied on.
-        masks = [attention_mask[name] for name in sorted(attention_mask)]
-        attention_mask = next((mask for mask in masks if mask is not None), None)
-    if not isinstance(attention_mask, Tensor):
-        return None
-    if attention_mask.ndim == 2:
-        return attention_mask[:, -tokens:].bool()
-    # A token that may not attend to itself is padding. Keys are those of the whole past, or, in the
-    # mask of a sliding window that is full, the last ones only.
-    width = attention_mask.shape[-1]
-    own = past if past + tokens <= width else width - tokens
-    allowed = torch.diagonal(attention_mask[:, 0], offset=own, dim1=-2, dim2=-1)
-    return allowed if allowed.dtype == torch.bool else allowed >= 0
-
-
 class TokenStatistics:
     """Sums over all tokens of one phase or several, each token weighing the same.
 

@@ -18,17 +18,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from adaskip import calls, entering, kvcache
-from adaskip.blocks import BlockSpec, execution_device
+from adaskip.blocks import BlockSpec
 from adaskip.errors import UnsupportedCallError, unknown_name
 from adaskip.generating import Turn, Turns, listen
+from adaskip.padding import real_before, real_in_call
 from adaskip.patching import Patch, patch_forward
-from adaskip.plan import EMPTY_PLAN, SCOPES, Phase, Scope, SkipPlan, Step, Sublayer
-from adaskip.recorders import Recorder, Span, StepRecording, real_tokens
-from adaskip.replacements import Linear, Replacement, Window
+from adaskip.plan import EMPTY_PLAN, SCOPES, Phase, Scope, SkipPlan, Step
+from adaskip.recorders import Recorder, Span, StepRecording
 from adaskip.requests import Request, Requests, is_ambiguous
-from adaskip.sublayers import Switches, layer_forward
 from adaskip.summary import Summary, Tally
-from adaskip.windows import Windows
+from adaskip.switchboard import Switchboard
 
 if TYPE_CHECKING:
     from adaskip.policy import SkipPolicy
@@ -56,6 +55,7 @@ class Session:
         scope: Scope,
         recorders: Sequence[Recorder],
         block: BlockSpec,
+        board: Switchboard,
     ) -> None:
         self.step: Step | None = None
         self.plan: SkipPlan = EMPTY_PLAN
@@ -67,25 +67,18 @@ class Session:
         self._running = False
         self._left_behind = False
         self._decoder: Any = model.base_model
-        layers: Any = self._decoder.layers
-        self._layers: list[nn.Module] = list(layers)
-        self._devices = [execution_device(layer) for layer in self._layers]
-        self._switches = [Switches() for _ in self._layers]
+        self._board = board
+        self._n_layers = len(board.layers)
         self._block = block
-        self._windows = Windows(self._layers, block, self._switches, self._devices)
-        self._absent = entering.absent_sublayers(self._layers, block)
+        self._absent = entering.absent_sublayers(board.layers, block)
         # Which cache layer a layer's attention has, and where it lies.
-        self._cache_indices = entering.cache_indices(self._layers, block)
-        self._cache_devices = [self._devices[layer] for layer in self._cache_indices]
-        self._gains: dict[torch.device, Tensor] = {}
-        self._linears: dict[tuple[Linear, torch.device], Linear] = {}
-        self._dtype = model.dtype
+        self._cache_indices = entering.cache_indices(board.layers, block)
+        self._cache_devices = [board.devices[layer] for layer in self._cache_indices]
         config: Any = self._decoder.config
-        self._tally = Tally(config, len(self._layers), model.dtype.itemsize)
+        self._tally = Tally(config, self._n_layers, model.dtype.itemsize)
         self._requests = _told(policy, self._tally)
         self._rows = self._past = 0
         self._signature = list(inspect.signature(type(self._decoder).forward).parameters)[1:]
-        self._recording: StepRecording | None = None
         self._watching: list[Recorder] = []
 
     def summary(self) -> Summary:
@@ -105,15 +98,6 @@ class Session:
         """Says that the forwards within are decode steps, drafted tokens to verify included."""
         return self._turns.within(Turn(Phase.DECODE))
 
-    def layers(self) -> Iterator[tuple[nn.Module, Switches]]:
-        """Each decoder layer with its switches."""
-        return zip(self._layers, self._switches, strict=True)
-
-    def patched_layers(self) -> Iterator[Patch]:
-        """Lets each decoder layer look at its switches, patch by patch."""
-        for index, (layer, switches) in enumerate(self.layers()):
-            yield patch_forward(layer, layer_forward(layer, index, self._block, switches))
-
     def patched_model(self, model: PreTrainedModel) -> Iterator[Patch]:
         """Lets each forward set the switches, and `generate()` say what it does, patch by patch."""
         yield self._patched_decoder()
@@ -121,10 +105,6 @@ class Session:
             yield from listen(model, self._turns, self._check_assisted)
             if self._steps_matter and hasattr(model, "generate_batch"):
                 yield Patch(model, "generate_batch", calls.refuse_continuous_batching)
-
-    def take_back_windows(self) -> None:
-        """Gives attention that had a window its own function back."""
-        self._windows.take_back()
 
     def _patched_decoder(self) -> Patch:
         begin, end = _untraced()
@@ -175,9 +155,9 @@ class Session:
     def _leave(self) -> None:
         """Lets other threads in."""
         self._running = False
-        if self._recording is not None:
-            self._record_to(None)
-        self._windows.end()
+        if self._board.recording is not None:
+            self._board.record_to(None)
+        self._board.windows.end()
         self._lock.release()
 
     def _before(self, call: dict[str, Any]) -> Cache | None:
@@ -195,12 +175,12 @@ class Session:
         if cache is None:
             calls.refuse_missing_cache(self.policy, self._scope)
         else:
-            kvcache.refuse_short(cache, len(self._layers))
+            kvcache.refuse_short(cache, self._n_layers)
             self._check_order(request, step, past, said)
         plan = self._plan(request, step)
         changed = plan != self.plan
         if changed:
-            calls.check_plan(self.policy, plan, len(self._layers), config)
+            calls.check_plan(self.policy, plan, self._n_layers, config)
             calls.refuse_partial(plan, self._block, self._absent)
         calls.refuse_lost_outputs(call, config, plan)
         if turn is not None and turn.assisted:
@@ -208,10 +188,10 @@ class Session:
         if plan.windows:
             calls.refuse_unseen(call, turn)
         if past == 0 or request.prepared != plan:
-            earlier = _earlier_tokens(call, turn, past) if plan.windows and past else None
+            earlier = real_before(call, turn, past) if plan.windows and past else None
             self._prepare(cache, request, plan, earlier, past)
         if changed:
-            self._set_switches(plan)
+            self._board.set(plan)
         self._requests.advance(cache, request, step, past)
         if step.phase is Phase.PREFILL:
             request.prefill_plan |= plan
@@ -224,8 +204,8 @@ class Session:
                 ", ".join(map(str, plan)) or "nothing skipped",
             )
         if plan.windows:
-            real, decoding = _real_tokens(call, turn, step, past), said is Phase.DECODE
-            self._windows.begin(cache, request, plan, real, tokens, decoding=decoding)
+            real, decoding = real_in_call(call, turn, step, past), said is Phase.DECODE
+            self._board.windows.begin(cache, request, plan, real, tokens, decoding=decoding)
         self._start_recording(call, turn, past)
         return cache
 
@@ -239,7 +219,7 @@ class Session:
     ) -> None:
         """Puts into the cache what stands in for attention that is skipped or has a window."""
         static = cache is not None and cache.is_compileable
-        windows = self._windows.tracked(request, plan, earlier, past, static=static)
+        windows = self._board.windows.tracked(request, plan, earlier, past, static=static)
         if cache is not None:
             indices = self._cache_indices
             skipped = [indices[layer] for layer in plan.layers("attn") if layer in indices]
@@ -256,7 +236,8 @@ class Session:
         turn = self._turns.current
         if turn is not None and turn.assisted:
             turn.phase = Phase.DECODE
-        stats = None if self._recording is None else self._recording.finish()
+        recording = self._board.recording
+        stats = None if recording is None else recording.finish()
         if stats is not None:
             for recorder in self._watching:
                 recorder.observe(self.step, stats)
@@ -298,43 +279,6 @@ class Session:
         outside = self._scope == "decode" and step.phase is Phase.PREFILL
         return EMPTY_PLAN if outside else plan
 
-    def _set_switches(self, plan: SkipPlan) -> None:
-        """Switches every layer to the plan, and takes its replacements to the devices."""
-        gains = {s.position: gain for s, gain in plan.gains.items() if gain is not None}
-        if gains:
-            self._copy_gains([gains.get(p, 1.0) for p in range(2 * len(self._layers))])
-        self._windows.place(plan)
-        skipped = set(plan.layers("attn"))
-        for index, switch in enumerate(self._switches):
-            attn, ffn = Sublayer(index, "attn"), Sublayer(index, "ffn")
-            switch.run_attn, switch.run_ffn = index not in skipped, ffn not in plan
-            switch.attn_replacement = self._placed(attn, plan.get(attn))
-            switch.ffn_replacement = self._placed(ffn, plan.get(ffn))
-
-    def _placed(self, sublayer: Sublayer, replacement: Replacement) -> Tensor | Linear | None:
-        """What takes a sublayer's place, on its device."""
-        if replacement is None or isinstance(replacement, Window):
-            return None
-        device = self._devices[sublayer.layer]
-        if not isinstance(replacement, Linear):
-            return self._gains[device][sublayer.position]
-        if (replacement, device) not in self._linears:
-            with torch.inference_mode(mode=False):
-                self._linears[replacement, device] = replacement.to(device, self._dtype)
-        return self._linears[replacement, device]
-
-    def _copy_gains(self, values: list[float]) -> None:
-        """Writes the gains into the tensors that compiled graphs read."""
-        host = torch.tensor(values)
-        for device in set(self._devices):
-            if device not in self._gains or torch.is_grad_enabled():
-                # A backward pass still to come needs the numbers of its own forward.
-                with torch.inference_mode(mode=False):
-                    self._gains[device] = torch.ones(len(values), device=device)
-            # From pinned memory, a copy does not wait for the device.
-            source = host.pin_memory() if device.type == "cuda" else host
-            self._gains[device].copy_(source, non_blocking=True)
-
     def _start_recording(self, call: dict[str, Any], turn: Turn | None, past: int) -> None:
         """Gives the layers a place for statistics, if anybody wants any of this step."""
         assert self.step is not None  # noqa: S101 - set by _before
@@ -348,14 +292,8 @@ class Session:
                 self._watching.append(recorder)
                 spans |= wanted
         if spans:
-            real = _real_tokens(call, turn, step, past)
-            self._record_to(StepRecording(spans, step.tokens, real))
-
-    def _record_to(self, recording: StepRecording | None) -> None:
-        """Tells every layer where its statistics go."""
-        self._recording = recording
-        for switch in self._switches:
-            switch.recording = recording
+            real = real_in_call(call, turn, step, past)
+            self._board.record_to(StepRecording(spans, step.tokens, real))
 
 
 def _told(policy: SkipPolicy, tally: Tally) -> Requests:
@@ -370,23 +308,6 @@ def _told(policy: SkipPolicy, tally: Tally) -> Requests:
         tally.forget(request)
 
     return Requests(branched, forgotten)
-
-
-def _real_tokens(call: dict[str, Any], turn: Turn | None, step: Step, past: int) -> Tensor | None:
-    """Which of a forward's tokens are not padding: bool [batch, tokens]; None if all are."""
-    # A prompt that generate() computes besides its own (guidance) comes with its own mask.
-    told = turn is not None and turn.tells_padding and turn.phase is step.phase
-    if turn is not None and told and call.get("past_key_values") is not None:
-        return turn.real_tokens(step.phase, past, step.tokens)
-    return real_tokens(call.get("attention_mask"), past, step.tokens)
-
-
-def _earlier_tokens(call: dict[str, Any], turn: Turn | None, past: int) -> Tensor | None:
-    """Which of the tokens before a forward are not padding: bool [batch, past]; None if all are."""
-    if turn is not None and turn.tells_padding:
-        return turn.real_tokens(Phase.PREFILL, 0, past)
-    mask = call.get("attention_mask")
-    return mask[:, :past].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 @cache
@@ -449,10 +370,11 @@ def skipping(
     with ExitStack() as undo:
         policy = undo.enter_context(_bound(policy, scope, len(decoder.layers)))
         calls.refuse_bare_model(model, policy, scope)
-        session = Session(model, policy, scope, recorders, block)
-        undo.callback(session.take_back_windows)
+        board = Switchboard(decoder.layers, block, model.dtype)
+        session = Session(model, policy, scope, recorders, block, board)
+        undo.callback(board.windows.take_back)
         expected = entering.probe(model) if verify else None
-        for patch in session.patched_layers():
+        for patch in board.patches():
             undo.callback(patch.take_back)
         if expected is not None:
             entering.refuse_difference(expected, entering.probe(model))

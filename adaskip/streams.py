@@ -15,9 +15,9 @@ from adaskip import entering, window_attention
 from adaskip.blocks import execution_device
 from adaskip.errors import AdaskipError
 from adaskip.evaluating import evaluating
+from adaskip.padding import real_tokens
 from adaskip.patching import patch_forward
 from adaskip.plan import KINDS, Sublayer
-from adaskip.recorders import real_tokens
 from adaskip.replacements import Linear, Replacement, Window
 from adaskip.sublayers import sublayer_function
 from adaskip.window_track import WindowTrack

@@ -428,7 +428,7 @@ def test_online_adaskip_on_a_static_sliding_cache(family: str, tokens: int) -> N
 
 
 def test_padding_is_found_in_the_masks_of_sliding_windows() -> None:
-    from adaskip.recorders import real_tokens
+    from adaskip.padding import real_tokens
 
     def mask(past: int, tokens: int, width: int, padding: int) -> Tensor:
         """Causal, seeing the last `width` keys only, the first `padding` of all tokens masked."""

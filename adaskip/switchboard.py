@@ -1,0 +1,91 @@
+"""The switches of all layers of a model: set to a plan, with what takes places on the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from adaskip.blocks import BlockSpec, execution_device
+from adaskip.patching import Patch, patch_forward
+from adaskip.plan import SkipPlan, Sublayer
+from adaskip.recorders import StepRecording
+from adaskip.replacements import Linear, Replacement, Window
+from adaskip.sublayers import Switches, layer_forward
+from adaskip.windows import Windows
+
+
+class Switchboard:
+    """Sets what each layer does in the coming forward.
+
+    Args:
+        layers: of the model.
+        block: their family's row.
+        dtype: the model computes in.
+
+    Attributes:
+        layers: of the model.
+        devices: of each layer.
+        windows: of the attention that has one.
+        recording: where statistics of the coming forward go; None if nobody wants any.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], block: BlockSpec, dtype: torch.dtype) -> None:
+        self.layers = list(layers)
+        self.devices = [execution_device(layer) for layer in self.layers]
+        self._switches = [Switches() for _ in self.layers]
+        self.windows = Windows(self.layers, block, self._switches, self.devices)
+        self.recording: StepRecording | None = None
+        self._block = block
+        self._dtype = dtype
+        self._gains: dict[torch.device, Tensor] = {}
+        self._linears: dict[tuple[Linear, torch.device], Linear] = {}
+
+    def patches(self) -> Iterator[Patch]:
+        """Lets each layer look at its switches, patch by patch."""
+        for index, (layer, switches) in enumerate(zip(self.layers, self._switches, strict=True)):
+            yield patch_forward(layer, layer_forward(layer, index, self._block, switches))
+
+    def record_to(self, recording: StepRecording | None) -> None:
+        """Tells every layer where its statistics go."""
+        self.recording = recording
+        for switch in self._switches:
+            switch.recording = recording
+
+    def set(self, plan: SkipPlan) -> None:
+        """Switches every layer to the plan, and takes its replacements to the devices."""
+        gains = {s.position: gain for s, gain in plan.gains.items() if gain is not None}
+        if gains:
+            self._copy_gains([gains.get(p, 1.0) for p in range(2 * len(self.layers))])
+        self.windows.place(plan)
+        skipped = set(plan.layers("attn"))
+        for index, switch in enumerate(self._switches):
+            attn, ffn = Sublayer(index, "attn"), Sublayer(index, "ffn")
+            switch.run_attn, switch.run_ffn = index not in skipped, ffn not in plan
+            switch.attn_replacement = self._placed(attn, plan.get(attn))
+            switch.ffn_replacement = self._placed(ffn, plan.get(ffn))
+
+    def _placed(self, sublayer: Sublayer, replacement: Replacement) -> Tensor | Linear | None:
+        """What takes a sublayer's place, on its device."""
+        if replacement is None or isinstance(replacement, Window):
+            return None
+        device = self.devices[sublayer.layer]
+        if not isinstance(replacement, Linear):
+            return self._gains[device][sublayer.position]
+        if (replacement, device) not in self._linears:
+            with torch.inference_mode(mode=False):
+                self._linears[replacement, device] = replacement.to(device, self._dtype)
+        return self._linears[replacement, device]
+
+    def _copy_gains(self, values: list[float]) -> None:
+        """Writes the gains into the tensors that compiled graphs read."""
+        host = torch.tensor(values)
+        for device in set(self.devices):
+            if device not in self._gains or torch.is_grad_enabled():
+                # A backward pass still to come needs the numbers of its own forward.
+                with torch.inference_mode(mode=False):
+                    self._gains[device] = torch.ones(len(values), device=device)
+            # From pinned memory, a copy does not wait for the device.
+            source = host.pin_memory() if device.type == "cuda" else host
+            self._gains[device].copy_(source, non_blocking=True)
