@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from adaskip.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from adaskip.entering import skipping as skipping
     from adaskip.errors import (
         AdaskipError as AdaskipError,
         CacheHoleError as CacheHoleError,
@@ -65,10 +66,11 @@ if TYPE_CHECKING:
         Window as Window,
     )
     from adaskip.search import search_plan as search_plan
-    from adaskip.session import Session as Session, skipping as skipping
+    from adaskip.session import Session as Session
     from adaskip.summary import PhaseSummary as PhaseSummary, Summary as Summary
 
 _HOMES = {
+    "adaskip.entering": ("skipping",),
     "adaskip.errors": (
         "AdaskipError",
         "CacheHoleError",
@@ -103,7 +105,7 @@ _HOMES = {
     "adaskip.recorders": ("Recorder", "Span", "StepStats"),
     "adaskip.replacements": ("Linear", "Replacement", "Window"),
     "adaskip.search": ("search_plan",),
-    "adaskip.session": ("Session", "skipping"),
+    "adaskip.session": ("Session",),
     "adaskip.summary": ("PhaseSummary", "Summary"),
     "adaskip.profiling.calibration": ("measured_times",),
 }

@@ -91,7 +91,7 @@ def guarded(action: Callable[[], int]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("adaskip").setLevel(logging.INFO if launched_as_main() else logging.ERROR)
     # A command says itself what it skips; a run enters the block with every batch.
-    logging.getLogger("adaskip.session").setLevel(logging.WARNING)
+    logging.getLogger("adaskip.entering").setLevel(logging.WARNING)
     try:
         return action()
     except AdaskipError as error:

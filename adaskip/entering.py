@@ -1,70 +1,111 @@
-"""What is looked at on entering `skipping()`: the model, its decoder layers, and the policy.
-
-A layer's forward is replaced by its family's formula. That is right only if the layer computes
-that formula: its class is the family's own, and nobody else has replaced its forward.
-"""
+"""`skipping()`: entering the block in which a model skips, and leaving it."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable
-from operator import attrgetter
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from adaskip import patching
-from adaskip.blocks import BlockSpec, block_spec, execution_device, lacks
-from adaskip.errors import AdaskipError, UnsupportedModelError
+from adaskip import calls, supported
+from adaskip.blocks import execution_device
+from adaskip.errors import AdaskipError, UnsupportedCallError, UnsupportedModelError, unknown_name
 from adaskip.evaluating import evaluating
-from adaskip.plan import KINDS, SkipPlan, Sublayer
+from adaskip.plan import SCOPES, Scope, SkipPlan
 from adaskip.policy import FixedSkipping, SkipPolicy
+from adaskip.recorders import Recorder
+from adaskip.session import Session
+from adaskip.switchboard import Switchboard
 
-# Those whose models take the KV cache by the name that is looked for here; as in pyproject.toml.
-TRANSFORMERS = "transformers>=5.4,<5.24"
-# Where torch.compile, DistributedDataParallel, PEFT and a pipeline keep the model, in the order in
-# which to look: they pass on what they do not have to what they wrap.
-_WRAPPED = ("_orig_mod", "module", "base_model.model", "model")
+logger = logging.getLogger(__name__)
+
+# Base models inside a `skipping()` now; a second one would wrap the first one's forwards.
+_ACTIVE: WeakSet[nn.Module] = WeakSet()
+# Policies bound to a session now, by id: most policies are dataclasses that cannot be hashed.
+_BOUND: set[int] = set()
 
 
-def check_model(model: object) -> BlockSpec:
-    """The row of a model's family.
+@contextmanager
+def skipping(
+    model: PreTrainedModel,
+    policy: SkipPolicy | SkipPlan,
+    *,
+    scope: Scope = "e2e",
+    recorders: Sequence[Recorder] = (),
+    verify: bool = False,
+) -> Iterator[Session]:
+    """Lets `model` skip what `policy` says, until the block is left.
+
+    Args:
+        model: a causal language model of a supported family (`adaskip.blocks.BLOCKS`).
+        policy: decides what is skipped; a plan skips the same at every step.
+        scope: where its plan applies. "prefill": in prefill, and what prefill skipped stays
+            skipped while that request decodes. "decode": in decode steps only. "e2e": in both.
+        recorders: also given the statistics they watch.
+        verify: compare a forward of a few tokens, nothing skipped, with the unpatched model's.
+
+    Yields:
+        The session, whose `step` and `plan` tell of the latest forward.
 
     Raises:
-        UnsupportedModelError: it is no transformers model, wrapped by something, of a family
-            without a row, or of a transformers that calls the KV cache otherwise.
+        UnsupportedModelError: the architecture is not supported, the model is wrapped, another
+            tool has patched its layers, or with nothing skipped it computes something else.
+        UnsupportedCallError: the model is inside a `skipping()` already; or, from a forward, it is
+            called in a way in which skipping would be silently wrong.
+        CacheHoleError: from a forward, if attention is to run that the request skipped before.
+        AdaskipError: unknown scope, no policy, or a budget that does not fit the model.
     """
-    for name, part in (("", model), (".base_model", getattr(model, "base_model", None))):
-        if not isinstance(part, PreTrainedModel):
-            raise UnsupportedModelError(
-                f"model{name} is of type {type(part).__name__}, not a transformers "
-                f"PreTrainedModel; {_advice(part, name)}."
-            )
-    base: Any = getattr(model, "base_model", None)
-    if "past_key_values" not in inspect.signature(base.forward).parameters:
-        raise UnsupportedModelError(
-            f"{type(base).__name__}.forward takes no past_key_values: the installed transformers "
-            f"{transformers.__version__} is newer than this adaskip, which would not see the KV "
-            f"cache; install one it knows: pip install '{TRANSFORMERS}'."
+    if scope not in SCOPES:
+        raise unknown_name("scope", str(scope), SCOPES)
+    block = supported.check_model(model)
+    policy = as_policy(policy)
+    decoder: Any = model.base_model
+    if decoder in _ACTIVE:
+        raise UnsupportedCallError(
+            "The model is inside skipping() already; leave that block first, or use one policy."
         )
-    config: Any = getattr(model, "config", None)
-    return block_spec(config.model_type)
+    supported.check_layers(decoder.layers, model.config.model_type, block)
+    policy.check_model(model)
+    with ExitStack() as undo:
+        policy = undo.enter_context(_bound(policy, scope, len(decoder.layers)))
+        calls.refuse_bare_model(model, policy, scope)
+        board = Switchboard(decoder.layers, block, model.dtype)
+        session = Session(model, policy, scope, recorders, block, board)
+        undo.callback(board.windows.take_back)
+        expected = probe(model) if verify else None
+        for patch in board.patches():
+            undo.callback(patch.take_back)
+        if expected is not None:
+            refuse_difference(expected, probe(model))
+        for patch in session.patched_model(model):
+            undo.callback(patch.take_back)
+        logger.info(
+            "Inside skipping(): %s of %d layers, scope %s, %r",
+            *(type(model).__name__, len(decoder.layers), scope, policy),
+        )
+        _ACTIVE.add(decoder)
+        undo.callback(_ACTIVE.discard, decoder)
+        yield session
 
 
-def _advice(part: object, name: str) -> str:
-    """How to come by the model that `part` wraps."""
-    for path in _WRAPPED:
-        try:
-            inner = attrgetter(path)(part)
-        except AttributeError:
-            continue
-        if isinstance(inner, PreTrainedModel):
-            return f"pass the model it wraps, model{name}.{path}"
-    return "load one with adaskip.load_model or AutoModelForCausalLM.from_pretrained"
+@contextmanager
+def _bound(policy: SkipPolicy, scope: Scope, n_layers: int) -> Iterator[SkipPolicy]:
+    """The policy bound for one session: a copy, if it is in use in another one."""
+    if id(policy) in _BOUND:
+        policy = copy.copy(policy)
+    policy.scope = scope
+    policy.bind(n_layers)
+    _BOUND.add(id(policy))
+    try:
+        yield policy
+    finally:
+        _BOUND.discard(id(policy))
 
 
 def as_policy(policy: object) -> SkipPolicy:
@@ -85,101 +126,6 @@ def as_policy(policy: object) -> SkipPolicy:
         f"The policy is {policy!r:.60} of type {type(policy).__name__}; give a policy, e.g. "
         "EarlyExit(n_skip=4), or a plan, e.g. SkipPlan({Sublayer(3, 'ffn'): None})."
     )
-
-
-def check_layers(layers: Iterable[nn.Module], model_type: str, block: BlockSpec) -> None:
-    """Refuses layers that do not compute the formula of their family's row.
-
-    Raises:
-        UnsupportedModelError: a layer's class is not the family's, or its forward was replaced in
-            the class or in the instance.
-    """
-    package = block.package or f"transformers.models.{model_type_to_module_name(model_type)}"
-    for index, layer in enumerate(layers):
-        # fully_shard() makes a subclass of each layer's class.
-        kind = next(
-            c for c in type(layer).__mro__ if not _within(c.__module__, "torch.distributed")
-        )
-        label = f"Decoder layer {index} ({kind.__module__}.{kind.__qualname__})"
-        if not _within(kind.__module__, package):
-            raise UnsupportedModelError(
-                f"{label} is not a class of {package}, which the row {model_type!r} of "
-                "adaskip.blocks.BLOCKS describes; its forward would be replaced by another "
-                "formula. If it computes the same, give the row package="
-                f"{kind.__module__.split('.')[0]!r} and skipping() verify=True."
-            )
-        replaced = _replaced_forward(layer, package)
-        if replaced is not None:
-            raise UnsupportedModelError(
-                f"{label} has a forward that another tool has put there ({_origin(replaced)}); "
-                "skipping() would replace it by the stock formula. Take that patch off first."
-            )
-
-
-def absent_sublayers(layers: Iterable[nn.Module], block: BlockSpec) -> frozenset[Sublayer]:
-    """The sublayers that a model was exported without."""
-    return frozenset(
-        Sublayer(index, kind)
-        for index, layer in enumerate(layers)
-        for kind in KINDS
-        if lacks(layer, getattr(block, kind), block)
-    )
-
-
-def cache_indices(layers: Iterable[nn.Module], block: BlockSpec) -> dict[int, int]:
-    """The cache layer of each layer's attention, in order; those without one are left out."""
-    if not block.partial:
-        return {index: index for index, _ in enumerate(layers)}
-    # What is gone, or a linear map by now, has no keys and values.
-    bodies: list[Any] = [getattr(layer, block.attn.body, None) for layer in layers]
-    return {i: body.layer_idx for i, body in enumerate(bodies) if hasattr(body, "layer_idx")}
-
-
-def _replaced_forward(layer: nn.Module, package: str) -> object | None:
-    """The forward that is not the class's own, as its package defines it; None if it is."""
-    kind, own = type(layer), vars(layer)
-    if not _is_own(kind, package):
-        return kind.forward
-    forward = own.get("forward")
-    if "_hf_hook" in own and "_old_forward" in own:
-        # accelerate's hook, around what was the layer's forward.
-        if not _within(_module_of(forward), "accelerate"):
-            return forward
-        forward = own["_old_forward"]
-    function = getattr(forward, "__func__", None)
-    # Ours, kept by a copy or put back after leaving, does what the class says.
-    stock = function is kind.forward or _module_of(function) == patching.__name__
-    bound = getattr(forward, "__self__", None) is layer
-    return None if forward is None or (stock and bound) else forward
-
-
-def _is_own(kind: type[nn.Module], package: str) -> bool:
-    """Whether a class's forward is its own, wrapped by its package or transformers at most.
-
-    functools.wraps copies the wrapped function's names, but not the globals of its code.
-    """
-    function: Any = kind.forward
-    while hasattr(function, "__wrapped__"):
-        if _module_of(function).split(".")[0] not in ("transformers", package.split(".")[0]):
-            return False
-        function = function.__wrapped__
-    return _module_of(function) in {base.__module__ for base in kind.__mro__}
-
-
-def _module_of(function: object) -> str:
-    """The module that the code of a function, or of a partial one, comes from."""
-    function = getattr(function, "func", function)
-    return str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
-
-
-def _origin(function: object) -> str:
-    inner = getattr(function, "func", function)
-    code = getattr(inner, "__code__", None)
-    return f"{_module_of(function)}.{getattr(code, 'co_qualname', type(inner).__qualname__)}"
-
-
-def _within(module: str, package: str) -> bool:
-    return f"{module}.".startswith(f"{package}.")
 
 
 def probe(model: PreTrainedModel) -> Tensor:

@@ -11,13 +11,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip.blocks import execution_device
+from adaskip.entering import skipping
 from adaskip.errors import ProfileError
 from adaskip.evaluating import evaluating
 from adaskip.fingerprint import model_fingerprint
 from adaskip.importance import Importance
 from adaskip.plan import EMPTY_PLAN, Phase, Step, all_sublayers
 from adaskip.recorders import Span, StepStats, median
-from adaskip.session import skipping
 from adaskip.warmup import checked_prompts, tokenized
 
 

@@ -1,33 +1,30 @@
-"""`skipping()`: what happens at each forward of a model that skips."""
+"""What happens at each forward of a model that skips."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from adaskip import calls, entering, kvcache
+from adaskip import calls, kvcache, supported
 from adaskip.blocks import BlockSpec
-from adaskip.errors import UnsupportedCallError, unknown_name
 from adaskip.generating import Turn, Turns, listen
 from adaskip.padding import real_before, real_in_call
 from adaskip.patching import Patch, patch_forward
-from adaskip.plan import EMPTY_PLAN, SCOPES, Phase, Scope, SkipPlan, Step
+from adaskip.plan import EMPTY_PLAN, Phase, Scope, SkipPlan, Step
 from adaskip.recorders import Recorder, Span, StepRecording
 from adaskip.requests import Request, Requests, is_ambiguous
 from adaskip.summary import Summary, Tally
 from adaskip.switchboard import Switchboard
+from adaskip.turnstile import Turnstile
 
 if TYPE_CHECKING:
     from adaskip.policy import SkipPolicy
@@ -63,16 +60,14 @@ class Session:
         self._scope = scope
         self._recorders = recorders
         self._turns = Turns()
-        self._lock = threading.RLock()
-        self._running = False
-        self._left_behind = False
+        self._turnstile = Turnstile()
         self._decoder: Any = model.base_model
         self._board = board
         self._n_layers = len(board.layers)
         self._block = block
-        self._absent = entering.absent_sublayers(board.layers, block)
+        self._absent = supported.absent_sublayers(board.layers, block)
         # Which cache layer a layer's attention has, and where it lies.
-        self._cache_indices = entering.cache_indices(board.layers, block)
+        self._cache_indices = supported.cache_indices(board.layers, block)
         self._cache_devices = [board.devices[layer] for layer in self._cache_indices]
         config: Any = self._decoder.config
         self._tally = Tally(config, self._n_layers, model.dtype.itemsize)
@@ -117,7 +112,7 @@ class Session:
                 output = patch.original(**call)
                 end(self, cache)
                 return output
-            self._enter(compiled=False)
+            self._turnstile.enter(compiled=False)
             try:
                 cache = self._before(call)
                 output = patch.original(**call)
@@ -130,35 +125,19 @@ class Session:
         return patch
 
     def _begin_compiled(self, call: dict[str, Any]) -> Cache | None:
-        self._enter(compiled=True)
+        self._turnstile.enter(compiled=True)
         return self._before(call)
 
     def _end_compiled(self, cache: Cache | None) -> None:
         self._after(cache)
         self._leave()
 
-    def _enter(self, *, compiled: bool) -> None:
-        """Waits until no other thread is in a forward."""
-        self._lock.acquire()
-        if not self._running:
-            self._running = True
-            self._left_behind = compiled
-            return
-        # The same thread: the lock is held twice now.
-        self._lock.release()
-        if not self._left_behind:
-            raise UnsupportedCallError(
-                "The model was called from within its own forward (by a hook?) inside skipping(); "
-                "call it after that forward."
-            )
-
     def _leave(self) -> None:
-        """Lets other threads in."""
-        self._running = False
+        """Lets go of what the forward needed, and lets other threads in."""
         if self._board.recording is not None:
             self._board.record_to(None)
         self._board.windows.end()
-        self._lock.release()
+        self._turnstile.leave()
 
     def _before(self, call: dict[str, Any]) -> Cache | None:
         """Works out step and plan of the coming forward and sets the layers' switches."""
@@ -318,86 +297,3 @@ def _untraced() -> tuple[Any, Any]:
     """
     untraced: Any = torch.compiler.disable
     return untraced(Session._begin_compiled), untraced(Session._end_compiled)
-
-
-# Base models inside a `skipping()` now; a second one would wrap the first one's forwards.
-_ACTIVE: WeakSet[nn.Module] = WeakSet()
-# Policies bound to a session now, by id: most policies are dataclasses that cannot be hashed.
-_BOUND: set[int] = set()
-
-
-@contextmanager
-def skipping(
-    model: PreTrainedModel,
-    policy: SkipPolicy | SkipPlan,
-    *,
-    scope: Scope = "e2e",
-    recorders: Sequence[Recorder] = (),
-    verify: bool = False,
-) -> Iterator[Session]:
-    """Lets `model` skip what `policy` says, until the block is left.
-
-    Args:
-        model: a causal language model of a supported family (`adaskip.blocks.BLOCKS`).
-        policy: decides what is skipped; a plan skips the same at every step.
-        scope: where its plan applies. "prefill": in prefill, and what prefill skipped stays
-            skipped while that request decodes. "decode": in decode steps only. "e2e": in both.
-        recorders: also given the statistics they watch.
-        verify: compare a forward of a few tokens, nothing skipped, with the unpatched model's.
-
-    Yields:
-        The session, whose `step` and `plan` tell of the latest forward.
-
-    Raises:
-        UnsupportedModelError: the architecture is not supported, the model is wrapped, another
-            tool has patched its layers, or with nothing skipped it computes something else.
-        UnsupportedCallError: the model is inside a `skipping()` already; or, from a forward, it is
-            called in a way in which skipping would be silently wrong.
-        CacheHoleError: from a forward, if attention is to run that the request skipped before.
-        AdaskipError: unknown scope, no policy, or a budget that does not fit the model.
-    """
-    if scope not in SCOPES:
-        raise unknown_name("scope", str(scope), SCOPES)
-    block = entering.check_model(model)
-    policy = entering.as_policy(policy)
-    decoder: Any = model.base_model
-    if decoder in _ACTIVE:
-        raise UnsupportedCallError(
-            "The model is inside skipping() already; leave that block first, or use one policy."
-        )
-    entering.check_layers(decoder.layers, model.config.model_type, block)
-    policy.check_model(model)
-    with ExitStack() as undo:
-        policy = undo.enter_context(_bound(policy, scope, len(decoder.layers)))
-        calls.refuse_bare_model(model, policy, scope)
-        board = Switchboard(decoder.layers, block, model.dtype)
-        session = Session(model, policy, scope, recorders, block, board)
-        undo.callback(board.windows.take_back)
-        expected = entering.probe(model) if verify else None
-        for patch in board.patches():
-            undo.callback(patch.take_back)
-        if expected is not None:
-            entering.refuse_difference(expected, entering.probe(model))
-        for patch in session.patched_model(model):
-            undo.callback(patch.take_back)
-        logger.info(
-            "Inside skipping(): %s of %d layers, scope %s, %r",
-            *(type(model).__name__, len(decoder.layers), scope, policy),
-        )
-        _ACTIVE.add(decoder)
-        undo.callback(_ACTIVE.discard, decoder)
-        yield session
-
-
-@contextmanager
-def _bound(policy: SkipPolicy, scope: Scope, n_layers: int) -> Iterator[SkipPolicy]:
-    """The policy bound for one session: a copy, if it is in use in another one."""
-    if id(policy) in _BOUND:
-        policy = copy.copy(policy)
-    policy.scope = scope
-    policy.bind(n_layers)
-    _BOUND.add(id(policy))
-    try:
-        yield policy
-    finally:
-        _BOUND.discard(id(policy))

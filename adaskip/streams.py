@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaskip import entering, window_attention
+from adaskip import supported, window_attention
 from adaskip.blocks import execution_device
 from adaskip.errors import AdaskipError
 from adaskip.evaluating import evaluating
@@ -37,13 +37,13 @@ class Sublayers:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        block = entering.check_model(model)
+        block = supported.check_model(model)
         self.model = model
         decoder: Any = model.base_model
         self.decoder = decoder
         self._attention = block.attn.body
         layers: list[nn.Module] = list(decoder.layers)
-        entering.check_layers(layers, model.config.model_type, block)
+        supported.check_layers(layers, model.config.model_type, block)
         self._functions = [
             sublayer_function(layer, getattr(block, kind), block.multiplier)
             for layer in layers

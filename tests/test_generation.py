@@ -9,6 +9,7 @@ import torch
 from run_fixtures import save_checkpoint
 from transformers import PreTrainedModel
 
+from adaskip.entering import skipping
 from adaskip.errors import RunError
 from adaskip.growing_cache import GrowingLayer
 from adaskip.models.loading import load_model
@@ -16,7 +17,6 @@ from adaskip.plan import SkipPlan, Sublayer, whole_layers
 from adaskip.policies import FixedSkipping
 from adaskip.runs.audit import Audit
 from adaskip.runs.generation import StopRule, generate_greedy
-from adaskip.session import skipping
 
 
 @pytest.fixture(scope="module")

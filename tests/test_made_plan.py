@@ -16,6 +16,7 @@ from adaskip import AdaskipError, Linear, PlanError, RunError, SkipPlan, Sublaye
 from adaskip.cli.perplexity import perplexity_main
 from adaskip.cli.run import run_main
 from adaskip.cli.speed import speed_main
+from adaskip.entering import skipping
 from adaskip.fingerprint import model_fingerprint
 from adaskip.plan import Phase, Step
 from adaskip.policies import POLICIES
@@ -24,7 +25,6 @@ from adaskip.reports.figures import policy_colour
 from adaskip.runs.audit import Audit
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import run
-from adaskip.session import skipping
 from adaskip.speedtest.benchmark import SpeedTest
 
 PLAN = SkipPlan(

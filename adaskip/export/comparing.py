@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from adaskip.entering import skipping
 from adaskip.errors import ExportError
 from adaskip.evaluating import evaluating
 from adaskip.export.report import Check
 from adaskip.plan import SkipPlan
-from adaskip.session import skipping
 
 TEXTS = (
     "The lighthouse keeper wrote down the weather every evening, although nobody had asked him to "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adaskip import entering
+from adaskip import entering, supported
 from adaskip.blocks import EXPORTED
 from adaskip.errors import AdaskipError, PlanError, UnsupportedModelError, unknown_name
 from adaskip.plan import Phase, Scope, SkipPlan, Step
@@ -101,7 +101,7 @@ def check_model(model: PreTrainedModel, file_format: str) -> None:
     Raises:
         UnsupportedModelError: its family, its windows, or the form of its weights.
     """
-    block = entering.check_model(model)
+    block = supported.check_model(model)
     config: Any = model.config
     family = config.model_type
     if family in EXPORTED:
@@ -122,7 +122,7 @@ def check_model(model: PreTrainedModel, file_format: str) -> None:
             f"{type(model).__name__} is no causal language model: give the one with the head."
         )
     decoder: Any = model.base_model
-    entering.check_layers(decoder.layers, family, block)
+    supported.check_layers(decoder.layers, family, block)
     _refuse_windows(config)
     _refuse_weights(model)
 

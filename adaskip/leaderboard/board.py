@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
+from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.leaderboard.settings import LeaderboardFile, Point
 from adaskip.methods import make_plan
@@ -33,7 +34,6 @@ from adaskip.runs.runner import resolve
 from adaskip.runs.store import Store
 from adaskip.search import SEARCH, search_plan
 from adaskip.search.losses import Row as CalibrationRow
-from adaskip.session import skipping
 from adaskip.sublayer_times import replacement_name
 from adaskip.tasks.prompts import Prompt
 from adaskip.tasks.spec import Row

@@ -14,6 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from adaskip.configuration import read_config
+from adaskip.entering import skipping
 from adaskip.metrics import score
 from adaskip.models.processes import team
 from adaskip.observing.recording import OpenModel, observe_tasks, opened
@@ -25,7 +26,6 @@ from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import Loss, shared_perplexity
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.store import Store, locked
-from adaskip.session import skipping
 from adaskip.tasks.prompts import postprocess
 from adaskip.tasks.spec import Row
 

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from adaskip.configuration import read_config
+from adaskip.entering import skipping
 from adaskip.errors import DataError
 from adaskip.learning import record_prompts
 from adaskip.models.internlm import check_prompt_length
@@ -24,7 +25,6 @@ from adaskip.runs.loaded import SAMPLE_ROWS, LoadedModel
 from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.store import Share, Store, locked
-from adaskip.session import skipping
 from adaskip.tasks.sample import sample_rows
 from adaskip.tasks.spec import Row, task_spec
 

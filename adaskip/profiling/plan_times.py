@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 
 from adaskip.calls import check_window
 from adaskip.configuration import cache_root
+from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Sublayer
 from adaskip.profiling.calibration import REPEATS, STEPS, identity, measured_times, random_prompt
 from adaskip.profiling.interleaving import Ratio, by_turns, per_round
 from adaskip.profiling.timing import MakeCache, RequestTimes, dynamic_cache, time_request
 from adaskip.replacements import Linear, Replacement, Window
-from adaskip.session import skipping
 from adaskip.sublayer_times import PlanTimes, SublayerTimes, replacement_name
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from adaskip.entering import skipping
 from adaskip.errors import RunError
 from adaskip.models.internlm import check_prompt_length
 from adaskip.models.processes import team
@@ -19,7 +20,6 @@ from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.rows import GeneratedRow, Seconds, Skips
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.store import Share
-from adaskip.session import skipping
 from adaskip.tasks.prompts import Prompt, postprocess
 from adaskip.tasks.spec import Row
 

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 from typing_extensions import override
 
+from adaskip.entering import skipping
 from adaskip.errors import UnsupportedCallError
 from adaskip.growing_cache import GrowingCache, kv_tensors
 from adaskip.models.internlm import check_prompt_length
 from adaskip.models.spec import ModelSpec
 from adaskip.plan import Scope
 from adaskip.policy import SkipPolicy
-from adaskip.session import skipping
 
 
 @dataclass(frozen=True)

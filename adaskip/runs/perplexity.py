@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from adaskip.entering import skipping
 from adaskip.errors import AdaskipError, DataError
 from adaskip.models.internlm import check_prompt_length
 from adaskip.models.processes import team
@@ -20,7 +21,7 @@ from adaskip.plan import EMPTY_PLAN, Scope
 from adaskip.policies import FixedSkipping, SkipPolicy
 from adaskip.runs.audit import Audit
 from adaskip.runs.rows import Skips, Stored
-from adaskip.session import Session, skipping
+from adaskip.session import Session
 from adaskip.tasks.prompts import Prompt
 
 # Scripts that write no spaces begin here: CJK radicals.

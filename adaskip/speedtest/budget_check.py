@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from adaskip.budget import SELECTS, check_acceleration
+from adaskip.entering import skipping
 from adaskip.learning import learn_importance
 from adaskip.plan import Phase
 from adaskip.policies import AdaSkip
 from adaskip.profiling.calibration import measure_sublayers, random_prompt
 from adaskip.profiling.interleaving import Ratio, by_turns, per_round
 from adaskip.profiling.timing import RequestTimes, growing_cache, time_request
-from adaskip.session import skipping
 from adaskip.speedtest.measurement import Row, Study, option
 from adaskip.speedtest.record import Key, Point
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
+from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.importance import Importance
 from adaskip.plan import EMPTY_PLAN, Kind, SkipPlan, Sublayer
@@ -21,7 +22,6 @@ from adaskip.policies import FixedSkipping, SkipPolicy, policy_class
 from adaskip.policies.factory import build_policy
 from adaskip.policies.made_plan import MadePlan, PlanFile
 from adaskip.profiling.timing import RequestTimes, dynamic_cache, growing_cache, time_request
-from adaskip.session import skipping
 
 CacheName = Literal["dynamic", "growing", "static"]
 DENSE, DENSE_COMPILED = BASELINES = ("dense", "dense compiled")

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 from typing_extensions import override
 
+from adaskip.entering import skipping
 from adaskip.errors import refuse_below_one
 from adaskip.grouped_attention import grouped_decoding
 from adaskip.plan import EMPTY_PLAN, KINDS, Phase, SkipPlan, Sublayer, all_sublayers
@@ -23,7 +24,6 @@ from adaskip.profiling import memory
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import Ratio, Spread, by_turns
 from adaskip.profiling.timing import RequestTimes, time_request
-from adaskip.session import skipping
 from adaskip.speedtest.cases import DENSE, compiled_call
 from adaskip.speedtest.measurement import Row, Study, option
 from adaskip.speedtest.record import Key, Point

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from adaskip.entering import skipping
 from adaskip.learning import ImportanceRecorder, learn_importance
 from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
@@ -19,7 +20,6 @@ from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import by_turns
 from adaskip.profiling.timing import dynamic_cache, growing_cache, synchronize, time_request
 from adaskip.recorders import Recorder, TokenStatistics
-from adaskip.session import skipping
 from adaskip.speedtest.measurement import Row, Seconds, Study, comparison, option
 from adaskip.speedtest.record import Key, Point
 

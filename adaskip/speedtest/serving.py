@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
+from adaskip.entering import skipping
 from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
 from adaskip.export import comparing, engines, gguf_file, llamacpp
 from adaskip.export.engines import Engine, Settings
@@ -28,7 +29,6 @@ from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan
 from adaskip.policies import AdaSkip
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import Ratio, Spread, by_turns, per_round
-from adaskip.session import skipping
 from adaskip.speedtest.measurement import Row, Seconds, Study, option
 from adaskip.speedtest.record import Key, Point
 
