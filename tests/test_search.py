@@ -252,10 +252,16 @@ def test_what_cannot_be_searched(
 
 
 class Additive:
-    """Calibration rows under which losses add up; tells which options were looked at."""
+    """Calibration rows under which losses add up; tells which options were looked at.
 
-    def __init__(self, lost: dict[str, float]) -> None:
+    Attributes:
+        lost: by each option.
+        hidden: what an option loses besides on all rows, where few do not show it.
+    """
+
+    def __init__(self, lost: dict[str, float], hidden: dict[str, float]) -> None:
         self.lost = lost
+        self.hidden = hidden
         self.plan: dict[Sublayer, str] = {}
         self.looked: list[str] = []
 
@@ -266,7 +272,8 @@ class Additive:
         plan = self.plan | {o.sublayer: str(o) for o in options}
         names = [*map(str, options), *([f"without {dropped}"] if dropped else [])]
         self.looked += [f"{name}{' few' if few else ''}" for name in names]
-        return sum(self.lost[name] for s, name in plan.items() if s != dropped)
+        held = [name for s, name in plan.items() if s != dropped]
+        return sum(self.lost[n] + (0.0 if few else self.hidden.get(n, 0.0)) for n in held)
 
     def accept(self, options: Iterable[Option], *, dropped: Sublayer | None = None) -> None:
         self.plan |= {o.sublayer: str(o) for o in options}
@@ -281,7 +288,7 @@ def chosen(lost: dict[str, float], seconds: float, tries: int) -> tuple[set[str]
     """What is chosen of a menu of gains and windows whose losses add up."""
     plan_times = PlanTimes(times(), {"window 8": 1.2, "window 16": 1.5})
     menu = Menu(tiny_model("llama"), Dishes(["gain", "window"], (8, 16), None), plan_times)
-    rows = Additive({str(option): 9.0 for option in menu} | lost)
+    rows = Additive({str(option): 9.0 for option in menu} | lost, {})
     choice = Choice(cast(Any, rows), menu, Budget(seconds))
     fill(choice)
     exchange(choice, tries)
@@ -362,3 +369,18 @@ def test_exchange_looks_at_all_that_is_chosen_only_when_nothing_else_is_promised
         *("without attn0 few", "without attn0"),
         "without attn3 few",
     ]
+
+
+def test_a_move_that_all_rows_refuse_promises_nothing_afterwards() -> None:
+    menu = Menu(tiny_model("llama"), Dishes(["gain"], (), None), PlanTimes(times()))
+    gains = {str(option.sublayer): option for option in menu}
+    lost = {"ffn0": 1.0, "ffn1": 0.9, "ffn2": 0.2, "ffn3": 0.7}
+    told = {str(option): lost.get(s, 9.0) for s, option in gains.items()}
+    rows = Additive(told, {"ffn2 gain": 5.0})
+    choice = Choice(cast(Any, rows), menu, Budget(2.0))
+    choice.lost = {option: told[str(option)] for option in menu}
+    choice.accept([gains["ffn0"], gains["ffn1"]])
+    exchange(choice, 20)
+    # The third FFN seems best on few rows; that it is not, all rows have to say only once.
+    assert set(rows.plan.values()) == {"ffn1 gain", "ffn3 gain"}
+    assert rows.looked.count("ffn2 gain few") == rows.looked.count("ffn2 gain") == 1

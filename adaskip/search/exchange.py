@@ -39,7 +39,7 @@ def exchange(choice: Choice, tries: int) -> None:
     """Makes the moves that lower the loss and keep the budget, the most promising first.
 
     How much a move promises follows from what options were last seen to lose; each one that is
-    tried, on few rows first, corrects that.
+    tried, on few rows first, corrects that, and so does one that all rows refuse then.
 
     Args:
         choice: the plan, whose budget is met.
@@ -60,11 +60,14 @@ def exchange(choice: Choice, tries: int) -> None:
             if few >= base_few:
                 continue
             loss = trials.loss(move.options, dropped=move.dropped)
-            if loss < base:
-                choice.accept(move.options, dropped=move.dropped)
-                base, base_few, improved = loss, few, True
-                failed.clear()
-                trials.say(f"exchanging, loss {base:.4f}")
+            if loss >= base:
+                # Or it would promise the same again as soon as another move has helped.
+                _correct(choice, move, loss - base)
+                continue
+            choice.accept(move.options, dropped=move.dropped)
+            base, base_few, improved = loss, few, True
+            failed.clear()
+            trials.say(f"exchanging, loss {base:.4f}")
 
 
 def _refresh(choice: Choice, base: float) -> None:
