@@ -66,9 +66,12 @@ def test_a_search_goes_on_where_it_was(
 
     monkeypatch.setattr(Losses, "loss", counted)
     assert plan_main(given) == 130
-    assert (tmp_path / "SEARCH-gain-1.1.jsonl").exists()
-    counts[1] = 10**9
+    [record] = tmp_path.glob("record-*.jsonl")
+    counts[:] = [0, 10**9]
     assert plan_main(given) == 0
+    assert len([line for line in record.read_text().splitlines() if '"loss"' in line]) > 5
+    # Three more are not in the record: before and after learning anew, and of the plan.
+    assert counts[0] == record.read_text().count('"loss"') - 5 + 3
     plan = SkipPlan.load(tmp_path / "SEARCH-gain-1.1.safetensors")
     assert set(plan.about) >= {"predicted acceleration", "measured acceleration", "loss"}
     assert "gain" in str(plan.about["replacements"])

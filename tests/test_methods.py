@@ -294,8 +294,15 @@ def test_a_method_goes_on_from_its_record_towards_any_acceleration(
     more = make_plan(model, ROWS, "SLEB", acceleration=1.8, record=record, **options)
     assert more == whole
     assert more.about == whole.about
-    with pytest.raises(RunError, match="method: SLEB then, BLOCKPRUNER now"):
-        make_plan(model, ROWS, "BLOCKPRUNER", acceleration=1.2, record=record, **options)
+    # Other methods keep theirs there, too.
+    other = make_plan(model, ROWS, "BLOCKPRUNER", acceleration=1.2, record=record, **options)
+    looked[0] = 0
+    assert (
+        make_plan(model, ROWS, "BLOCKPRUNER", acceleration=1.2, record=record, **options) == other
+    )
+    assert looked[0] == 1
+    with pytest.raises(RunError, match=r"calibration: .* then, .* now"):
+        make_plan(model, ROWS[:1], "SLEB", acceleration=1.2, record=record, **options)
 
 
 @pytest.mark.parametrize(

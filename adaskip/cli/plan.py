@@ -20,6 +20,7 @@ from adaskip.plan import Phase, SkipPlan
 from adaskip.runs.calibration import calibration_rows
 from adaskip.runs.loaded import LoadedModel
 from adaskip.search import MENU, SEARCH, WINDOWS, search_plan
+from adaskip.search.describing import record_name
 from adaskip.search.losses import Row
 from adaskip.search.menu import Dishes
 from adaskip.tables import markdown_table, number, percent
@@ -119,6 +120,8 @@ def _made(
     options: dict[str, Any] = {"phase": given.phase, "context": given.context}
     options |= {"batch": given.batch, "measure": given.measure, "progress": True}
     options |= {"source": _source(given), "acceleration": ratio}
+    # One record serves all plans that are made from the same rows.
+    options["record"] = path.with_name(record_name(loaded.model, rows))
     if method == SEARCH:
         make = partial(
             search_plan,
@@ -126,13 +129,10 @@ def _made(
             windows=given.windows,
             rank=given.rank,
             kv_share=given.kv_share,
-            record=path.with_suffix(".jsonl"),
         )
     else:
         exact = given.exact and method in ("SLEB", "BLOCKPRUNER")
-        # One record serves every acceleration.
-        record = path.with_name(f"{method}.jsonl")
-        make = partial(make_plan, method=method, exact=exact, record=record)
+        make = partial(make_plan, method=method, exact=exact)
     plan = make(loaded.model, rows, **options)
     plan.save(path)
     return plan

@@ -32,7 +32,7 @@ from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.runner import resolve
 from adaskip.runs.store import Store
-from adaskip.search import SEARCH, search_plan
+from adaskip.search import search_plan
 from adaskip.search.losses import Row as CalibrationRow
 from adaskip.sublayer_times import replacement_name
 from adaskip.tasks.prompts import Prompt
@@ -209,9 +209,8 @@ class Board:
             f"{self.file.calibration_tokens} tokens",
             "progress": progress,
         }
-        # A search is for one acceleration at one context; what the others computed serves all.
-        own = f"{self._planned_at}-{point.name}".replace(" ", "-") if method == SEARCH else method
-        settings["record"] = self.folder / "plans" / f"{self.file.model}-{own}.jsonl"
+        # All plans are made from the same rows, so that one record serves them.
+        settings["record"] = self.folder / "plans" / f"{self.file.model}.jsonl"
         try:
             if menu:
                 plan = search_plan(self._model, self._calibration, replacements=menu, **settings)

@@ -68,8 +68,8 @@ def make_plan(
         importance: what a policy has learned; by default from the calibration's prompts.
         exact: whether a lazy method (`METHODS[name].lazy`) looks at all that is left in every
             round, as its paper has it, at five to ten times the cost.
-        record: a file that keeps what was computed; the method goes on from there, also towards
-            another acceleration (the search only to the same).
+        record: a file that keeps what was measured of the rows; whatever method and acceleration
+            that was for, it is not computed again.
         measure: whether to measure at the end what the plan reaches.
         source: what the rows are, kept in the plan.
         progress: whether to show a progress bar.
@@ -81,7 +81,7 @@ def make_plan(
 
     Raises:
         AdaskipError: an argument is wrong, or the method does not reach the acceleration.
-        RunError: the record is of something else, or damaged.
+        RunError: the record is of another model or other rows, or damaged.
     """
     if method not in method_names():
         raise unknown_name("method", method, method_names())
@@ -107,7 +107,7 @@ def make_plan(
     chosen = METHODS.get(method) or _of_policy(method, model, rows, importance)
     with measuring(model):
         losses = Losses(Sublayers(model), rows, chosen.measure)
-        journal = Journal(record, {"method": method, "exact": exact, **identity(model, rows)})
+        journal = Journal(record, identity(model, rows))
         if times is None:
             sorts = [linear_like(model, None)] if chosen.linear else []
             place = context or losses.longest_prompt

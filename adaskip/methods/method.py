@@ -9,6 +9,7 @@ from typing import ParamSpec
 from adaskip.plan import Sublayer
 from adaskip.replacements import Replacement
 from adaskip.search.losses import Measure
+from adaskip.search.menu import NOTHING, Option
 from adaskip.search.trials import Trials
 
 P = ParamSpec("P")
@@ -71,11 +72,10 @@ def least_lost(rows: Trials, parts: Sequence[tuple[Sublayer, ...]], *, exact: bo
     """
     # What a part adds to the loss, and how many were gone when that was seen.
     seen: dict[tuple[Sublayer, ...], tuple[float, int]] = {}
-    base, n_gone = rows.look("plan", dict), 0
+    base, n_gone = rows.loss(), 0
 
     def look(part: tuple[Sublayer, ...]) -> None:
-        loss = rows.look(" ".join(map(str, part)), lambda: dict.fromkeys(part))
-        seen[part] = loss - base, n_gone
+        seen[part] = rows.loss(_without(part)) - base, n_gone
 
     for part in parts:
         look(part)
@@ -88,6 +88,10 @@ def least_lost(rows: Trials, parts: Sequence[tuple[Sublayer, ...]], *, exact: bo
             look(best)
             continue
         base, n_gone = base + seen.pop(best)[0], n_gone + 1
-        rows.losses.accept(dict.fromkeys(best))
+        rows.accept(_without(best))
         rows.say(f"{n_gone} gone, loss {base:.4f}")
         yield dict(rows.losses.plan)
+
+
+def _without(part: tuple[Sublayer, ...]) -> list[Option]:
+    return [Option(sublayer, NOTHING) for sublayer in part]

@@ -12,7 +12,7 @@ from adaskip.fingerprint import fingerprint_name, model_fingerprint
 from adaskip.plan import SkipPlan, Sublayer
 from adaskip.profiling.plan_times import measured_acceleration
 from adaskip.replacements import Replacement
-from adaskip.search.journal import digest_of
+from adaskip.search.journal import digest_of, short_hash
 from adaskip.search.losses import Row
 from adaskip.sublayer_times import PlanTimes
 
@@ -63,8 +63,13 @@ def with_measured(model: PreTrainedModel, plan: SkipPlan, *, progress: bool = Fa
     return SkipPlan(plan, fingerprint=plan.fingerprint, about={**about, **measured})
 
 
+def record_name(model: PreTrainedModel, rows: Sequence[Row]) -> str:
+    """A name for the record in a folder that may hold those of other models and rows, too."""
+    return f"record-{short_hash(identity(model, rows))}.jsonl"
+
+
 def identity(model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, Any]:
-    """What any plan that is made depends on besides its arguments."""
+    """What all that is measured of calibration rows depends on."""
     return {
         "model": fingerprint_name(model_fingerprint(model)),
         "dtype": str(model.dtype),

@@ -1,4 +1,4 @@
-"""The record of a search: what it computed, line by line, so that it can go on from there."""
+"""The record of searches: what was measured on calibration rows, line by line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,84 +15,63 @@ from adaskip.errors import RunError
 from adaskip.numbers import is_finite
 from adaskip.search.losses import Row
 
-# Of the search: one that goes another way cannot take up its record.
-VERSION = 4
+# Of what was measured, and of how it is called: a loss means nothing to a search that learns what
+# takes a sublayer's place in another way.
+VERSION = 5
+# What may be measured: the loss of a plan, and times.
+Kind = Literal["loss", "times"]
 Line = dict[str, Any]
 
 
 class Journal:
-    """Steps of a deterministic search, in their order.
+    """What was measured, by what it was measured of; also in a file.
 
-    The first line says what is searched; a file of another search is refused. What was computed
-    before is given back in its order, so that a search that was interrupted takes the same way.
+    The file's first line says which model and rows it is of, and one of others is refused. What it
+    has is not measured again, whatever budget it was measured for: a search that was interrupted
+    goes on from there, and another one of the same rows has less to do.
 
     Args:
-        path: JSON lines; None keeps nothing.
-        header: what the search depends on, ready for JSON.
+        path: JSON lines; None keeps what is measured for this search alone.
+        header: which model and rows, ready for JSON.
 
     Raises:
-        RunError: the file is of another search, damaged, or cannot be read or written.
+        RunError: the file is of others, damaged, or cannot be read or written.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, header: Mapping[str, Any]) -> None:
         self._path = None if path is None else Path(path)
-        self._known: list[Line] = []
-        self._next = 0
+        self._known: dict[tuple[Kind, str], Any] = {}
         if self._path is None:
             return
         first: Line = json.loads(json.dumps({"version": VERSION, **header}))
         try:
-            known = _read(self._path)
-            if known:
-                _compare(known[0], first, self._path)
-                self._known = known[1:]
+            lines = _read(self._path)
+            if lines:
+                _compare(lines[0], first, self._path)
             else:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._write(first)
         except OSError as error:
             raise RunError(f"The record {self._path} cannot be used: {error}.") from error
+        for number, line in enumerate(lines[1:], start=2):
+            kind, of, value = _measured(line, number, self._path)
+            self._known[kind, of] = value
 
-    @property
-    def n_left(self) -> int:
-        """Steps of an earlier call that have not been taken again."""
-        return len(self._known) - self._next
+    def known(self, kind: Kind, of: str) -> Any:
+        """What was measured; None if nobody has."""
+        return self._known.get((kind, of))
 
-    def earlier(self, step: str) -> Line | None:
-        """What is known of the next step; None if it has to be computed.
+    def add(self, kind: Kind, of: str, value: Any) -> None:
+        """Keeps what was measured: a loss, or times ready for JSON.
 
-        Raises:
-            RunError: the record has another step here.
+        Args:
+            kind: of value.
+            of: what it was measured of, with all that it depends on besides the header.
+            value: finite, if a number.
         """
-        if not self.n_left:
-            return None
-        line = self._known[self._next]
-        if line.get("step") != step:
-            raise RunError(
-                f"The record {self._path} goes on with {line.get('step')!r} where this search has "
-                f"{step!r}: it was made on another machine or with other packages. Remove it to "
-                "search anew."
-            )
-        self._next += 1
-        return line
-
-    def loss(self, step: str) -> tuple[float, float] | None:
-        """The loss of the next step, and the forwards it took; None if it has to be computed.
-
-        Raises:
-            RunError: the record has another step here, or no such numbers.
-        """
-        line = self.earlier(step)
-        if line is None:
-            return None
-        loss, forwards = line.get("loss"), line.get("forwards")
-        if not (is_finite(loss) and is_finite(forwards)):
-            raise _damaged(self._next + 1, self._path)
-        return float(loss), float(forwards)
-
-    def add(self, step: str, **values: Any) -> None:
-        """Keeps what was computed in a step."""
+        self._known[kind, of] = value
         if self._path is not None:
-            self._write({"step": step, **values})
+            self._write({kind: value, "of": of})
 
     def _write(self, line: Line) -> None:
         assert self._path is not None  # noqa: S101 - asked by every caller
@@ -102,8 +81,12 @@ class Journal:
 
 def digest_of(rows: Iterable[Row]) -> str:
     """Tells calibration rows apart: a hash of their ids."""
-    ids = [[torch.as_tensor(part).flatten().tolist() for part in row] for row in rows]
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+    return short_hash([[torch.as_tensor(part).flatten().tolist() for part in row] for row in rows])
+
+
+def short_hash(value: object) -> str:
+    """Sixteen characters that tell values apart, which are ready for JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _read(path: Path) -> list[Line]:
@@ -125,7 +108,17 @@ def _read(path: Path) -> list[Line]:
     return found
 
 
-def _damaged(number: int, path: Path | None) -> RunError:
+def _measured(line: Line, number: int, path: Path) -> tuple[Kind, str, Any]:
+    """What a line after the first one says."""
+    of = line.get("of")
+    if isinstance(of, str) and is_finite(line.get("loss")):
+        return "loss", of, float(line["loss"])
+    if isinstance(of, str) and isinstance(line.get("times"), dict):
+        return "times", of, line["times"]
+    raise _damaged(number, path)
+
+
+def _damaged(number: int, path: Path) -> RunError:
     return RunError(f"Line {number} of the record {path} is damaged; remove the file.")
 
 
@@ -134,5 +127,5 @@ def _compare(found: Line, header: Line, path: Path) -> None:
         if found.get(key) != header.get(key):
             raise RunError(
                 f"The record {path} is of another search ({key}: {found.get(key)!s:.60} then, "
-                f"{header.get(key)!s:.60} now); give another file, or the same arguments."
+                f"{header.get(key)!s:.60} now); give another file."
             )

@@ -69,7 +69,8 @@ class Losses:
         AdaskipError: there is no row, or one without prompt or answer tokens.
 
     Attributes:
-        forwards: what was computed, in forwards of a row.
+        measure: "kl" or "nll".
+        n_run: what was computed, in sublayers of a row.
     """
 
     def __init__(self, sublayers: Sublayers, rows: Iterable[Row], measure: Measure = "kl") -> None:
@@ -78,14 +79,19 @@ class Losses:
         self.sublayers = sublayers
         self.order = all_sublayers(len(sublayers.decoder.layers))
         self._plan: dict[Sublayer, Learned] = {}
-        self.forwards = 0.0
-        self._measure = measure
+        self.n_run = 0
+        self.measure: Measure = measure
         # The latest change that all rows were looked at, and the streams behind it.
         self._latest: tuple[Mapping[Sublayer, Learned] | None, list[list[Tensor]]]
         self._latest = (None, [])
         self._streams = [self._stream(number, *row) for number, row in enumerate(rows)]
         if not self._streams:
             raise AdaskipError("No calibration row was given; a search needs at least one.")
+
+    @property
+    def forwards(self) -> float:
+        """What was computed, in forwards of a row."""
+        return self.n_run / len(self.order)
 
     @property
     def plan(self) -> dict[Sublayer, Replacement]:
@@ -129,7 +135,7 @@ class Losses:
         for stream in self._streams:
             x = stream.before[sublayer.position]
             found.append((x[0], (self.sublayers.run(sublayer, x, stream.calls) - x)[0]))
-        self.forwards += len(self._streams) / len(self.order)
+        self.n_run += len(self._streams)
         return found
 
     def loss(
@@ -148,9 +154,9 @@ class Losses:
             few: whether to look at every fourth row only.
             measure: in place of the one that was given.
         """
-        measure = measure or self._measure
+        measure = measure or self.measure
         plan, first = self._changed(changed, dropped)
-        streams = self._streams[::_STRIDE] if few else self._streams
+        streams = self._looked_at(few=few)
         losses, kept, room = [], [], _KEPT_BYTES
         for stream in streams:
             behind = self._behind(stream, first, plan)
@@ -194,13 +200,27 @@ class Losses:
             for stream in self._streams:
                 x, own = stream.before[position], for_row(self._plan, stream.number)
                 stream.before[position + 1] = self.sublayers.through(sublayer, x, stream.calls, own)
-        self.forwards += len(self._streams)
+        self.n_run += len(self._streams) * len(self.order)
         if self.loss({}) < loss:
             return True
         self._plan = plan
         for stream, before in zip(self._streams, streams, strict=True):
             stream.before = before
         return False
+
+    def price(self, touched: Iterable[Sublayer], n_learned: int, *, few: bool = False) -> int:
+        """What the loss of a change takes, in sublayers of a row.
+
+        Args:
+            touched: what is replaced in addition or otherwise, or runs again.
+            n_learned: of these, how many gains and linear maps are learned for it.
+            few: whether it is of every fourth row only.
+        """
+        behind = len(self.order) - min((s.position for s in touched), default=len(self.order))
+        return n_learned * len(self._streams) + behind * len(self._looked_at(few=few))
+
+    def _looked_at(self, *, few: bool) -> list[_Stream]:
+        return self._streams[::_STRIDE] if few else self._streams
 
     def _changed(
         self, changed: Mapping[Sublayer, Learned], dropped: Sublayer | None
@@ -236,7 +256,7 @@ class Losses:
         for sublayer in self.order[first:]:
             x = self.sublayers.through(sublayer, x, stream.calls, own)
             behind.append(x)
-        self.forwards += (len(self.order) - first) / len(self.order)
+        self.n_run += len(self.order) - first
         return behind
 
     def _log_probabilities(self, stream: _Stream, x: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from adaskip.sublayer_times import GAIN, PlanTimes, replacement_name
 
 Name = Literal["gain", "linear", "window"]
 MENU: tuple[Name, ...] = get_args(Name)
+# An option of the methods that put nothing in a sublayer's place.
+NOTHING = "nothing"
 # Sums of seconds and of shares are compared up to their rounding.
 _TINY = 1e-9
 
@@ -34,12 +36,17 @@ class Option:
 
     sublayer: Sublayer
     name: str
-    window: Window | None
-    saved: float
-    freed: float
+    window: Window | None = None
+    saved: float = 0.0
+    freed: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.sublayer} {self.name}"
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether it is a gain or a linear map."""
+        return self.window is None and self.name != NOTHING
 
     def less_than(self, other: Option) -> bool:
         """Whether it replaces less of the same sublayer: it saves less, or as much and frees less.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -25,7 +25,7 @@ from adaskip.search.losses import Losses, Row
 from adaskip.search.menu import MENU, Budget, Dishes, Menu, Name, check_reach
 from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
-from adaskip.sublayer_times import PlanTimes, SublayerTimes
+from adaskip.sublayer_times import GAIN, PlanTimes, SublayerTimes, replacement_name
 
 NAME = "SEARCH"
 WINDOWS = (64, 128, 256)
@@ -75,8 +75,9 @@ def search_plan(
         rank: of linear maps; None for full ones.
         times: of sublayers and replacements, in place of measured ones.
         exchanges: exchanges tried at most.
-        record: a file that keeps what was computed; an interrupted search with the same file goes
-            on from there and finds the same plan.
+        record: a file that keeps what was measured of these rows; an interrupted search goes on
+            from there and finds the same plan, and so does one towards another budget, with other
+            replacements or at another context, as far as it meets the same candidates.
         measure: whether to measure at the end what the plan reaches.
         source: what the rows are, kept in the plan.
         progress: whether to show a progress bar.
@@ -84,11 +85,11 @@ def search_plan(
     Returns:
         The plan with the model's fingerprint; `about` has the budget, what is predicted of time,
         keys and values and loss (in nats per answer token), what was measured if that was asked
-        for, and what the search computed, in forwards of a row.
+        for, and what the search takes without a record, in forwards of a row.
 
     Raises:
         AdaskipError: an argument is wrong, a row has no answer, or the budget cannot be reached.
-        RunError: the record is of another search, or damaged.
+        RunError: the record is of another model or other rows, or damaged.
 
     Source: lazy greedy as in SLEB (arXiv 2402.09025) and BlockPruner (2406.10594), here by loss per
     time, with exchange; METHOD, "Search".
@@ -104,8 +105,7 @@ def search_plan(
         losses = Losses(Sublayers(model), rows)
         asked = replace(asked, context=asked.context or losses.longest_prompt)
         given = PlanTimes(times) if isinstance(times, SublayerTimes) else times
-        header = {"times": None if given is None else given.as_dict(), **asdict(asked)}
-        journal = Journal(record, identity(model, rows) | asdict(dishes) | header)
+        journal = Journal(record, identity(model, rows))
         plan_times = given or _times(model, asked, samples, journal)
         menu = Menu(model, dishes, plan_times)
         trials = Trials(losses, rank, journal, progress=progress)
@@ -151,12 +151,14 @@ def _times(
     model: PreTrainedModel, asked: _Asked, samples: Sequence[Replacement], journal: Journal
 ) -> PlanTimes:
     """Measured times, those of the record where it has them."""
-    known = journal.earlier("times")
-    if known is not None:
-        return PlanTimes.from_dict(known["times"])
     assert asked.context is not None  # noqa: S101 - the longest prompt took its place
+    names = ", ".join(map(replacement_name, samples)) or GAIN
+    of = f"{asked.phase} of {asked.batch} x {asked.context} tokens: {names}"
+    known = journal.known("times", of)
+    if known is not None:
+        return PlanTimes.from_dict(known)
     times = measured_plan_times(model, asked.phase, asked.context, samples, batch=asked.batch)
-    journal.add("times", times=times.as_dict())
+    journal.add("times", of, times.as_dict())
     return times
 
 

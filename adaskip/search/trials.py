@@ -1,48 +1,54 @@
-"""Candidates tried on a plan: learned, their loss measured, or looked up in the search's record."""
+"""Candidates tried on a plan: learned, their loss measured, or looked up in the record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
 from adaskip.plan import Sublayer
 from adaskip.search.cross_fitting import Learned
-from adaskip.search.journal import Journal
+from adaskip.search.journal import Journal, short_hash
 from adaskip.search.losses import Losses
-from adaskip.search.menu import Option
+from adaskip.search.menu import NOTHING, Option
 from adaskip.sublayer_times import GAIN
+
+logger = logging.getLogger(__name__)
 
 
 class Trials:
     """What a search asks of its calibration rows.
 
+    What is asked, and so the plan that is found, does not depend on what the record has.
+
     Args:
         losses: of the plan so far.
         rank: of linear maps; None for full ones.
-        journal: what earlier calls computed, and where the rest is kept.
+        journal: what was measured before, and where the rest is kept.
         progress: whether to show a progress bar, in forwards of a row.
-
-    Attributes:
-        saved_forwards: forwards that an earlier call computed.
     """
 
     def __init__(
         self, losses: Losses, rank: int | None, journal: Journal, *, progress: bool = False
     ) -> None:
         self.losses = losses
-        self.saved_forwards = 0.0
-        # The latest change that all rows were looked at, and what was learned for it, if anything
-        # was: an earlier call may have done that.
-        self._latest: tuple[str, Mapping[Sublayer, Learned] | None] = ("", None)
+        # What the plan has in each place, told by all that determines it.
+        self._plan: dict[Sublayer, str] = {}
+        self._asked: set[str] = set()
+        # Sublayers of a row that the record saved, less those that it did not but were counted.
+        self._saved = 0
+        # The latest change whose loss on all rows was counted here, and what was learned for it
+        # unless the record had that loss.
+        self._latest: tuple[str, dict[Sublayer, Learned] | None] = ("", None)
         self._rank = rank
         self._journal = journal
         self._bar = tqdm(desc="searching", unit=" forwards", disable=not progress)
 
     @property
     def forwards(self) -> float:
-        """What the search has taken, in forwards of a row, earlier calls included."""
-        return self.losses.forwards + self.saved_forwards
+        """What the search takes, in forwards of a row, that which the record saved included."""
+        return (self.losses.n_run + self._saved) / len(self.losses.order)
 
     def loss(
         self, options: Iterable[Option] = (), *, dropped: Sublayer | None = None, few: bool = False
@@ -55,70 +61,41 @@ class Trials:
             few: whether to look at every fourth row only.
         """
         options = list(options)
-        return self.look(
-            _named(options, dropped),
-            lambda: {option.sublayer: self.learn(option) for option in options},
-            dropped=dropped,
-            few=few,
-        )
-
-    def look(
-        self,
-        step: str,
-        change: Callable[[], Mapping[Sublayer, Learned]],
-        *,
-        dropped: Sublayer | None = None,
-        few: bool = False,
-    ) -> float:
-        """The loss of the plan with a change, which is made unless the record has it.
-
-        Args:
-            step: what the record calls the change.
-            change: makes what is replaced in addition, or otherwise.
-            dropped: a sublayer of the plan that runs again.
-            few: whether to look at every fourth row only.
-        """
-        name = f"{step}{' few' if few else ''}"
-        known, changed = self._journal.loss(name), None
-        if known is not None:
-            loss, forwards = known
-            self.saved_forwards += forwards
-        else:
-            before, changed = self.losses.forwards, change()
+        asked = self._told_with(options, dropped)
+        of = f"{self.losses.measure} of {'few' if few else 'all'} rows: {asked}"
+        loss, changed, before = self._journal.known("loss", of), None, self.losses.n_run
+        if loss is None:
+            changed = self._learned(options)
             loss = self.losses.loss(changed, dropped=dropped, few=few)
-            self._journal.add(name, loss=loss, forwards=self.losses.forwards - before)
+            self._journal.add("loss", of, loss)
+        counts = of not in self._asked
+        self._asked.add(of)
+        self._count(before, self._price(options, dropped, few=few) if counts else 0)
         if not few:
-            self._latest = step, changed
-        self._show()
-        return loss
+            self._latest = (asked, changed) if counts else ("", None)
+        return float(loss)
 
     def accept(self, options: Iterable[Option], *, dropped: Sublayer | None = None) -> None:
         """Makes a change part of the plan; one that was just looked at takes no forwards more."""
-        options, before = list(options), self.losses.forwards
-        step, changed = self._latest
-        looked = step == _named(options, dropped)
-        if changed is None or not looked:
-            changed = {option.sublayer: self.learn(option) for option in options}
+        options = list(options)
+        looked, changed = self._latest
+        is_paid = looked == self._told_with(options, dropped)
+        before = self.losses.n_run
+        if changed is None or not is_paid:
+            changed = self._learned(options)
         self.losses.accept(changed, dropped=dropped)
-        if looked:
-            # Also where an earlier call looked, and this one has to catch up.
-            self.losses.forwards = before
+        self._count(before, 0 if is_paid else self._price(options, dropped))
+        told = {option.sublayer: self._told(option) for option in options}
+        self._plan = {s: t for s, t in (self._plan | told).items() if s != dropped}
         self._latest = ("", None)
-        self._show()
 
     def relearn(self, chosen: Iterable[Option]) -> None:
         """Learns gains and linear maps anew on the streams of the whole plan, if that helps."""
         by_sublayer = {option.sublayer: option for option in chosen}
-        self.losses.relearn(lambda sublayer: self.learn(by_sublayer[sublayer]))
+        if self.losses.relearn(lambda sublayer: self._learn(by_sublayer[sublayer])):
+            for sublayer in sorted(by_sublayer):
+                self._plan[sublayer] = self._told(by_sublayer[sublayer])
         self._show()
-
-    def learn(self, option: Option) -> Learned:
-        """What takes the sublayer's place, learned on the present streams."""
-        if option.window is not None:
-            return option.window
-        if option.name == GAIN:
-            return self.losses.gain(option.sublayer)
-        return self.losses.linear(option.sublayer, self._rank)
 
     def say(self, text: str) -> None:
         """Shows how far the search is beside the progress bar."""
@@ -127,11 +104,55 @@ class Trials:
     def close(self) -> None:
         """Ends the progress bar."""
         self._bar.close()
+        if self._saved:
+            logger.info(
+                "Of %.0f forwards of a row, the record saved %.0f",
+                *(self.forwards, self._saved / len(self.losses.order)),
+            )
+
+    def _learned(self, options: Sequence[Option]) -> dict[Sublayer, Learned]:
+        return {option.sublayer: self._learn(option) for option in options}
+
+    def _learn(self, option: Option) -> Learned:
+        """What takes the sublayer's place, learned on the present streams."""
+        if option.name == NOTHING:
+            return None
+        if option.window is not None:
+            return option.window
+        if option.name == GAIN:
+            return self.losses.gain(option.sublayer)
+        return self.losses.linear(option.sublayer, self._rank)
+
+    def _told(self, option: Option) -> str:
+        """What takes the sublayer's place, told by all that determines it.
+
+        Gains and linear maps are learned on the streams that the plan in front of them makes, from
+        all rows.
+        """
+        if option.window is not None:
+            return f"{option} {option.window.sinks}"
+        front = [self._plan[s] for s in sorted(self._plan) if s < option.sublayer]
+        return (
+            f"{option} behind {short_hash(front)}" if option.is_learned and front else str(option)
+        )
+
+    def _told_with(self, options: Sequence[Option], dropped: Sublayer | None) -> str:
+        """The plan after a change, told by all that determines it."""
+        told = self._plan | {option.sublayer: self._told(option) for option in options}
+        return ", ".join(told[s] for s in sorted(told) if s != dropped) or "dense"
+
+    def _price(
+        self, options: Sequence[Option], dropped: Sublayer | None, *, few: bool = False
+    ) -> int:
+        """What a change takes that nobody looked at, in sublayers of a row."""
+        touched = [*(o.sublayer for o in options), *([] if dropped is None else [dropped])]
+        n_learned = sum(option.is_learned for option in options)
+        return self.losses.price(touched, n_learned, few=few)
+
+    def _count(self, before: int, price: int) -> None:
+        """Counts what something takes, whether it was computed now or not."""
+        self._saved += price - (self.losses.n_run - before)
+        self._show()
 
     def _show(self) -> None:
-        self._bar.update(self.forwards - self._bar.n)
-
-
-def _named(options: Iterable[Option], dropped: Sublayer | None) -> str:
-    """What a record calls a change; `plan` is none."""
-    return " ".join([*map(str, options), *([f"without {dropped}"] if dropped else [])]) or "plan"
+        self._bar.update(self.losses.forwards - self._bar.n)
