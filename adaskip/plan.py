@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PLAN_VERSION = 1
+# In which linear maps may be kept.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Where a plan file's metadata has its JSON.
 _KEY = "adaskip.plan"
 
@@ -234,12 +237,18 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
                 f"{fingerprint_name(found)}; make a plan for this model."
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
         """Writes the plan as a `.safetensors` file, whole or not at all.
 
         The tensors are those of its linear maps; everything else is JSON in the file's metadata.
 
+        Args:
+            path: the file.
+            dtype: in which its linear maps are kept, e.g. `torch.bfloat16`: a model that computes
+                in it uses the same numbers as with the larger file. None for that which they have.
+
         Raises:
+            AdaskipError: linear maps cannot be kept in this precision.
             OSError: it cannot be written.
         """
         tensors: dict[str, Tensor] = {}
@@ -251,7 +260,8 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
             elif isinstance(replacement, Linear):
                 row["factors"] = len(replacement.factors)
                 names = _tensor_names(sublayer, len(replacement.factors))
-                tensors |= dict(zip(names, replacement.tensors, strict=True))
+                kept = replacement if dtype is None else _narrowed(sublayer, replacement, dtype)
+                tensors |= dict(zip(names, kept.tensors, strict=True))
             else:
                 row["gain"] = replacement
             rows.append(row)
@@ -314,6 +324,22 @@ def _restored(
     replacements: Mapping[Sublayer, Replacement], fingerprint: str, about: Mapping[str, Any]
 ) -> SkipPlan:
     return SkipPlan(replacements, fingerprint=fingerprint, about=about)
+
+
+def _narrowed(sublayer: Sublayer, linear: Linear, dtype: torch.dtype) -> Linear:
+    """A linear map as a plan file keeps it."""
+    if dtype not in _DTYPES:
+        raise AdaskipError(
+            f"A plan's linear maps cannot be kept in {dtype}; give one of "
+            f"{', '.join(map(str, _DTYPES))}."
+        )
+    made = [tensor.to("cpu", dtype) for tensor in linear.tensors]
+    if not all(bool(tensor.isfinite().all()) for tensor in made):
+        raise AdaskipError(
+            f"The linear map of {sublayer} has numbers too large for {dtype}; keep it in "
+            "torch.bfloat16, or in the precision it has."
+        )
+    return Linear.of(made[:-1], made[-1])
 
 
 def _tensor_names(sublayer: Sublayer, n_factors: int) -> list[str]:

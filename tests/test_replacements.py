@@ -216,6 +216,36 @@ def test_a_plan_file_gives_the_plan_back(model: PreTrainedModel, tmp_path: Path)
     assert SkipPlan.load(empty) == SkipPlan()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_plan_file_in_half_precision_serves_such_a_model_bit_for_bit(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    PLAN.save(whole)
+    PLAN.save(half, dtype=dtype)
+    assert half.stat().st_size < whole.stat().st_size
+    plan, ids, served = SkipPlan.load(half), prompt(9), tiny_model("llama").to(dtype)
+    assert {t.dtype for s in LINEARS for t in plan[s].tensors} == {dtype}
+    with skipping(served, PLAN):
+        expected = served(ids).logits
+    with skipping(served, plan):
+        assert torch.equal(served(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [(torch.int8, "cannot be kept in torch.int8; give one of"), (torch.float16, "too large")],
+)
+def test_a_plan_that_would_not_be_whole_is_not_written(
+    dtype: torch.dtype, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.safetensors"
+    plan = SkipPlan({FFN1: Linear(torch.full((4, 4), 1e6), torch.zeros(4))})
+    with pytest.raises(AdaskipError, match=message):
+        plan.save(path, dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_plan_of_another_model_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     path = tmp_path / "plan.safetensors"
     SkipPlan({FFN1: 1.5}, fingerprint=model_fingerprint(model)).save(path)

@@ -134,7 +134,8 @@ def _made(
         exact = given.exact and method in ("SLEB", "BLOCKPRUNER")
         make = partial(make_plan, method=method, exact=exact)
     plan = make(loaded.model, rows, **options)
-    plan.save(path)
+    # More than the model computes in would be lost on every use of the file.
+    plan.save(path, dtype=loaded.model.dtype)
     return plan
 
 
@@ -143,6 +144,8 @@ def _path(folder: Path, given: argparse.Namespace, method: str, ratio: float) ->
     parts = [method]
     if method == SEARCH and given.replacements != [*MENU]:
         parts.append("+".join(given.replacements))
+    if method == SEARCH and given.rank is not None:
+        parts.append(f"rank{given.rank}")
     if method == SEARCH and given.kv_share is not None:
         parts.append(f"kv{given.kv_share:g}")
     return folder / f"{'-'.join(parts)}-{ratio:g}.safetensors"
