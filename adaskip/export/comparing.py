@@ -15,6 +15,7 @@ from adaskip.errors import ExportError
 from adaskip.evaluating import evaluating
 from adaskip.export.report import Check
 from adaskip.plan import SkipPlan
+from adaskip.profiling.calibration import random_prompt
 
 TEXTS = (
     "The lighthouse keeper wrote down the weather every evening, although nobody had asked him to "
@@ -59,9 +60,7 @@ def texts_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) 
     config: Any = model.config
     most = min(N_TEXT, config.max_position_embeddings - N_NEW)
     if tokenizer is None:
-        generator = torch.Generator().manual_seed(2025)
-        drawn = torch.randint(config.vocab_size, (len(TEXTS), most), generator=generator)
-        return list(drawn)
+        return list(random_prompt(model, most, batch=len(TEXTS)).cpu())
     encoded = [tokenizer(text, return_tensors="pt").input_ids[0] for text in TEXTS]
     return [ids[:most] for ids in encoded]
 

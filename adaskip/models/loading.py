@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from adaskip.blocks import block_spec
+from adaskip.chance import SEED
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.models import internlm
 from adaskip.models.devices import resolve_device, resolve_dtype
@@ -41,7 +42,6 @@ __all__ = [
 ]
 
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
-RANDOM_SEED = 2025
 PICKLE_HINT = (
     "If its weights are .bin files, which are pickles: convert them to safetensors, or allow them "
     "(--allow_pickle, allow_pickle=True) to be read by torch's unpickler, restricted to tensors."
@@ -151,7 +151,7 @@ def random_model(
     config = build_config(shape | ({"num_hidden_layers": n_layers} if n_layers else {}))
     cuda = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.device(target):
-        torch.manual_seed(RANDOM_SEED)
+        torch.manual_seed(SEED)
         model = AUTO_MODEL.from_config(config, dtype=resolve_dtype(dtype, target))
     internlm.guard_positions(model)
     ready: PreTrainedModel = model.to(target).eval()

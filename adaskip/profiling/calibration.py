@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adaskip.chance import SEED
 from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.plan import Phase
@@ -35,7 +36,7 @@ REPEATS = 5
 STEPS = 16
 
 
-def random_prompt(model: PreTrainedModel, tokens: int, batch: int = 1, seed: int = 2025) -> Tensor:
+def random_prompt(model: PreTrainedModel, tokens: int, batch: int = 1, seed: int = SEED) -> Tensor:
     """Random token ids on the model's device: [batch, tokens]."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size

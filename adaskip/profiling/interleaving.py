@@ -16,10 +16,10 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from adaskip.chance import SEED
 from adaskip.profiling.intervals import median_interval
 
 T = TypeVar("T")
-SEED = 2025
 MIN_ROUNDS = 3
 # Every ratio of a round has the baseline in it, so that one is measured more than once.
 BASELINE_REPEATS = 3

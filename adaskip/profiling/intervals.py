@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from adaskip.chance import SEED
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
-SEED = 2025
 
 
 def paired_interval(
@@ -30,15 +36,33 @@ def paired_interval(
     Returns:
         Lower and upper end, in the unit of the scores; None with fewer than two common rows.
     """
+    differences = [own[row] - base[row] for row in own if row in base]
+    if len(differences) < 2:
+        return None
+    return bootstrap(differences, lambda drawn: drawn.mean(axis=1), resamples=resamples, seed=seed)
+
+
+def bootstrap(
+    rows: Sequence[Any],
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of a statistic of rows, drawn with replacement.
+
+    Args:
+        rows: a number each, or several.
+        statistic: from draws [resamples, rows, ...] to one number of each.
+        resamples: bootstrap samples.
+        seed: of the draws; the same rows give the same interval.
+    """
     import numpy as np
 
-    common = [row for row in own if row in base]
-    if len(common) < 2:
-        return None
-    differences = np.array([own[row] - base[row] for row in common])
-    draws = np.random.default_rng(seed).integers(len(common), size=(resamples, len(common)))
+    values = np.array(rows)
+    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(differences[draws].mean(axis=1), [tail, 100 - tail])
+    low, high = np.percentile(statistic(values[draws]), [tail, 100 - tail])
     return float(low), float(high)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from adaskip.leaderboard.board import Board, LossRow, TimesRow
 from adaskip.profiling.interleaving import Ratio
-from adaskip.profiling.intervals import paired_interval
+from adaskip.profiling.intervals import bootstrap, paired_interval
 from adaskip.reports.figures import COLOURS, MARKERS, add_legend, as_png, canvas
 from adaskip.runs.files import write_bytes, write_json, write_text
 from adaskip.runs.runconfig import DENSE
@@ -234,16 +234,8 @@ def _compared(table: Table, own: Mapping[str, float], method: str, speed: float)
 
 def _share_interval(own: Mapping[str, float], base: Mapping[str, float]) -> tuple[float, float]:
     """The 95 % bootstrap interval of a ratio of sums over rows, drawn as pairs."""
-    import numpy as np
-
-    from adaskip.profiling.intervals import CONFIDENCE, RESAMPLES, SEED
-
-    pairs = np.array([(own[name], base[name]) for name in base])
-    draws = np.random.default_rng(SEED).integers(len(pairs), size=(RESAMPLES, len(pairs)))
-    sums = pairs[draws].sum(axis=1)
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(sums[:, 0] / sums[:, 1], [tail, 100 - tail])
-    return float(low), float(high)
+    pairs = [(own[name], base[name]) for name in base]
+    return bootstrap(pairs, lambda drawn: drawn[..., 0].sum(axis=1) / drawn[..., 1].sum(axis=1))
 
 
 def draw(tables: Sequence[Table]) -> bytes:
