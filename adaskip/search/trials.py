@@ -104,7 +104,7 @@ class Trials:
     def close(self) -> None:
         """Ends the progress bar."""
         self._bar.close()
-        if self._saved:
+        if self._saved > 0:
             logger.info(
                 "Of %.0f forwards of a row, the record saved %.0f",
                 *(self.forwards, self._saved / len(self.losses.order)),
