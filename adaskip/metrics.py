@@ -1,4 +1,4 @@
-"""LongBench's official metrics: texts in, a score from 0 to 1 out.
+"""LongBench's official metrics, and RULER's: texts in, a score from 0 to 1 out.
 
 Written from the behaviour of LongBench's scorer (Bai et al., 2023, arXiv 2308.14508), its quirks
 included, because published numbers contain them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from adaskip.errors import AdaskipError
 from adaskip.tasks.packaged import optional_module
 from adaskip.tasks.rouge import Failure, Unscorable, official_rouge, rouge_l
-from adaskip.tasks.spec import task_spec
+from adaskip.tasks.spec import RECALL, task_spec
 from adaskip.tasks.words import chinese_tokens, english_tokens, segment
 
 __all__ = [
@@ -110,6 +111,14 @@ def _code_similarity(prediction: str, reference: str, classes: Classes) -> float
     return float(_fuzz().ratio(code, reference)) / 100
 
 
+def _occurs(prediction: str, reference: str, classes: Classes) -> float:
+    """1 if the reference stands in the prediction, in capitals or not: RULER's rule.
+
+    RULER: Hsieh et al., 2024, arXiv 2404.06654.
+    """
+    return float(reference.lower() in prediction.lower())
+
+
 METRICS: dict[str, Metric] = {
     "qa_f1": _qa_f1,
     "qa_f1_zh": _qa_f1_zh,
@@ -120,6 +129,7 @@ METRICS: dict[str, Metric] = {
     "retrieval_zh": _paragraph_metric(r"段落(\d+)"),
     "count": _count,
     "code_sim": _code_similarity,
+    RECALL: _occurs,
 }
 
 
@@ -136,15 +146,17 @@ class Scored:
     Attributes:
         per_reference: score against each reference, 0..1.
         failures: per reference, why it could not be compared and counts 0; None where it could.
+        asks_all: every reference was asked for.
     """
 
     per_reference: tuple[float, ...]
     failures: tuple[Failure | None, ...]
+    asks_all: bool = False
 
     @property
     def score(self) -> float:
-        """The best score over the references."""
-        return max(self.per_reference)
+        """The best score over the references; the mean where all of them were asked for."""
+        return (statistics.fmean if self.asks_all else max)(self.per_reference)
 
 
 @dataclass
@@ -185,7 +197,7 @@ class ScoreLog:
 def score_each(
     task: str, prediction: str, references: Sequence[str], all_classes: Classes = None
 ) -> Scored:
-    """LongBench's official metric of `task` against every reference, failures kept apart.
+    """The metric of `task` against every reference, failures kept apart.
 
     For trec, triviaqa, samsum and lsht only the first line counts, after leading newlines.
 
@@ -212,13 +224,13 @@ def score_each(
         except Unscorable as outcome:
             scores.append(0.0)
             failures.append(outcome.reason)
-    return Scored(tuple(scores), tuple(failures))
+    return Scored(tuple(scores), tuple(failures), spec.asks_all)
 
 
 def score(
     task: str, prediction: str, references: Sequence[str], all_classes: Classes = None
 ) -> float:
-    """LongBench's official metric of `task`, 0..1: the best over the references.
+    """The metric of `task`, 0..1: the best over the references, or the share that was found.
 
     Arguments and errors as `score_each`, which also tells what could not be compared.
     """

@@ -181,10 +181,10 @@ def test_real_rows() -> None:
 
 
 def test_task_facts() -> None:
-    assert len(task_names(offline=False)) == 21
+    assert len(task_names("longbench")) == 21
     assert sum(task_spec(name).long_bench_e for name in task_names()) == 13
     unwrapped = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
-    longbench = [task_spec(name) for name in task_names(offline=False)]
+    longbench = [task_spec(name) for name in task_names("longbench")]
     assert {spec.name for spec in longbench if not spec.chat} == unwrapped
     assert {s.name for s in longbench if s.first_line_only} == {
         "trec",
@@ -199,7 +199,7 @@ def test_answer_lengths_and_hashes_are_the_protocols() -> None:
     if not PROTOCOL.is_file():
         pytest.skip("no ../shared/data/longbench_protocol.json here")
     protocol = json.loads(PROTOCOL.read_text(encoding="utf-8"))
-    assert set(protocol) == set(task_names(offline=False))
+    assert set(protocol) == set(task_names("longbench"))
     for name, facts in protocol.items():
         spec = task_spec(name)
         assert spec.max_new_tokens == facts["max_new_tokens"]

@@ -17,7 +17,7 @@ from adaskip.plan import SCOPES, Scope
 from adaskip.policies import POLICIES
 from adaskip.policies.factory import takers
 from adaskip.runs.runconfig import DENSE, POLICY_OPTIONS, RunConfig, refuse_unused
-from adaskip.tasks.spec import task_names
+from adaskip.tasks.spec import task_names, task_spec
 
 # Options that say how a model is loaded.
 LOADING = ("model_path", "dtype", "device", "device_map", "allow_pickle")
@@ -65,6 +65,7 @@ def _names() -> dict[str, str]:
         "by_layers": [name for name, unit in budgets.items() if unit == "layers"],
         "by_sublayers": [name for name, unit in budgets.items() if unit == "sublayers"],
         "by_plan": takers("plan_file"),
+        "by_depth": [name for name in task_names() if task_spec(name).takes_depth],
     }
     return {key: ", ".join(names) for key, names in listed.items()}
 

@@ -251,7 +251,7 @@ class Board:
     @cached_property
     def _items(self) -> list[tuple[Prompt, str]]:
         config = self._config(self.context)
-        return [(self._loaded.prompt(config, row), row.answers[0]) for row in self._test_rows]
+        return [(self._loaded.prompt(config, row), row.reference) for row in self._test_rows]
 
     @cached_property
     def _calibration(self) -> list[CalibrationRow]:

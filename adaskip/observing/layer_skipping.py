@@ -131,7 +131,7 @@ def measure(
             policy = FixedSkipping(whole_layers(choice.layers))
             if "nll" not in done:
                 loaded, rows = opened(config, open_model, lambda loaded: loaded.rows(config, task))
-                items = [(loaded.prompt(config, row), row.answers[0]) for row in rows]
+                items = [(loaded.prompt(config, row), row.reference) for row in rows]
                 result = shared_perplexity(
                     loaded.model, loaded.tokenizer, policy, items, max_tokens=max_tokens
                 )

@@ -10,7 +10,7 @@ from typing import Any
 from adaskip.reports.comparison import Line, Table
 from adaskip.reports.figures import add_legend, as_png, canvas, policy_colour, policy_marker
 from adaskip.runs.runconfig import DENSE
-from adaskip.tasks.spec import task_spec
+from adaskip.tasks.spec import RECALL, task_spec
 
 # Of a policy's budgets, the first one plain.
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
@@ -20,6 +20,7 @@ METRICS = {
     "rouge": "ROUGE-L",
     "rouge_zh": "ROUGE-L",
     "classification": "accuracy",
+    RECALL: "share found",
 }
 
 # What a bar shows: height and error of one line and task.
@@ -49,7 +50,7 @@ def draw_scores(tables: Sequence[Table]) -> bytes | None:
     for table, panel in zip(tables, panels[0], strict=True):
         panel.set_title(f"{table.experiment} ({table.model})")
         panel.set_ylim(bottom=0)
-    panels[0][0].set_ylabel("score (LongBench metric × 100)")
+    panels[0][0].set_ylabel("score (metric of the task × 100)")
     for panel in panels[1] if len(values) > 1 else ():
         panel.set_yscale("log")
         panel.set_ylim(bottom=1)

@@ -20,7 +20,7 @@ from adaskip.runs.files import write_bytes, write_text
 from adaskip.runs.sweepfile import Sweep
 
 SCORES_CAPTION = (
-    "Scores are LongBench's metric of the task × 100. Δ is the difference to the dense rows of the "
+    "Scores are the task's metric × 100. Δ is the difference to the dense rows of the "
     "same sweep, with a 95 % paired bootstrap interval over rows (10,000 draws, seeded). "
     "Perplexity is that of the reference answers."
 )

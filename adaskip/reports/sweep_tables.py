@@ -7,7 +7,7 @@ from typing import Any
 
 from pandas import DataFrame
 
-from adaskip.reports.comparison import ComparedScore, Table, mean
+from adaskip.reports.comparison import ComparedScore, Line, Table, mean
 from adaskip.runs.files import Record
 from adaskip.runs.runconfig import DENSE
 from adaskip.tables import MISSING, markdown_table, number, percent, perplexity
@@ -23,7 +23,7 @@ def quality(table: Table) -> DataFrame:
     columns = {("", title): cells for title, cells in _names(table).items()}
     for task in table.tasks:
         found = [line.tasks.get(task) for line in table.lines]
-        columns[task, "score"] = [number(getattr(one, "score", None)) for one in found]
+        columns[task, "score"] = [_score(line, task) for line in table.lines]
         columns[task, "Δ [95 %]"] = [_delta(one) for one in found]
         rouge = [getattr(one, "rouge_l", None) for one in found]
         if any(value is not None for value in rouge):
@@ -122,6 +122,14 @@ def _names(table: Table) -> dict[str, list[str]]:
             for line in table.lines
         ],
     }
+
+
+def _score(line: Line, task: str) -> str:
+    """The score of a line; dense at chance says so, because the column then tells nothing."""
+    score = line.tasks.get(task)
+    if score is None:
+        return MISSING
+    return number(score.score) + (" (chance)" if line.policy == DENSE and score.at_chance else "")
 
 
 def _delta(score: ComparedScore | None) -> str:

@@ -38,6 +38,6 @@ def calibration_rows(
     made: list[Row] = []
     for row in rows:
         prompt = loaded.prompt(config, row)
-        answer = reference_ids(loaded.tokenizer, prompt, row.answers[0], max_tokens)
+        answer = reference_ids(loaded.tokenizer, prompt, row.reference, max_tokens)
         made.append((prompt.input_ids, answer))
     return made

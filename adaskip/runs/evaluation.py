@@ -8,6 +8,7 @@ from adaskip.runs.runconfig import DENSE
 from adaskip.runs.scoring import MIN_LENGTH, TaskScore, dense_scores, runs_of, score_run
 from adaskip.tables import MISSING, markdown_table, number, percent
 
+AT_CHANCE = "no better than guessing, so this task tells nothing of what skipping loses"
 _HEADER = (
     *("task", "run", "score", "to dense", "rougeL", "rows"),
     *("truncated %", "skipped % prefill", "skipped % decode"),
@@ -56,6 +57,8 @@ def notes_on(name: str, score: TaskScore) -> list[str]:
         notes.append(score.unscored)
     if score.backend:
         notes.append(f"code compared by fuzzywuzzy with {score.backend}")
+    if name == DENSE and score.at_chance:
+        notes.append(AT_CHANCE)
     return [f"{score.task}, {name}: {note}." for note in notes]
 
 
@@ -63,7 +66,7 @@ def _row(label: str, score: TaskScore, base: TaskScore | None) -> tuple[str, ...
     return (
         score.task,
         label,
-        number(score.score),
+        number(score.score) + (" (chance)" if label == DENSE and score.at_chance else ""),
         number(score.score - base.score, signed=True) if base else MISSING,
         number(score.rouge_l),
         str(score.n_rows) if score.complete else f"{score.n_rows} of {score.n_planned}",

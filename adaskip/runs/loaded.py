@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,8 +24,10 @@ from adaskip.runs.files import writing
 from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.ledger import answer_length
 from adaskip.runs.runconfig import DENSE, HORIZON, RunConfig
+from adaskip.tasks.documents import Split
 from adaskip.tasks.longbench import load_rows
 from adaskip.tasks.prompts import Prompt, build_prompt, stop_token_ids
+from adaskip.tasks.retrieval import retrieval_rows
 from adaskip.tasks.sample import sample_rows
 from adaskip.tasks.spec import Row, task_spec
 
@@ -187,27 +190,23 @@ class LoadedModel:
         ]
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
         task = _warmup_of(config)
-        size = f"-{config.sample_tokens}tokens" if task_spec(task).offline else ""
+        size = f"-{_warmup_tokens(config)}tokens" if task_spec(task).offline else ""
         name = f"{Path(config.model_name).name}-{task}-{config.warmup}rows{size}-{digest}.json"
         return Path(config.results_dir) / "importance" / name
 
     def _load(self, config: RunConfig, task: str, *, warmup: bool, limit: int | None) -> list[Row]:
         offline = task_spec(task).offline
+        tokens = _warmup_tokens(config) if warmup else config.sample_tokens
+        # What is learned does not depend on where a run's needle is.
+        depth = None if warmup else config.needle_depth
         key = json.dumps(
-            [task, warmup, limit, config.sample_tokens, config.seed]
+            [task, warmup, limit, tokens, depth, config.seed]
             if offline
             else [task, limit, config.data_dir, config.min_length, config.longbench_e]
         )
         if key not in self._rows:
             if offline:
-                rows = sample_rows(
-                    task,
-                    self.tokenizer,
-                    split="warmup" if warmup else "test",
-                    n=limit or SAMPLE_ROWS,
-                    tokens=config.sample_tokens,
-                    seed=config.seed,
-                )
+                rows = self._made(config, task, warmup, limit or SAMPLE_ROWS, tokens, depth)
             else:
                 rows = load_rows(
                     task,
@@ -221,11 +220,36 @@ class LoadedModel:
             self._rows[key] = rows
         return self._rows[key]
 
+    def _made(
+        self, config: RunConfig, task: str, warmup: bool, n: int, tokens: int, depth: int | None
+    ) -> list[Row]:
+        """Rows of a task that is made offline."""
+        split: Split = "warmup" if warmup else "test"
+        common: dict[str, Any] = {"split": split, "n": n, "tokens": tokens, "seed": config.seed}
+        if task_spec(task).kind == "sample":
+            return sample_rows(task, self.tokenizer, **common)
+        takes_depth = task_spec(task).takes_depth
+        rows = retrieval_rows(task, self.tokenizer, depth=depth if takes_depth else None, **common)
+        for prompt in (self.prompt(config, row) for row in rows):
+            if prompt.truncated:
+                limit = config.max_length or self.spec.prompt_limit
+                raise DataError(
+                    f"A prompt of {task} has {prompt.tokens_before} tokens, more than the limit of"
+                    f" {limit}: cutting out its middle could cut out what is asked for. Choose"
+                    " fewer --sample_tokens, or a larger --max_length if the model has the"
+                    " positions."
+                )
+        return rows
+
 
 def warmup_task(tasks: Iterable[str]) -> str:
-    """Where warm-up prompts come from: LongBench's qasper; the offline sample for its own tasks."""
+    """Where warm-up prompts come from: LongBench's qasper; the offline sample for our own tasks."""
     offline = all(task_spec(task).offline for task in tasks)
     return "sample_qa" if offline else "qasper"
+
+
+def _warmup_tokens(config: RunConfig) -> int:
+    return config.warmup_tokens or config.sample_tokens
 
 
 def _warmup_of(config: RunConfig) -> str:

@@ -59,7 +59,7 @@ def is_measured(config: RunConfig, task: str, settings: PerplexitySettings) -> b
 def losses(
     config: RunConfig, task: str, loaded: LoadedModel, max_tokens: int, n_rows: int | None = None
 ) -> dict[str, RowLoss]:
-    """The loss of each row's first reference under a configuration; all processes together.
+    """The loss of each row's reference under a configuration; all processes together.
 
     Args:
         config: what is skipped where.
@@ -76,7 +76,7 @@ def losses(
         loaded.model,
         loaded.tokenizer,
         loaded.policy(config, task),
-        [(loaded.prompt(config, row), row.answers[0]) for row in rows],
+        [(loaded.prompt(config, row), row.reference) for row in rows],
         scope=config.experiment,
         max_tokens=max_tokens,
         progress=team().is_main,

@@ -19,13 +19,14 @@ from adaskip.policies import policy_class
 from adaskip.policies.factory import BUDGETS, LEARNED, arguments, describe, takers, takes
 from adaskip.policies.made_plan import PlanFile
 from adaskip.runs.rows import first_problem
+from adaskip.tasks.retrieval import check_depth
 
 DENSE = "dense"
 HORIZON = "horizon"  # the field of a policy that takes the answer length
 GAINS = ("token", "norm", "none")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 # How importance is learned, which matters to policies that use it.
-WARMING_UP = ("warmup", "warmup_task")
+WARMING_UP = ("warmup", "warmup_task", "warmup_tokens")
 # Options that set a field of the policy, or say what it has learned.
 POLICY_OPTIONS = ("importance", "gain", "online", "plan")
 PLAN_FILE = "plan_file"  # the field of a policy that takes a plan that was made
@@ -85,7 +86,10 @@ class RunConfig:
     min_length: int = option(
         4000, "LongBench rows must be longer than this, in words or characters"
     )
-    sample_tokens: int = option(1000, "context length of the offline sample's rows, in tokens")
+    sample_tokens: int = option(1000, "context length of rows that are made offline, in tokens")
+    needle_depth: int | None = option(
+        None, "where the needle is, in % of the context, of {by_depth} (default: spread over rows)"
+    )
     max_length: int | None = option(None, "prompt limit in tokens (default: the model's)")
     max_new_tokens: int | None = option(None, "answer length in tokens (default: the task's)")
     batch_size: int = option(1, "rows generated together; the online extension decides per batch")
@@ -104,6 +108,9 @@ class RunConfig:
     warmup: int = option(20, "warm-up prompts to learn importance from")
     warmup_task: str | None = option(
         None, "source of the warm-up prompts (default: fits the tasks)"
+    )
+    warmup_tokens: int | None = option(
+        None, "context length of warm-up rows that are made offline (default: --sample_tokens)"
     )
     gain: str | None = option(
         None, f"compensation of a skipped sublayer: {', '.join(GAINS)} (default: the policy's)"
@@ -222,8 +229,9 @@ class RunConfig:
                 raise unknown_name(f"--{key}", getattr(self, key), ["auto"])
         if self.device_map and self.tp_plan:
             raise AdaskipError("--device_map and --tp_plan both split the model: give one of them.")
-        counts = ("limit", "sample_tokens", "max_length", "max_new_tokens", "batch_size", "warmup")
-        refuse_below_one({key: getattr(self, key) for key in counts})
+        check_depth(self.needle_depth, self.tasks)
+        counts = ("limit", "sample_tokens", "max_length", "max_new_tokens", "batch_size")
+        refuse_below_one({key: getattr(self, key) for key in (*counts, "warmup", "warmup_tokens")})
 
     def _check_budget(self) -> None:
         """Refuses a budget that is missing, another policy's, or too small for any model."""

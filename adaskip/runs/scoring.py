@@ -1,4 +1,4 @@
-"""Scores runs, finished or not: LongBench's metric per task, and what a reader must know of it."""
+"""Scores runs, finished or not: the metric of each task, and what a reader must know of it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from adaskip.plan import Phase
 from adaskip.runs.files import SCHEMA, Record, write_json
 from adaskip.runs.ledger import RUN_FILE, read_record, task_rows
 from adaskip.runs.rows import GeneratedRow, Skips
-from adaskip.runs.runconfig import DENSE, RunConfig, check_file_name
+from adaskip.runs.runconfig import DENSE, WARMING_UP, RunConfig, check_file_name
+from adaskip.tasks.chance import at_chance
 from adaskip.tasks.spec import task_spec
 
 RESULT_FILE = "result.json"
 MIN_LENGTH = 4000
 _RUN_FOLDER = re.compile(r".+-SKIP-([0-9]+)")
 _POLICY_SETTINGS = ("experiment", "policy", "skip_full_layer_num", "skip_sub_layer_num")
-_LEARNING = ("warmup", "warmup_task")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TaskScore:
         n_rows: rows scored.
         n_short: rows left out because they are not longer than the limit.
         n_planned: rows the run was asked for.
-        score: LongBench's metric x100, two decimals; NaN without a row.
+        score: the task's metric x100, two decimals; NaN without a row.
         rouge_l: rouge-score's rougeL x100 for summarization, else None.
         unscored: one sentence on predictions the metric could not compare, None if none.
         truncated: share of prompts that lost their middle.
@@ -66,6 +66,11 @@ class TaskScore:
     def complete(self) -> bool:
         """Whether every row the run was asked for is there."""
         return self.n_rows + self.n_short >= self.n_planned
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether guessing would be as good; of dense rows: they compare nothing."""
+        return at_chance(self.task, [*self.row_scores.values()])
 
     def as_dict(self) -> Record:
         """Ready for JSON."""
@@ -217,7 +222,7 @@ def dense_scores(
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
     """The settings a run shares with its dense baseline."""
-    left_out = {*_POLICY_SETTINGS, *_LEARNING}
+    left_out = {*_POLICY_SETTINGS, *WARMING_UP}
     return {key: value for key, value in config.settings().items() if key not in left_out}
 
 

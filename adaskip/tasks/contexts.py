@@ -29,6 +29,11 @@ class Piece:
     tail: str = ""
 
 
+def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of `text`, without special tokens."""
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def _render(pieces: Iterable[Piece], head: str) -> str:
     return "\n\n".join(
         head.format(number=number) + piece.text + piece.tail
@@ -36,7 +41,7 @@ def _render(pieces: Iterable[Piece], head: str) -> str:
     )
 
 
-def _longest_fitting(text: str, fits: Callable[[str], bool]) -> str | None:
+def longest_fitting(text: str, fits: Callable[[str], bool]) -> str | None:
     """The longest beginning of `text` that fits, cut after a word; None if too little does."""
     ends = [match.end() for match in re.finditer(r"\S+", text)][::-1]
     longest = bisect_left(ends, True, key=lambda end: fits(text[:end]))
@@ -63,7 +68,7 @@ class ContextBuilder:
 
     def count(self, text: str) -> int:
         """Tokens of `text`, without special tokens."""
-        return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return count_tokens(self._tokenizer, text)
 
     def takes(self, gold: str) -> bool:
         """Whether the gold document leaves room for distractors."""
@@ -101,7 +106,7 @@ class ContextBuilder:
         def fits(text: str | None) -> bool:
             return self.count(_render(arrange(text), self._head)) <= self.tokens
 
-        text = _longest_fitting(pieces[-1].text, fits)
+        text = longest_fitting(pieces[-1].text, fits)
         if not fits(text):
             # Counted piece by piece, tokens can be fewer than in the whole: leave one piece out.
             return self._cut(pieces[:-1], rng)

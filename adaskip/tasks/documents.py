@@ -33,6 +33,12 @@ MAX_ANSWER_WORDS = 4
 BOOLQ_WORDS = range(15, 61)
 
 
+def split_of(name: str) -> Split:
+    """The split a name belongs to, the same for every seed: it follows from the name alone."""
+    digest = hashlib.sha256(name.encode("utf-8")).digest()
+    return "warmup" if int.from_bytes(digest[:4]) < WARMUP_SHARE * 2**32 else "test"
+
+
 @dataclass(frozen=True)
 class Question:
     """A question about a document with its reference answers; empty text for "summarize it"."""
@@ -57,9 +63,8 @@ class Document:
 
     @property
     def split(self) -> Split:
-        """The split of this document, the same for every seed: it follows from the source alone."""
-        digest = hashlib.sha256(self.source.encode("utf-8")).digest()
-        return "warmup" if int.from_bytes(digest[:4]) < WARMUP_SHARE * 2**32 else "test"
+        """The split of this document: that of its source."""
+        return split_of(self.source)
 
 
 def _records(name: str) -> Iterator[tuple[str, str, Question]]:

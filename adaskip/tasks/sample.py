@@ -116,7 +116,7 @@ def _distractors(sample: SampleTask, gold: Document, asked: list[Asked]) -> Iter
 
 def _check(task: str, split: str, n: int) -> None:
     if task not in SAMPLE_TASKS:
-        raise unknown_name("offline task", task, task_names(offline=True))
+        raise unknown_name("offline task", task, task_names("sample"))
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
     if n < 1:

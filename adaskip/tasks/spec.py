@@ -10,6 +10,11 @@ from adaskip.configuration import read_config
 from adaskip.errors import unknown_name
 
 Language = Literal["en", "zh"]
+# Where the rows come from: LongBench's files, `tasks/sample.py` or `tasks/retrieval.py`.
+Kind = Literal["longbench", "sample", "retrieval"]
+KINDS: tuple[Kind, ...] = ("longbench", "sample", "retrieval")
+# The metric of which every reference is asked for: RULER's.
+RECALL = "recall"
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Row:
         task: a name of `task_names()`.
         input: the question, or what stands in its place; empty for most summaries.
         context: the long text.
-        answers: the references; the best score over them counts.
+        answers: the references; which of them count is `TaskSpec.asks_all`.
         length: words (Chinese: characters) as LongBench counts them, not tokens.
         language: `"en"` or `"zh"`.
         all_classes: every class name of a classification task, else None.
@@ -36,13 +41,18 @@ class Row:
     language: str
     all_classes: tuple[str, ...] | None = None
 
+    @property
+    def reference(self) -> str:
+        """The answer whose likelihood is measured: all of them where all are asked for."""
+        return ", ".join(self.answers) if task_spec(self.task).asks_all else self.answers[0]
+
 
 @dataclass(frozen=True)
 class TaskSpec:
     """The facts of one task (METHOD, "Experiments").
 
     Attributes:
-        name: the task's name in LongBench, or `sample_...`.
+        name: the task's name in LongBench, or of ours.
         metric: a name of `adaskip.metrics.METRICS`.
         max_new_tokens: answer length, in tokens.
         language: language of the rows.
@@ -51,8 +61,11 @@ class TaskSpec:
         first_line_only: only the first line of a prediction is scored.
         stop_at_newline: a newline token ends the answer, like an end-of-sequence token.
         min_new_tokens: tokens to generate before the answer may end.
-        offline: built by `adaskip.tasks.sample` from packaged documents, not part of LongBench.
-        prompt_sha256: hash of the official prompt template; None for the offline sample.
+        kind: where its rows come from.
+        takes_depth: its rows hide one needle that is asked for, at a depth that can be chosen.
+        chance: mean score of answers that know what is asked and draw from what the context offers;
+            None where nobody knows.
+        prompt_sha256: hash of the official prompt template; None for our own tasks.
         prompt: the prompt template itself; None for LongBench, whose prompts are not kept here.
     """
 
@@ -65,25 +78,36 @@ class TaskSpec:
     first_line_only: bool = False
     stop_at_newline: bool = False
     min_new_tokens: int = 0
-    offline: bool = False
+    kind: Kind = "longbench"
+    takes_depth: bool = False
+    chance: float | None = None
     prompt_sha256: str | None = None
     prompt: str | None = None
+
+    @property
+    def offline(self) -> bool:
+        """Whether its rows are made from packaged documents; they have a chosen length."""
+        return self.kind != "longbench"
+
+    @property
+    def asks_all(self) -> bool:
+        """Whether every reference must be found; otherwise the best over them counts."""
+        return self.metric == RECALL
 
 
 @cache
 def _specs() -> dict[str, TaskSpec]:
     config = read_config("tasks.yaml")
-    specs = {name: TaskSpec(name=name, **facts) for name, facts in config["longbench"].items()}
-    for name, facts in config["sample"].items():
-        specs[name] = TaskSpec(name=name, offline=True, **facts)
-    return specs
+    return {
+        name: TaskSpec(name=name, kind=kind, **facts)
+        for kind in KINDS
+        for name, facts in config[kind].items()
+    }
 
 
-def task_names(*, offline: bool | None = None) -> tuple[str, ...]:
-    """The names of all tasks, of LongBench's (`offline=False`) or of the sample's (True)."""
-    return tuple(
-        name for name, spec in _specs().items() if offline is None or spec.offline == offline
-    )
+def task_names(kind: Kind | None = None) -> tuple[str, ...]:
+    """The names of all tasks, or of those of one kind."""
+    return tuple(name for name, spec in _specs().items() if kind in (None, spec.kind))
 
 
 def task_spec(name: str) -> TaskSpec:
