@@ -42,5 +42,5 @@ def line(policy: str, budget: int, value: float = 50.0, **changes: Any) -> Line:
     return Line(policy, budget, unit, shares, 1.5, 0.5, {TASK: score(value, **changes)})
 
 
-def table(*lines: Line) -> Table:
-    return Table("llama", "prefill", (TASK,), lines)
+def table(*lines: Line, tasks: tuple[str, ...] = (TASK,)) -> Table:
+    return Table("llama", "prefill", tasks, lines)

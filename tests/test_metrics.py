@@ -60,6 +60,15 @@ def test_corpus_score_drops_exactly_4000_and_is_nan_when_nothing_is_left() -> No
     assert corpus_score([1.0, 0.0, 0.0], [10, 10, 10], min_length=0) == 33.33
 
 
+def test_of_a_retrieval_task_the_share_of_answers_that_occur_counts() -> None:
+    answers = ["1234567", "7654321", "1111111", "2222222"]
+    assert score("needle_values", "They are 7654321 and 1234567, 1234567.", answers) == 0.5
+    assert score("needle_values", "none of them", answers) == 0.0
+    # Capitals do not matter, and neither does what stands around an answer: RULER's rule.
+    assert score("common_words", "1.Amber2.harbours", ["amber", "harbour"]) == 1.0
+    assert score_each("common_words", "amber", ["amber", "harbour"]).per_reference == (1.0, 0.0)
+
+
 def test_every_task_has_a_metric() -> None:
     assert {task_spec(name).metric for name in task_names()} == set(METRICS)
 

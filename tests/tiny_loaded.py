@@ -28,6 +28,14 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad)
 
 
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per run of letters or digits and per punctuation mark."""
+    unknown = "<unk>"
+    core = Tokenizer(models.WordLevel({unknown: 0}, unknown))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=unknown)
+
+
 def as_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> Prompt:
     ids = list(tokenizer(text)["input_ids"])
     return Prompt(text, ids, len(ids), len(ids), False)
