@@ -186,8 +186,8 @@ def test_bad_arguments_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
     taken = "does not apply to common_words; tasks that take it: needle_single, needle_keys"
     with pytest.raises(AdaskipError, match=taken):
         retrieval_rows("common_words", tokenizer, depth=50)
-    with pytest.raises(DataError, match=r"What is hidden takes 4\d of 80 tokens; choose more"):
-        retrieval_rows("needle_keys", tokenizer, n=1, tokens=80)
+    with pytest.raises(DataError, match=r"What is hidden takes 4\d of 60 tokens; choose more"):
+        retrieval_rows("needle_keys", tokenizer, n=1, tokens=60)
     with pytest.raises(DataError, match="has 33 words, too few to tell which are the most"):
         retrieval_rows("common_words", tokenizer, n=1, tokens=100)
     with pytest.raises(DataError, match="fewer than the 90000 tokens"):

@@ -42,6 +42,9 @@ COMMANDS = {
     "sweep": Entry(
         "adaskip.sweep:SWEEP", "run many experiments and write their report", "experiments"
     ),
+    "needle": Entry(
+        "adaskip.cli.needle:NEEDLE", "a needle's depth against context length", "experiments"
+    ),
     "leaderboard": Entry(
         "adaskip.cli.leaderboard:LEADERBOARD",
         "methods beside each other at equal time",

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.cli.observe import DATA_OPTIONS, FACTS, configured
+from adaskip.cli.policies import add_policies, cells_of
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
 from adaskip.configuration import read_config
-from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
-from adaskip.plan import SCOPES
-from adaskip.policies import POLICIES
 from adaskip.policies.factory import BUDGETS, LEARNED, takes
 from adaskip.runs.environment import environment
 from adaskip.runs.loaded import LoadedModel
@@ -29,7 +27,6 @@ from adaskip.runs.runconfig import (
     POLICY_OPTIONS,
     WARMING_UP,
     RunConfig,
-    budget_flag,
     refuse_unused,
 )
 from adaskip.runs.scoring import phase_shares
@@ -63,20 +60,7 @@ def _act(options: argparse.Namespace) -> int:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="NAME", help="as in configs/models.yaml")
-    parser.add_argument(
-        "--policy",
-        nargs="*",
-        default=[],
-        metavar="NAME",
-        help=f"besides dense: {', '.join(POLICIES)}",
-    )
-    for unit, flag in BUDGETS.items():
-        users = [name for name, policy in POLICIES.items() if policy.budget == unit]
-        text = f"budgets in {unit}, of {', '.join(users)}"
-        parser.add_argument(f"--{flag}", nargs="+", type=int, metavar="N", help=text)
-    parser.add_argument(
-        "--scope", default="e2e", choices=SCOPES, help="where plans apply (default: e2e)"
-    )
+    add_policies(parser)
     tokens = int(read_config(FACTS)["reference_tokens"])
     parser.add_argument(
         "--reference_tokens",
@@ -94,35 +78,6 @@ PERPLEXITY = Command(
     _act,
     "--model smollm2 --policy ADA --skip_sub_layer_num 8 --limit 2",
 )
-
-
-def cells_of(
-    base: RunConfig,
-    policies: Sequence[str],
-    budgets: Mapping[str, Sequence[int]],
-    plan: str | None = None,
-) -> list[RunConfig]:
-    """Dense, then every policy with each of its budgets, or with the plan's file it takes.
-
-    Raises:
-        AdaskipError: a policy is unknown or has no budget, or a budget has no policy.
-    """
-    cells = [base]
-    takers = [policy for policy in policies if takes(policy, PLAN_FILE)]
-    flags = {p: budget_flag(p) for p in policies if p != DENSE and p not in takers}
-    for given, values in budgets.items():
-        if values and given not in flags.values():
-            raise AdaskipError(f"--{given} is given, but no --policy that counts so.")
-    for policy, flag in flags.items():
-        values = budgets[flag] if flag else []
-        if not values:
-            raise AdaskipError(f"Policy {policy} needs its budget: --{flag} N.")
-        for value in dict.fromkeys(values):
-            cells.append(RunConfig.from_dict(base.as_dict() | {"policy": policy, str(flag): value}))
-    cells += [RunConfig.from_dict(base.as_dict() | {"policy": p, "plan": plan}) for p in takers]
-    for cell in cells:
-        cell.check()
-    return cells
 
 
 class TaskLoss(Stored):
