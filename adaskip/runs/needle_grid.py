@@ -7,11 +7,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from typing_extensions import override
+
 from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
 from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.sweepfile import Cell
 from adaskip.tasks.retrieval import check_depth
 from adaskip.tasks.spec import task_names, task_spec
+
+
+@dataclass(frozen=True)
+class PlacedCell(Cell):
+    """The run of one place of a map."""
+
+    @property
+    @override
+    def label(self) -> str:
+        """The name of the cell in messages, with its place."""
+        config = self.config
+        return f"{super().label}, {config.sample_tokens} tokens, {config.needle_depth} %"
 
 
 @dataclass(frozen=True)
@@ -101,5 +115,5 @@ class NeedleGrid:
             for policy in self.policies:
                 config = self.config(policy, *square)
                 config.check()
-                cells.append(Cell((config.experiment,), config))
+                cells.append(PlacedCell((config.experiment,), config))
         return cells
