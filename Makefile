@@ -3,18 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Environments of their own that share everything else: the oldest transformers that pyproject.toml
-# admits, with the core tests; the packages that quantize, and llama.cpp, with theirs.
+# admits, with the core tests; the packages that quantize, llama.cpp, and lm-eval, with theirs.
 OLDEST_TRANSFORMERS := 5.4.0
 OLDEST := .venv-oldest
 QUANTIZED := .venv-quantized
 LLAMACPP := .venv-llamacpp
+LM_EVAL := .venv-lm-eval
 VLLM := .venv-vllm
 CORE_TESTS := families policies phases turns shared_state entering recorders golden engines models \
 	export export_refusals
 PYTEST := python -m pytest -q -n 2 --dist loadfile --timeout 600
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 
-.PHONY: demo test lint types unit oldest quantized docs llamacpp serving vllm observations leaderboard speed gpu paper clean
+.PHONY: demo test lint types unit oldest quantized docs llamacpp lm-eval serving vllm observations leaderboard speed gpu paper clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/demo.yaml
@@ -39,6 +40,9 @@ quantized: $(QUANTIZED)/.installed
 
 llamacpp: $(LLAMACPP)/.installed
 	OMP_NUM_THREADS=1 $(LLAMACPP)/bin/$(PYTEST) tests/test_export_llamacpp.py
+
+lm-eval: $(LM_EVAL)/.installed
+	OMP_NUM_THREADS=1 $(LM_EVAL)/bin/$(PYTEST) tests/test_lm_eval.py
 
 # Fails on a link that leads nowhere; begin reading at build/docs/index.html.
 docs: $(VENV)/.installed
@@ -102,6 +106,11 @@ $(LLAMACPP)/.installed: $(VENV)/.installed requirements-xllamacpp.txt
 	$(@D)/bin/python -m pip install -r requirements-xllamacpp.txt
 	touch $@
 
+$(LM_EVAL)/.installed: $(VENV)/.installed requirements-lm-eval.txt
+	$(shared_environment)
+	$(@D)/bin/python -m pip install -r requirements-lm-eval.txt
+	touch $@
+
 $(VLLM)/.installed: requirements-vllm.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -r requirements-vllm.txt
@@ -109,4 +118,4 @@ $(VLLM)/.installed: requirements-vllm.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(QUANTIZED) $(LLAMACPP) $(VLLM) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(QUANTIZED) $(LLAMACPP) $(LM_EVAL) $(VLLM) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

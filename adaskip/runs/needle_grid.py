@@ -110,7 +110,7 @@ class NeedleGrid:
 
     def cells(self) -> list[Cell]:
         """All runs in the order they are made: all policies of a square, then the next square."""
-        cells = []
+        cells: list[Cell] = []
         for square in self.squares():
             for policy in self.policies:
                 config = self.config(policy, *square)
