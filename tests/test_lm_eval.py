@@ -1,4 +1,4 @@
-"""lm-evaluation-harness inside a block: in an environment of its own, with all it needs (make lm-eval).
+"""lm-evaluation-harness inside a block: in an environment of its own (make lm-eval).
 
 The tasks are files made here, as are their rows: nothing is fetched.
 """

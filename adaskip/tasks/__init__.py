@@ -1,1 +1,1 @@
-"""Tasks: LongBench and the offline sample, as rows and prompts."""
+"""Tasks: LongBench, the offline sample and retrieval tasks, as rows and prompts."""
