@@ -199,6 +199,8 @@ def test_means_leave_out_where_dense_is_at_chance() -> None:
         "m", "needle_single", "", (1000, 2000), (50,), (dense, other), ((2000, 50),), {}, {}
     )
     assert [report.mean(one) for one in report.maps] == [100.0, 25.0]
+    unfinished = HeatMap("EE (2)", (Square(1000, 50, None, 0), Square(2000, 50, 75.0, 4)))
+    assert report.mean(unfinished) is None
     text = text_of(report)
     assert "| EE (1) |      50 |       25.00 |     (75.00) |" in text
     assert draw(report).startswith(b"\x89PNG")

@@ -83,10 +83,13 @@ class NeedleReport:
     recipe: dict[str, Record]
 
     def mean(self, shown: HeatMap) -> float | None:
-        """The mean of a map's scores where dense is better than guessing; None without any."""
+        """The mean of a map's scores where dense is better than guessing.
+
+        None without such a place, and while one has no score: means of other places do not compare.
+        """
         places = [s for s in shown.squares if (s.tokens, s.depth) not in self.chance]
         known = [square.score for square in places if square.score is not None]
-        return statistics.fmean(known) if known else None
+        return statistics.fmean(known) if known and len(known) == len(places) else None
 
 
 def write_report(grid: NeedleGrid, command: str, failures: Mapping[str, str]) -> str:
@@ -212,7 +215,7 @@ def _draw_map(panel: Any, report: NeedleReport, shown: HeatMap) -> Any:
     panel.set_yticks(range(len(report.depths)), map(str, report.depths))
     panel.set_xlabel("tokens of the context", fontsize=8)
     mean = report.mean(shown)
-    panel.set_title(shown.policy + ("" if mean is None else f": {mean:.0f}"), fontsize=10)
+    panel.set_title(shown.policy + ("" if mean is None else f": mean {mean:.0f}"), fontsize=10)
     return image
 
 
