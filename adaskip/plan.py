@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PLAN_VERSION = 1
+# What a plan's `about` calls how it came to be: `adaskip/search/course.py`.
+COURSE = "course"
 # In which linear maps may be kept.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Where a plan file's metadata has its JSON.
@@ -196,6 +198,11 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
     def __or__(self, other: SkipPlan) -> SkipPlan:
         """Both plans together; where both skip a sublayer, the replacement of `other` counts."""
         return SkipPlan({**self, **other})
+
+    @property
+    def facts(self) -> dict[str, str | float | None]:
+        """What the plan is about, without its course, which is long and for the plan's file."""
+        return {key: value for key, value in self.about.items() if key != COURSE}
 
     @property
     def gains(self) -> Mapping[Sublayer, float | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,31 @@ def test_a_plan_made_otherwise_is_not_replaced(
     assert plan_main([*given, "--rows", "2"]) == 2
     assert "was made with another calibration" in capsys.readouterr().err
     assert (tmp_path / "EE-1.05.safetensors").read_bytes() == before
+
+
+def test_plans_are_explored_when_made_and_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, later = tmp_path / "made.html", tmp_path / "later.html"
+    given = options(tmp_path / "plans", "--method", "SLEB", "LLMDROP", "--acceleration", "1.15")
+    assert plan_main([*given, "--html", str(made)]) == 0
+    assert f"To explore them: {made}" in capsys.readouterr().out
+    files = [str(tmp_path / "plans" / f"{name}-1.15.safetensors") for name in ("SLEB", "LLMDROP")]
+    assert plan_main(["--show", *files, "--html", str(later)]) == 0
+    assert "\n| LLMDROP-1.15 " in capsys.readouterr().out
+    assert later.read_text() == made.read_text()
+    found = re.search(r'id="data">(.*?)</script>', made.read_text())
+    assert found is not None
+    sleb, drop = json.loads(found[1])
+    for told in (sleb, drop):
+        stops = told["stops"]
+        assert told["layers"] == 4
+        # Ever larger, each with its loss, the last one being the plan.
+        assert [stop["speedup"] for stop in stops] == sorted(stop["speedup"] for stop in stops)
+        assert all(stop["loss"] is not None for stop in stops)
+        assert stops[-1]["speedup"] >= 1.15
+    assert len(drop["stops"]) > 1
+    assert all(drop["sensitivity"]["attn"][layer] is None for layer in range(4))
+    assert [name for name, _ in sleb["sensitivity"]["ffn"]] == ["nothing, nor of its layer"] * 4
+    assert plan_main(["--show", files[0], files[0]]) == 2
+    assert "Two files have the same name" in capsys.readouterr().err

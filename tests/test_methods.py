@@ -289,8 +289,8 @@ def test_a_method_goes_on_from_its_record_towards_any_acceleration(
 
     monkeypatch.setattr(Losses, "loss", counted)
     assert make_plan(model, ROWS, "SLEB", acceleration=1.2, record=record, **options) == less
-    # Only the loss that it tells at the end.
-    assert looked[0] == 1
+    # Only the losses that it tells: of its one layer on the way, and at the end.
+    assert looked[0] == 2
     more = make_plan(model, ROWS, "SLEB", acceleration=1.8, record=record, **options)
     assert more == whole
     assert more.about == whole.about

@@ -5,23 +5,15 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import browser, shown
 from run_fixtures import Workplace, save_checkpoint, save_data, save_plan
 
 from adaskip import sweep
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--hide-scrollbars", "--disable-background-networking", "--disable-component-update"),
-    "--disable-sync",
-]
-NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND"
 # What the page is asked once it is shown.
 PROBE = """<script>
 const refused = [];
@@ -34,8 +26,6 @@ addEventListener('load', () => { document.title = JSON.stringify({
   wide: document.documentElement.scrollWidth, screen: innerWidth,
 }); });
 </script>"""
-
-browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +43,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = save_plan(place, perplexity={"rows": 1, "max_tokens": 4}, policies={"EE": [1, 2, 9]})
     assert sweep.main([str(file)]) == 1
     return place.results
-
-
-def shown(page: Path, folder: Path, *flags: str) -> str:
-    """The page as chromium has it after loading, without any network."""
-    assert CHROMIUM is not None
-    profile = f"--user-data-dir={folder / 'profile'}"
-    command = [CHROMIUM, *FLAGS, NO_NETWORK, profile, *flags, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
 
 
 def probed(results: Path, folder: Path, width: int) -> dict[str, Any]:

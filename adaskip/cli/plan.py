@@ -16,7 +16,9 @@ from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
 from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
 from adaskip.methods import make_plan, method_names
+from adaskip.models.spec import model_names
 from adaskip.plan import Phase, SkipPlan
+from adaskip.reports.explorer import write_explorer
 from adaskip.runs.calibration import calibration_rows
 from adaskip.runs.loaded import LoadedModel
 from adaskip.search import MENU, SEARCH, WINDOWS, search_plan
@@ -37,7 +39,8 @@ def plan_main(argv: Sequence[str] | None = None) -> int:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = f"{ALL}, or of: {', '.join(method_names())}"
-    add("--model", required=True, metavar="NAME", help="as in configs/models.yaml")
+    add("--model", metavar="NAME", help=f"{', '.join(model_names())}, a folder or a hub id")
+    add("--show", nargs="+", metavar="FILE", help="make none: show these plans' files")
     add("--method", nargs="+", default=[SEARCH], metavar="NAME", help=f"{names}; {SEARCH}")
     add("--acceleration", nargs="+", type=float, default=[1.2], metavar="RATIO", help="1.2")
     add("--phase", choices=[*Phase], default=str(Phase.PREFILL), help="in which it is reached")
@@ -59,7 +62,31 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--exact", action="store_true", help="SLEB and BLOCKPRUNER as their papers have them")
     add("--measure", action="store_true", help="also measure what each plan reaches")
     add("--out", default="results/plans", metavar="FOLDER", help="results/plans")
+    add("--html", metavar="FILE", help="write a page to explore the plans with; self-contained")
     add_run_options(parser, _LOADING)
+
+
+def _act(given: argparse.Namespace) -> int:
+    """Makes plans, or shows those that are there."""
+    if (given.model is None) == (given.show is None):
+        raise AdaskipError("Give either a --model to make plans for, or plans to --show.")
+    return _make(given) if given.show is None else _show(given)
+
+
+def _show(given: argparse.Namespace) -> int:
+    plans = {Path(file).stem: SkipPlan.load(file) for file in given.show}
+    if len(plans) < len(given.show):
+        raise AdaskipError("Two files have the same name, which is all that tells plans apart.")
+    _tell(plans, given.html)
+    return 0
+
+
+def _tell(plans: dict[str, SkipPlan], page: str | None) -> None:
+    """The table of plans, and their page if one is wanted."""
+    say(_table(plans))
+    if page is not None:
+        write_explorer(Path(page), plans)
+        say(f"\nTo explore them: {page}")
 
 
 def _make(given: argparse.Namespace) -> int:
@@ -88,7 +115,7 @@ def _make(given: argparse.Namespace) -> int:
                 failures[path.stem] = " ".join(str(error).split())
     found = {path: plan for path, plan in plans.items() if plan is not None}
     if found:
-        say(_table({path.stem: plan for path, plan in found.items()}))
+        _tell({path.stem: plan for path, plan in found.items()}, given.html)
         say(f"\nWritten: {folder}. Apply one: --policy PLAN --plan {next(iter(found))}")
     for name, reason in failures.items():
         say(f"{name}: {reason}")
@@ -132,7 +159,8 @@ def _made(
         )
     else:
         exact = given.exact and method in ("SLEB", "BLOCKPRUNER")
-        make = partial(make_plan, method=method, exact=exact)
+        looks = given.html is not None
+        make = partial(make_plan, method=method, exact=exact, losses_on_the_way=looks)
     plan = make(loaded.model, rows, **options)
     # More than the model computes in would be lost on every use of the file.
     plan.save(path, dtype=loaded.model.dtype)
@@ -190,11 +218,11 @@ def _table(plans: dict[str, SkipPlan]) -> str:
         lines.append(
             [
                 name,
-                number(about["predicted acceleration"], 3),
+                number(about.get("predicted acceleration"), 3),
                 measured,
-                percent(about["predicted kv share"]),
-                number(about["loss"], 4),
-                number(about["forwards"], 0),
+                percent(about.get("predicted kv share")),
+                number(about.get("loss"), 4),
+                number(about.get("forwards"), 0),
                 _replaces(plan),
             ]
         )
@@ -210,6 +238,6 @@ def _replaces(plan: SkipPlan) -> str:
 PLAN = Command(
     "Makes plans by a search or by the field's methods; the policy PLAN applies them.",
     _add_options,
-    _make,
-    "--model smollm2 --method SEARCH SLEB --acceleration 1.2 --context 1000",
+    _act,
+    "--model smollm2 --acceleration 1.2 --context 1000 --html plan.html",
 )

@@ -29,7 +29,7 @@ def about(model: PreTrainedModel, plan: SkipPlan) -> dict[str, Any]:
         "version": __version__,
         "source": source_name(model),
         "fingerprint": plan.fingerprint,
-        "about": dict(plan.about),
+        "about": plan.facts,
         "plan": rows,
     }
 

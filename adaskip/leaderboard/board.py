@@ -222,7 +222,7 @@ class Board:
             return PlanRow(id=point.name, error=str(error))
         plan.save(self.path_of(point))
         replaced = {str(sublayer): _told(plan, sublayer) for sublayer in plan}
-        return PlanRow(id=point.name, about=dict(plan.about), replaced=replaced)
+        return PlanRow(id=point.name, about=plan.facts, replaced=replaced)
 
     def _found(self) -> dict[str, SkipPlan]:
         """The plans that exist, dense first."""

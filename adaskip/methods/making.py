@@ -16,13 +16,14 @@ from adaskip.fingerprint import model_fingerprint
 from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.methods.method import METHODS, Growth, Method
-from adaskip.plan import Phase, SkipPlan, Step, Sublayer
+from adaskip.plan import COURSE, Phase, SkipPlan, Step, Sublayer
 from adaskip.policies import POLICIES
 from adaskip.policies.factory import LEARNED, build_policy, takes
 from adaskip.profiling.plan_times import linear_like, measured_plan_times
 from adaskip.replacements import Replacement
 from adaskip.search import SEARCH, search_plan
-from adaskip.search.describing import described, identity, with_measured
+from adaskip.search.course import Course, named
+from adaskip.search.describing import described, identity, reached, with_measured
 from adaskip.search.journal import Journal
 from adaskip.search.losses import Losses, Row
 from adaskip.search.trials import Trials
@@ -52,6 +53,7 @@ def make_plan(
     record: str | os.PathLike[str] | None = None,
     measure: bool = False,
     source: str = "",
+    losses_on_the_way: bool = False,
     progress: bool = False,
 ) -> SkipPlan:
     """The least that a method replaces to reach an acceleration by predicted time.
@@ -72,6 +74,8 @@ def make_plan(
             that was for, it is not computed again.
         measure: whether to measure at the end what the plan reaches.
         source: what the rows are, kept in the plan.
+        losses_on_the_way: whether to compute the loss of every smaller plan that the method passes,
+            also where it is not known anyway; for looking at (`about["course"]`).
         progress: whether to show a progress bar.
 
     Returns:
@@ -115,38 +119,60 @@ def make_plan(
         trials = Trials(losses, None, journal, progress=progress)
         grow = partial(chosen.grow, exact=True) if exact else chosen.grow
         with closing(trials):
-            plan = _first_that_reaches(grow(trials), times, acceleration, method)
+            course = Course.begun(losses, times)
+            plan: Mapping[Sublayer, Replacement] = {}
+            for plan in _until_it_reaches(grow(trials), times, acceleration, method):
+                lost = _loss_of(plan, losses, compute=losses_on_the_way)
+                course.add(named(plan), *reached(described(plan, times, acceleration)), lost)
         cost = trials.forwards
         losses.accept(plan)
         loss = losses.loss({}, measure="kl")
+        facts = described(plan, times, acceleration)
+        course.alone = trials.alone
+        course.add(named(plan), *reached(facts), loss)
     about: dict[str, str | float | None] = {
         "method": method,
-        **described(plan, times, acceleration),
+        **facts,
         "loss": loss,
         "forwards": round(cost, 1),
         "calibration": source or f"{len(rows)} rows",
+        COURSE: course.as_text(),
     }
     made = SkipPlan(plan, fingerprint=model_fingerprint(model), about=about)
     return with_measured(model, made, progress=progress) if measure else made
 
 
-def _first_that_reaches(
-    growth: Growth, times: PlanTimes, acceleration: float, method: str
-) -> Mapping[Sublayer, Replacement]:
-    """The first of ever larger plans that is fast enough."""
+def _until_it_reaches(growth: Growth, times: PlanTimes, acceleration: float, method: str) -> Growth:
+    """Ever larger plans, up to the first that is fast enough; none for an acceleration of 1."""
     best = 1.0
-    plan: Mapping[Sublayer, Replacement] = {}
     if acceleration <= 1:
-        return plan
+        return
     for plan in growth:
+        yield plan
         speedup = times.speedup(plan)
         if speedup >= acceleration:
-            return plan
+            return
         best = max(best, speedup)
     raise AdaskipError(
         f"{method} does not reach an acceleration of {acceleration} in {times.dense.phase} at "
         f"{times.dense.context} tokens; its best is {best:.2f}. Give less."
     )
+
+
+def _loss_of(
+    plan: Mapping[Sublayer, Replacement], losses: Losses, *, compute: bool
+) -> float | None:
+    """The loss of a plan on the way; None if it is neither at hand nor to be computed."""
+    if losses.plan == dict(plan):
+        # The streams are those of the plan.
+        return losses.loss({}, measure="kl")
+    if not compute:
+        return None
+    before = losses.n_run
+    loss = losses.loss(plan, measure="kl")
+    # No part of what the method takes.
+    losses.n_run = before
+    return loss
 
 
 def _of_policy(

@@ -75,7 +75,11 @@ def least_lost(rows: Trials, parts: Sequence[tuple[Sublayer, ...]], *, exact: bo
     base, n_gone = rows.loss(), 0
 
     def look(part: tuple[Sublayer, ...]) -> None:
-        seen[part] = rows.loss(_without(part)) - base, n_gone
+        lost = rows.loss(_without(part)) - base
+        seen[part] = lost, n_gone
+        if n_gone == 0:
+            name = NOTHING if len(part) == 1 else f"{NOTHING}, nor of its layer"
+            rows.alone |= dict.fromkeys(part, (name, lost))
 
     for part in parts:
         look(part)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch.nn.functional import cosine_similarity
-
 from adaskip.methods.method import Growth, method
 from adaskip.plan import Sublayer
-from adaskip.search.losses import token_gain
+from adaskip.search.losses import stream_similarity, token_gain
 from adaskip.search.trials import Trials
 
 
@@ -27,21 +25,15 @@ def prune_and_comp(rows: Trials) -> Growth:
     losses = rows.losses
     left = list(range(len(losses.order) // 2))
     while left:
-        similarity = {layer: _similarity(rows, layer) for layer in left}
+        similarity = {
+            layer: stream_similarity(
+                losses.before(Sublayer(layer, "attn")), losses.behind(Sublayer(layer, "ffn"))
+            )
+            for layer in left
+        }
         chosen = max(left, key=lambda layer: (similarity[layer], -layer))
         left.remove(chosen)
         attn, ffn = Sublayer(chosen, "attn"), Sublayer(chosen, "ffn")
         gain = token_gain(losses.before(attn), losses.behind(ffn))
         losses.accept({attn: gain, ffn: None})
         yield dict(losses.plan)
-
-
-def _similarity(rows: Trials, layer: int) -> float:
-    """Cosine of the present stream before and behind a layer: mean over tokens, then rows."""
-    before = rows.losses.before(Sublayer(layer, "attn"))
-    behind = rows.losses.behind(Sublayer(layer, "ffn"))
-    cosines = [
-        cosine_similarity(x.float(), y.float(), dim=-1).mean()
-        for x, y in zip(before, behind, strict=True)
-    ]
-    return float(sum(cosines)) / len(cosines)

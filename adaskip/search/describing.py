@@ -38,6 +38,11 @@ def described(
     }
 
 
+def reached(facts: Mapping[str, Any]) -> tuple[float, float]:
+    """What `described` predicts: the acceleration, and the share of keys and values."""
+    return facts["predicted acceleration"], facts["predicted kv share"]
+
+
 def with_measured(model: PreTrainedModel, plan: SkipPlan, *, progress: bool = False) -> SkipPlan:
     """A plan that also tells what it reaches now, beside what was predicted.
 

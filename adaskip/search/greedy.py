@@ -23,6 +23,7 @@ class Choice:
         budget: what has to be saved.
         chosen: the plan.
         lost: nats per answer token that an option was last seen to lose, against its sublayer.
+        grown: the plan after each choice on the way to the budget, and its loss.
     """
 
     trials: Trials
@@ -30,6 +31,7 @@ class Choice:
     budget: Budget
     chosen: dict[Sublayer, Option] = field(default_factory=dict)
     lost: dict[Option, float] = field(default_factory=dict)
+    grown: list[tuple[dict[Sublayer, Option], float]] = field(default_factory=list)
 
     def seen(self, option: Option) -> float:
         """What an option loses, as far as is known.
@@ -146,6 +148,7 @@ def fill(choice: Choice) -> None:
             continue
         choice.accept([best])
         base, n_accepted = loss, n_accepted + 1
+        choice.grown.append((dict(choice.chosen), base))
         choice.trials.say(f"{len(choice.chosen)} replaced, loss {base:.4f}")
 
 

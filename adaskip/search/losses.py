@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax, nll_loss
+from torch.nn.functional import cosine_similarity, kl_div, log_softmax, nll_loss
 
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.fitting import Moments
@@ -269,6 +269,15 @@ class Losses:
         if measure == "nll":
             return nll_loss(found, stream.answer, reduction="sum")
         return kl_div(found, stream.dense, reduction="sum", log_target=True)
+
+
+def stream_similarity(before: Sequence[Tensor], behind: Sequence[Tensor]) -> float:
+    """Cosine of two streams, per row [tokens, hidden]: mean over tokens, then over rows."""
+    cosines = [
+        cosine_similarity(x.float(), y.float(), dim=-1).mean()
+        for x, y in zip(before, behind, strict=True)
+    ]
+    return float(sum(cosines)) / len(cosines)
 
 
 def token_gain(before: Sequence[Tensor], behind: Sequence[Tensor]) -> float:

@@ -14,10 +14,11 @@ from adaskip.errors import AdaskipError, unknown_name
 from adaskip.fingerprint import model_fingerprint
 from adaskip.fitting import check_rank
 from adaskip.numbers import is_finite
-from adaskip.plan import Phase, SkipPlan
+from adaskip.plan import COURSE, Phase, SkipPlan
 from adaskip.profiling.plan_times import measured_plan_times
 from adaskip.replacements import Replacement
-from adaskip.search.describing import described, identity, with_measured
+from adaskip.search.course import Course, named
+from adaskip.search.describing import described, identity, reached, with_measured
 from adaskip.search.exchange import exchange
 from adaskip.search.greedy import Choice, fill
 from adaskip.search.journal import Journal
@@ -110,18 +111,25 @@ def search_plan(
         menu = Menu(model, dishes, plan_times)
         trials = Trials(losses, rank, journal, progress=progress)
         with closing(trials):
-            _choose(trials, menu, asked, plan_times)
+            course = Course.begun(losses, plan_times)
+            choice = _choose(trials, menu, asked, plan_times)
         loss = losses.loss({})
+        course.alone = trials.alone
+        _tell(course, choice, plan_times)
+        replaced = losses.plan
+        facts = described(replaced, plan_times, acceleration)
+        course.add(named(replaced), *reached(facts), loss)
     about: dict[str, str | float | None] = {
         "method": NAME,
         "replacements": str(dishes),
-        **described(losses.plan, plan_times, acceleration),
+        **facts,
         **({} if kv_share is None else {"kv share": float(kv_share)}),
         "loss": loss,
         "forwards": round(trials.forwards, 1),
         "calibration": source or f"{len(rows)} rows",
+        COURSE: course.as_text(),
     }
-    plan = SkipPlan(losses.plan, fingerprint=model_fingerprint(model), about=about)
+    plan = SkipPlan(replaced, fingerprint=model_fingerprint(model), about=about)
     return with_measured(model, plan, progress=progress) if measure else plan
 
 
@@ -162,7 +170,7 @@ def _times(
     return times
 
 
-def _choose(trials: Trials, menu: Menu, asked: _Asked, times: PlanTimes) -> None:
+def _choose(trials: Trials, menu: Menu, asked: _Asked, times: PlanTimes) -> Choice:
     """Makes the plan of the trials the one that is asked for."""
     seconds = times.dense.total * (1 - 1 / asked.acceleration)
     budget = Budget(seconds, 1 - (asked.kv_share or 1))
@@ -173,3 +181,14 @@ def _choose(trials: Trials, menu: Menu, asked: _Asked, times: PlanTimes) -> None
     fill(choice)
     exchange(choice, asked.exchanges)
     trials.relearn(choice.chosen.values())
+    return choice
+
+
+def _tell(course: Course, choice: Choice, times: PlanTimes) -> None:
+    """Adds the plan after each choice on the way to the budget."""
+    total = times.dense.total
+    for chosen, loss in choice.grown:
+        saved = sum(option.saved for option in chosen.values())
+        freed = sum(option.freed for option in chosen.values())
+        names = {sublayer: option.name for sublayer, option in chosen.items()}
+        course.add(names, total / (total - saved), 1 - freed, loss)

@@ -27,12 +27,16 @@ class Trials:
         rank: of linear maps; None for full ones.
         journal: what was measured before, and where the rest is kept.
         progress: whether to show a progress bar, in forwards of a row.
+
+    Attributes:
+        alone: what was tried first in each sublayer's place while all others ran, and what it lost.
     """
 
     def __init__(
         self, losses: Losses, rank: int | None, journal: Journal, *, progress: bool = False
     ) -> None:
         self.losses = losses
+        self.alone: dict[Sublayer, tuple[str, float]] = {}
         # What the plan has in each place, told by all that determines it.
         self._plan: dict[Sublayer, str] = {}
         self._asked: set[str] = set()
@@ -73,6 +77,12 @@ class Trials:
         self._count(before, self._price(options, dropped, few=few) if counts else 0)
         if not few:
             self._latest = (asked, changed) if counts else ("", None)
+        if not self._plan and len(options) == 1:
+            [option] = options
+            first, _ = self.alone.get(option.sublayer, (option.name, loss))
+            if first == option.name:
+                # Of all rows, if it comes to that: they are looked at after the few.
+                self.alone[option.sublayer] = first, float(loss)
         return float(loss)
 
     def accept(self, options: Iterable[Option], *, dropped: Sublayer | None = None) -> None:
