@@ -37,6 +37,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog or own, **(ours | settings))
 
     @override
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuses a value that is no choice, and names the nearest that is."""
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            hint = did_you_mean(str(value), names)
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}.{hint} Choose one of: {', '.join(names)}."
+            )
+
+    @override
     def error(self, message: str) -> NoReturn:
         """Raises an `AdaskipError` in place of printing the usage."""
         unknown = message.partition("unrecognized arguments: ")[2].split()

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
-from adaskip.errors import AdaskipError, ProfileError
+from adaskip.errors import AdaskipError, ProfileError, did_you_mean
 from adaskip.fingerprint import fingerprint_name, model_fingerprint, same_model
 from adaskip.plan import Sublayer, all_sublayers
 
@@ -157,9 +157,11 @@ class Importance:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            shipped = ", ".join(shipped_profiles())
+            shipped = shipped_profiles()
+            hint = did_you_mean(str(path), shipped)
             raise ProfileError(
-                f"There is no importance profile at {path}; shipped are those of: {shipped}."
+                f"There is no importance profile at {path}; shipped are those of: "
+                f"{', '.join(shipped)}.{hint}"
             ) from None
         except (ValueError, OSError) as error:
             raise ProfileError(f"The importance profile {path} cannot be read: {error}.") from error

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from adaskip.errors import AdaskipError, PlanError
+from adaskip.errors import AdaskipError, PlanError, did_you_mean
 from adaskip.fingerprint import fingerprint_name, model_fingerprint, same_model
 from adaskip.numbers import is_finite, is_whole
 from adaskip.replacements import Linear, Replacement, Window
@@ -302,7 +302,9 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
-            raise PlanError(f"There is no plan at {path}.") from None
+            beside = (file.name for file in Path(path).parent.glob("*.safetensors"))
+            hint = did_you_mean(Path(path).name, beside)
+            raise PlanError(f"There is no plan at {path}.{hint}") from None
         except (OSError, SafetensorError) as error:
             raise PlanError(f"The plan {path} cannot be read: {error}.") from error
         return _from_file(metadata, tensors, path)

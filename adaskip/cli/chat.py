@@ -17,7 +17,7 @@ from adaskip.policies import POLICIES, FixedSkipping, SkipPolicy
 from adaskip.policies.factory import BUDGETS, LEARNED, takes
 from adaskip.runs.conversation import Answer, Conversation
 from adaskip.runs.loaded import LoadedModel
-from adaskip.runs.runconfig import DENSE, POLICY_OPTIONS, RunConfig, refuse_unused
+from adaskip.runs.runconfig import DENSE, PLAN_FILE, POLICY_OPTIONS, RunConfig, refuse_unused
 from adaskip.runs.runner import resolve
 from adaskip.tables import MISSING, markdown_table, number
 
@@ -74,6 +74,11 @@ def _configured(options: dict[str, Any], plan: str | None) -> RunConfig:
         AdaskipError: an option is wrong, or both a plan and a policy are given.
     """
     policy, scope = options["policy"], options.pop("scope")
+    if takes(policy, PLAN_FILE):
+        # As `adaskip run` has it: the file says what is skipped, and how much.
+        if plan is None:
+            raise AdaskipError(f"Policy {policy} needs the file of a plan: --plan FILE.")
+        policy = options["policy"] = DENSE
     if plan is not None and policy != DENSE:
         raise AdaskipError(f"--plan and --policy {policy} both say what is skipped: give one.")
     refuse_unused(options, [policy])

@@ -7,13 +7,16 @@ import argparse
 import shtab
 
 from adaskip.cli.main import COMMANDS, PROG, command
+from adaskip.cli.plan import ALL
 from adaskip.command import Command, say
+from adaskip.methods import method_names
 from adaskip.models.spec import model_names
 from adaskip.policies import POLICIES
 from adaskip.runs.runconfig import DENSE
+from adaskip.search import MENU
 from adaskip.tasks.spec import task_names
 
-_FILES = frozenset({"plan", "importance", "texts", "out", "file"})
+_FILES = frozenset({"plan", "importance", "texts", "out", "file", "show", "html"})
 _FOLDERS = frozenset({"results_dir", "data_dir", "model_path"})
 
 
@@ -38,6 +41,8 @@ def _complete(action: argparse.Action) -> None:
         "policy": (DENSE, *POLICIES),
         "policies": tuple(POLICIES),
         "tasks": task_names(),
+        "method": (ALL, *method_names()),
+        "replacements": MENU,
     }
     if action.dest in names:
         action.choices = names[action.dest]
@@ -57,5 +62,11 @@ def _act(given: argparse.Namespace) -> int:
 
 
 COMPLETION = Command(
-    "Prints what completes commands, options and names in a shell.", _options, _act, "bash"
+    "Prints what completes commands, options and names in a shell. A shell gets it from its own "
+    'start file: eval "$(adaskip completion bash)" in ~/.bashrc, eval "$(adaskip completion zsh)" '
+    "behind compinit in ~/.zshrc; in fish: adaskip completion fish > "
+    "~/.config/fish/completions/adaskip.fish.",
+    _options,
+    _act,
+    "bash",
 )

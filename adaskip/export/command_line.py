@@ -12,6 +12,7 @@ from adaskip.export import refusing
 from adaskip.export.exporting import export_checkpoint
 from adaskip.importance import GAINS, Importance, shipped_profiles
 from adaskip.models.loading import load_model, load_tokenizer
+from adaskip.models.spec import model_source
 from adaskip.plan import SCOPES, SkipPlan
 from adaskip.policies import POLICIES
 from adaskip.policies.factory import BUDGETS, LEARNED, build_policy, takes
@@ -53,6 +54,7 @@ def _act(given: argparse.Namespace) -> int:
         AdaskipError: they do not fit each other, or the export is refused or fails.
     """
     refusing.check_folder(Path(given.out))
+    model_source(given.model)  # refuses a name that is none before anything is read
     plan = _plan(given)
     model = load_model(given.model, device=given.device)
     if not isinstance(plan, SkipPlan):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaskip.errors import RunError
+from adaskip.errors import RunError, did_you_mean
 from adaskip.metrics import ScoreLog, corpus_score, rouge_l, score_each, similarity_backend
 from adaskip.plan import Phase
 from adaskip.runs.files import SCHEMA, Record, write_json
@@ -189,7 +189,8 @@ def runs_of(results_dir: Path, name: str) -> list[Path]:
         known += runs
     names = sorted({run.name for run in known})
     held = f"its runs are: {', '.join(names)}" if names else "it holds no run"
-    raise RunError(f"No run {name!r} in {results_dir}; {held}.")
+    hint = did_you_mean(name, [run.rpartition("-SKIP-")[0] for run in names])
+    raise RunError(f"No run {name!r} in {results_dir}; {held}.{hint}")
 
 
 def _budget(folder: Path) -> str:

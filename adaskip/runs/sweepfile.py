@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from adaskip.configuration import config_names, config_path, read_config
-from adaskip.errors import AdaskipError, unknown_name
+from adaskip.errors import AdaskipError, did_you_mean, unknown_name
 from adaskip.models.spec import model_names
 from adaskip.plan import SCOPES, Scope
 from adaskip.policies.factory import takes
@@ -84,14 +84,17 @@ class Cell:
 
     def matches(self, only: Mapping[str, str]) -> bool:
         """Whether every selector fits."""
-        own: dict[str, Iterable[str]] = {
+        return all(value in self.selected_by()[key] for key, value in only.items())
+
+    def selected_by(self) -> dict[str, Iterable[str]]:
+        """The values of each selector that fit."""
+        return {
             "model": [self.config.model_name],
             "experiment": self.experiments,
             "policy": [self.config.policy, self.config.label],
             "budget": [str(self.config.budget)],
             "task": [self.task],
         }
-        return all(value in own[key] for key, value in only.items())
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,12 @@ def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
         chosen[key] = value
     left = [cell for cell in cells if cell.matches(chosen)]
     if not left:
-        raise AdaskipError(f"No cell matches --only {' '.join(only)}; --dry_run lists all of them.")
+        own = [cell.selected_by() for cell in cells]
+        hints = (did_you_mean(v, {n for o in own for n in o[k]} - {v}) for k, v in chosen.items())
+        raise AdaskipError(
+            f"No cell matches --only {' '.join(only)}; --dry_run lists all of them."
+            f"{next(filter(None, hints), '')}"
+        )
     return left
 
 

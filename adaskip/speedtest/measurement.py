@@ -84,6 +84,10 @@ class Measurement(ABC):
         model, weights = self.source
         if model not in model_names():
             raise unknown_name("model", model, model_names())
+        if weights is not None and "/" not in weights and not Path(weights).is_dir():
+            known = (DEFAULT_WEIGHTS, *model_names())
+            if weights not in known:
+                raise unknown_name("weights", weights, known)
         if self.layers is not None and weights is not None:
             raise AdaskipError(
                 f"--layers {self.layers} cuts random weights only; leave out --layers, or measure "
