@@ -1,10 +1,12 @@
-"""Pages that the documentation has besides docs/: the top's documents, and the public names.
+"""Pages that the documentation has besides docs/*.md: notebooks, the top's documents, public names.
 
 A hook of mkdocs. The reference follows from `adaskip.__all__`, so that no public name is left out.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, page in TOP.items():
         text = _relinked((ROOT / name).read_text(encoding="utf-8"), ROOT, files, config)
         files.append(File.generated(config, page, content=text))
+    for path in sorted(Path(config.docs_dir).glob("*.ipynb")):
+        page, pictures = _notebook(path)
+        text = _relinked(page, path.parent, files, config)
+        files.append(File.generated(config, f"{path.stem}.md", content=text))
+        for name, content in pictures.items():
+            files.append(File.generated(config, name, content=content))
     for home, names in _HOMES.items():
         parts = "\n\n".join(f"::: {home}.{name}" for name in sorted(names))
         text = (
@@ -54,6 +62,25 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
     if page.file.generated_by is not None:
         return markdown
     return _relinked(markdown, Path(config.docs_dir), files, config)
+
+
+def _notebook(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook as markdown, and the pictures among its outputs by name."""
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            text = "".join(output.get("text", data.get("text/plain", "")))
+            if "image/png" in data:
+                name = f"{path.stem}-{len(pictures)}.png"
+                pictures[name] = base64.b64decode(data["image/png"])
+                parts.append(f"![What the cell above draws]({name})")
+            else:
+                parts.append(f"```text\n{text.strip()}\n```")
+    return "\n\n".join(parts) + "\n", pictures
 
 
 def _page(home: str) -> str:
@@ -77,6 +104,7 @@ def _relinked(text: str, folder: Path, files: Files, config: MkDocsConfig) -> st
             return match[0]  # which mkdocs then reports
         inside = path.relative_to(ROOT).as_posix()
         page = TOP.get(inside) or (inside.removeprefix("docs/") if path.suffix != ".py" else "")
+        page = page.replace(".ipynb", ".md")
         if inside in TOP or (inside.startswith("docs/") and page):
             return f"{image}[{label}]({page}{anchor})"
         if path.suffix in (".png", ".html"):

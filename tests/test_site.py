@@ -33,7 +33,9 @@ def test_the_site_is_whole(tmp_path: Path) -> None:
     for home, names in _HOMES.items():
         for name in names:
             assert f'id="{home}.{name}"' in text, f"{home}.{name} is not in the reference"
-    assert {"METHOD", "GLOSSARY", "FIDELITY", "SPEED", "SCALE"} <= set(pages)
+    assert "![" not in text
+    assert (tmp_path / "quickstart-0.png").is_file()
+    assert {"quickstart", "METHOD", "GLOSSARY", "FIDELITY", "SPEED", "SCALE"} <= set(pages)
     assert "Use it" in pages[tmp_path.name]
     # Nothing is fetched.
     sources = re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="(https?:[^"]+)"', text)
