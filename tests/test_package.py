@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 from test_layers import HARNESS, layer, sources
 
-from adaskip.cli.main import EXTRAS
+from adaskip.cli.main import COMMANDS, EXTRAS
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 BACKEND = PYPROJECT["build-system"]["build-backend"]
@@ -163,3 +163,16 @@ def test_types_are_told() -> None:
     package = importlib.import_module("adaskip")
     assert package.__file__ is not None
     assert Path(package.__file__).with_name("py.typed").is_file()
+
+
+def test_commands_of_the_package_itself_need_no_extra() -> None:
+    """Each is loaded, with all that it imports, where the packages of extras are not there."""
+    names = [name for name, entry in COMMANDS.items() if entry.extra is None]
+    assert {"chat", "learn", "plan", "run", "export"} <= set(names)
+    missing = sorted(set(EXTRAS["experiments"]) - {"jinja2"})  # which comes with torch
+    code = (
+        f"import sys; sys.modules |= dict.fromkeys({missing})\n"
+        f"from adaskip.cli.main import command\nfor name in {names}: command(name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

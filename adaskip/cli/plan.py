@@ -11,16 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.observe import configured
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
 from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
 from adaskip.methods import make_plan, method_names
-from adaskip.models.spec import model_names
+from adaskip.models.spec import model_names, model_spec
 from adaskip.plan import Phase, SkipPlan
 from adaskip.reports.explorer import write_explorer
 from adaskip.runs.calibration import calibration_rows
 from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.runconfig import DENSE, RunConfig
+from adaskip.runs.runner import resolve
 from adaskip.search import MENU, SEARCH, WINDOWS, search_plan
 from adaskip.search.describing import record_name
 from adaskip.search.losses import Row
@@ -125,11 +126,13 @@ def _make(given: argparse.Namespace) -> int:
 def _opened(given: argparse.Namespace) -> tuple[LoadedModel, list[Row]]:
     """The model, and the rows to calibrate with."""
     settings: dict[str, Any] = {name: getattr(given, name) for name in _LOADING}
-    settings |= {"tasks": given.tasks, "sample_tokens": given.context, "max_length": given.context}
+    settings |= {"tasks": tuple(given.tasks), "name": Path(given.model).name, "policy": DENSE}
+    settings |= {"sample_tokens": given.context, "max_length": given.context}
     if given.tasks and all(task.startswith("sample_") for task in given.tasks):
         # Contexts of that many tokens, around which the prompt stands.
         del settings["max_length"]
-    config = configured("perplexity", given.model, settings)
+    model_spec(given.model)
+    config = resolve(RunConfig(experiment="e2e", model_name=given.model, **settings))
     loaded = LoadedModel.open(config)
     tasks, answers = list(config.tasks), given.reference_tokens
     return loaded, calibration_rows(loaded, config, tasks, given.rows, answers)
