@@ -50,7 +50,7 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_documents_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a tiny model, one after the other, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADASKIP_CACHE", str(tmp_path))
@@ -64,11 +64,12 @@ def test_the_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
         "my_long_prompt": "a third text",
         "my_prompts_and_answers": [("a text of some length " * 5, " an answer")],
     }
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)  # noqa: S102 - our own text
+    for document, least in (("README.md", 1), ("docs/USE.md", 5)):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+        assert len(blocks) >= least
+        for block in blocks:
+            exec(compile(block, document, "exec"), names)  # noqa: S102 - our own text
     assert names["answer"].shape[1] > names["inputs"].input_ids.shape[1]
 
 
@@ -140,11 +141,19 @@ def test_every_word_of_the_glossary_has_its_module() -> None:
 
 
 def test_the_house_has_the_packages_there_are() -> None:
-    """In CONTRIBUTING.md and in the tree of README.md, from the bottom up."""
+    """In CONTRIBUTING.md, from the bottom up."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `adaskip/(\w+)/`", text, flags=re.M) == list(ORDER[1:])
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What is where")[2]
-    assert re.findall(r"^  (\w+)/", tree, flags=re.M) == list(ORDER[1:])
+
+
+def test_the_readme_is_read_in_a_minute_or_two() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    # Whatever else there is, it leads to.
+    chapters = {path.name for path in (ROOT / "docs").glob("*.md")} - {"LOG.md", "TRAPS.md"}
+    read = text + (ROOT / "docs/USE.md").read_text(encoding="utf-8")
+    read += (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(chapters) if f"{name}" not in read] == []
 
 
 def defines(path: Path, name: str) -> bool:
