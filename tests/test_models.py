@@ -69,11 +69,11 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def test_rows_of_the_paper():
     limits = {name: model_spec(name).prompt_limit for name in ("llama", "internlm", "vicuna")}
     assert limits == {"llama": 31500, "internlm": 7500, "vicuna": 15500}
-    assert model_names() == ("llama", "internlm", "vicuna", "smollm2")
+    assert model_names() == ("llama", "internlm", "vicuna", "smollm2", "gemma3", "qwen")
     assert model_spec("internlm").answer_end == "<eoa>"
     assert model_spec("internlm").hub_id == "internlm/internlm-chat-7b-8k"
     assert model_spec("vicuna").hub_id == "lmsys/vicuna-7b-v1.5-16k"
-    assert model_spec("smollm2").hub_id is None
+    assert {model_spec(name).hub_id for name in ("smollm2", "gemma3", "qwen")} == {None}
 
 
 def test_templates_character_by_character():
@@ -89,6 +89,7 @@ def test_templates_character_by_character():
 
 def test_every_limit_leaves_room_for_the_longest_answer():
     positions = {"llama": 131072, "internlm": 8192, "vicuna": 16384, "smollm2": 8192}
+    positions |= {"gemma3": 32768, "qwen": 32768}
     for name, total in positions.items():
         shape = model_spec(name).shape
         factor = shape.get("rope_parameters", {}).get("factor", 1.0) if name == "vicuna" else 1.0
@@ -104,12 +105,15 @@ def test_every_limit_leaves_room_for_the_longest_answer():
         ("internlm", 6_738_415_616 + 2 * (103_168 - 32_000) * 4096 + 32 * 4 * 4096),
         ("vicuna", 6_738_415_616),
         ("smollm2", 134_515_008),
+        ("gemma3", 268_098_176),
+        # The published 494,032,768 and a second embedding.
+        ("qwen", 494_032_768 + 151_936 * 896),
     ],
 )
 def test_shapes_have_the_models_parameter_counts(name: str, parameters: int):
     config = models.build_config(model_spec(name).shape)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = models.AUTO_MODEL.from_config(config)
     model.tie_weights()
     assert model.num_parameters() == parameters
 

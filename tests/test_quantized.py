@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import prompt, tiny_model
+from packaged_models import installed_parts
 from test_windows import narrowed
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, QuantizedCache
 
@@ -21,7 +22,6 @@ from adaskip import (
     load_model,
     skipping,
 )
-from adaskip.models import smollm2
 
 PLAN = SkipPlan({Sublayer(0, "attn"): None, Sublayer(2, "ffn"): None, Sublayer(3, "attn"): 1.1})
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}
@@ -68,7 +68,7 @@ def with_bitsandbytes(model: PreTrainedModel, folder: Any) -> PreTrainedModel:
 
 def gguf_model() -> PreTrainedModel:
     """SmolLM2 as transformers itself loads a GGUF file, quantizer and all."""
-    gguf = smollm2.packaged_gguf()
+    [gguf] = installed_parts("smollm2") or []
     loaded: Any = AutoModelForCausalLM
     model: PreTrainedModel = loaded.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32

@@ -21,7 +21,7 @@ from adaskip.runs.rows import GeneratedRow
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.scoring import dense_scores, runs_of, score_rows, score_run
 from adaskip.tasks import rouge, words
-from adaskip.tasks.packaged import optional_module
+from adaskip.tasks.optional import optional_module
 
 CACHED = (rouge._official_scorer, rouge._rouge_score_scorer, words._segmenter, metrics._fuzz)
 

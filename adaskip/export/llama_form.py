@@ -18,19 +18,8 @@ from transformers import PreTrainedModel
 from adaskip.errors import PlanError, UnsupportedModelError
 from adaskip.export.folding import Folded, head_of, is_tied
 from adaskip.export.surviving import Surviving, Survivor
+from adaskip.models.gguf_families import LLAMA_NAMES
 
-# A layer's matrices in GGUF, by their names in transformers.
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 # Rows of the FFN that stands where llama.cpp needs one: it adds zero.
 ZERO_FFN = 32
 
@@ -144,7 +133,7 @@ class LlamaForm:
             wide = tensor.double() * self._multiplier(module)
             if module.endswith(("q_proj", "k_proj")):
                 wide = paired(wide, self.heads if module.endswith("q_proj") else self.kv_heads)
-            found[f"{NAMES[module]}.{kind}"] = wide
+            found[f"{LLAMA_NAMES[module]}.{kind}"] = wide
         return found
 
     def _split(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

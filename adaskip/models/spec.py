@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, unknown_name
-from adaskip.models.smollm2 import smollm2_folder
+from adaskip.models.packaged import Package, packaged_folder
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -23,11 +23,12 @@ class ModelSpec:
 
     Attributes:
         name: as given by the user.
-        hub_id: where the weights come from; None for `smollm2`, which comes from a package.
+        hub_id: where the weights come from; None for a model that comes from packages.
         prompt_limit: longest prompt in tokens; longer ones lose their middle.
         template: the chat prompt, `{prompt}` standing for the text; None if it is not wrapped.
         answer_end: text at which an answer is cut, None if nowhere.
         shape: the checkpoint's own configuration, empty if only the checkpoint knows.
+        package: the packages that carry the weights, None for a model of a hub or folder.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelSpec:
     template: str | None = None
     answer_end: str | None = None
     shape: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    package: Package | None = field(default=None, repr=False, compare=False)
 
     def wrap(self, prompt: str) -> str:
         """The prompt within the chat template, or as it is."""
@@ -56,7 +58,7 @@ def model_spec(name_or_path: str | Path) -> ModelSpec:
     name = str(name_or_path)
     rows = read_config("models.yaml")
     if name in rows:
-        return ModelSpec(name=name, **rows[name])
+        return _known(name, rows[name])
     config = read_model_config(model_source(name))
     limit = config.get("max_position_embeddings")
     if not limit:
@@ -64,11 +66,19 @@ def model_spec(name_or_path: str | Path) -> ModelSpec:
     return ModelSpec(name=name, hub_id=name, prompt_limit=int(limit))
 
 
+def _known(name: str, row: Mapping[str, Any]) -> ModelSpec:
+    package = Package(**row["package"]) if "package" in row else None
+    return ModelSpec(name=name, **{**row, "package": package})
+
+
 def model_source(name: str) -> str:
     """Where a model's files are: a folder or a hub id."""
     rows = read_config("models.yaml")
     if name in rows:
-        return rows[name]["hub_id"] or str(smollm2_folder())
+        spec = _known(name, rows[name])
+        if spec.package is not None:
+            return str(packaged_folder(name, spec.package, spec.shape))
+        return str(spec.hub_id)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder)

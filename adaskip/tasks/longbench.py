@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, DataError
-from adaskip.tasks.packaged import optional_module
+from adaskip.tasks.optional import optional_module
 from adaskip.tasks.spec import Row, TaskSpec, task_spec
 
 logger = logging.getLogger(__name__)

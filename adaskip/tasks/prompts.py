@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from adaskip.errors import AdaskipError, DataError
-from adaskip.tasks.packaged import packaged_file
+from adaskip.packaged_files import packaged_file
 from adaskip.tasks.spec import Row, TaskSpec, task_spec
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import threading
 from functools import cache
 from typing import Any, Literal
 
-from adaskip.tasks.packaged import optional_module
+from adaskip.tasks.optional import optional_module
 
 Failure = Literal["empty text", "only dots", "empty reference", "too long for rouge's recursion"]
 

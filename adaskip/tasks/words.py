@@ -7,7 +7,7 @@ import string
 from functools import cache
 from typing import Any
 
-from adaskip.tasks.packaged import optional_module
+from adaskip.tasks.optional import optional_module
 
 # The Chinese and typographic punctuation LongBench strips, as ranges of code points. The opening
 # book-title mark (300A) and the full-width dot (FF0E) are not among them.

@@ -1,0 +1,16 @@
+"""Times qwen, dense and skipped: `python speed/run_qwen_speed.py`; see docs/SPEED.md."""
+
+import sys
+from pathlib import Path
+
+# A checkout that is not installed must find the package, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adaskip.cli.starting import begin
+
+if __name__ == "__main__":
+    begin()  # before torch is loaded
+    from adaskip.cli.speed import speed_main
+    from adaskip.speedtest.benchmark import SpeedTest
+
+    sys.exit(speed_main(SpeedTest(model_name="qwen")))
