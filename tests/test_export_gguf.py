@@ -45,6 +45,7 @@ from adaskip import (
 from adaskip.export import gguf_file, gguf_reading, gguf_tokenizer, llamacpp
 from adaskip.export.llama_form import LlamaForm, paired, rope_factors
 from adaskip.export.surviving import surviving
+from adaskip.models.text_splitting import SPLITTINGS
 
 IDS = torch.randint(3, 250, (2, 23), generator=torch.Generator().manual_seed(1))
 
