@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,8 @@ from adaskip.observing.analysis import (
     VIEWS,
     agreement,
     between_tasks,
+    full_attention,
+    hybrid_summary,
     kinds_summary,
     phases_summary,
     spread,
@@ -318,6 +321,24 @@ def test_figures_are_small_and_complete(tmp_path: Path) -> None:
     assert struct.unpack(">II", path.read_bytes()[16:24])[0] > width
 
 
+def test_layers_of_full_attention_stand_apart_where_others_slide(tmp_path: Path) -> None:
+    config = configured("ob2", "gemma3", {"tasks": (), "results_dir": str(tmp_path)})
+    assert config.tasks == ("sample_classification", "sample_qa")
+    assert full_attention(config) == [5, 11, 17]
+    assert full_attention(replace(config, model_name="smollm2")) == []
+    seen = similarities([0.5, 0.9, 0.7], [0.4, 0.4, 0.4])
+    found = hybrid_summary(seen, ("attn",), [1])
+    assert found["attn, full attention"]["mean"] == 0.9
+    assert found["attn, sliding attention"]["mean"] == 0.6
+    columns = {"mean": [0.5, 0.9, 0.7], "std": [0.0] * 3, "count": [1] * 3}
+    task = {"similarity": {"all": {"layer": columns}}, "summary": {}}
+    numbers = {"tasks": {"sample_qa": task}, "between_tasks": {}}
+    [marked] = PANELS["ob1"]("gemma3", numbers | {"full_attention": [1]})
+    [plain] = PANELS["ob1"]("qwen", numbers)
+    assert (marked.marks, plain.marks) == ((1,), ())
+    draw([[marked, plain]], tmp_path / "both.png")
+
+
 def test_an_axis_ends_above_outliers() -> None:
     from matplotlib.figure import Figure
 
@@ -340,7 +361,7 @@ def test_scripts_write_json_text_and_figure(
     )
     monkeypatch.setattr(SAMPLE, lambda task, tokenizer, n, **_: tiny_rows(task, n))
     monkeypatch.setattr("adaskip.observing.stability.RESAMPLES", 20)
-    models = ["smollm2"] if name == "stability" else ["smollm2", "llama"]
+    models = ["smollm2"] if name == "stability" else ["smollm2", "qwen", "llama"]
     tasks = ["--tasks", *read_config("observations.yaml")[name]["sample_tasks"]]
     arguments = ["--model", *models, *tasks, "--limit", "2", "--results_dir", str(tmp_path)]
     scores = ["--scores"] if name == "ob0" else []

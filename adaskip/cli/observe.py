@@ -13,7 +13,7 @@ from adaskip.command import Command, say
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
-from adaskip.models.spec import model_spec
+from adaskip.models.spec import model_names, model_spec
 from adaskip.observing.analysis import Numbers, observed
 from adaskip.observing.layer_skipping import skip_layers
 from adaskip.observing.recording import OpenModel
@@ -118,7 +118,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="NAME",
-        help="llama, internlm, vicuna, smollm2, a folder or a hub id; one panel each",
+        help=f"{', '.join(model_names())}, a folder or a hub id; one panel each",
     )
     add_options(parser, DATA_OPTIONS)
     parser.set_defaults(results_dir="results/observations")

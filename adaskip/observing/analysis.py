@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from adaskip.configuration import read_config
+from adaskip.models.spec import model_spec
 from adaskip.observing.recording import OpenModel, observe_tasks
 from adaskip.observing.similarities import layers, means
 from adaskip.plan import KINDS, Phase
@@ -123,6 +124,25 @@ VIEWS: Mapping[str, View] = {
 }
 
 
+def full_attention(config: RunConfig) -> list[int]:
+    """The layers that see the whole context, of a model of which others slide; empty for others."""
+    kinds = () if config.model_path else model_spec(config.model_name).shape.get("layer_types", ())
+    return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+
+
+def hybrid_summary(
+    seen: pd.DataFrame, spans: Sequence[Span], full: Sequence[int]
+) -> dict[str, Numbers]:
+    """How layers with full and with sliding attention differ, per part of a layer."""
+    summary = {}
+    for span in spans:
+        curve = layers(seen, span)
+        is_full = curve.index.isin(full)
+        summary[f"{span}, full attention"] = spread(curve[is_full])
+        summary[f"{span}, sliding attention"] = spread(curve[~is_full])
+    return summary
+
+
 def observed(observation: str, config: RunConfig, open_model: OpenModel) -> Numbers:
     """What an observation says of one model, as its JSON has it.
 
@@ -133,18 +153,21 @@ def observed(observation: str, config: RunConfig, open_model: OpenModel) -> Numb
 
     Returns:
         `tasks`: per task the mean, standard deviation and count per layer, and their summary.
-        `between_tasks`: how far the curves of two tasks agree.
+        `between_tasks`: how far the curves of two tasks agree. `full_attention`: the layers whose
+        attention does not slide, only of models that have both kinds.
 
     Raises:
         AdaskipError: the data, the model or an earlier record does not fit.
     """
     view, seen = VIEWS[observation], observe_tasks(config, open_model)
-    return {
+    full = full_attention(config)
+    pooled = view.spans if full and None in view.phases else ()
+    found: Numbers = {
         "tasks": {
             task: {
                 "stands_in_for": stand_in(observation, task),
                 "prompts": frame["id"].nunique(),
-                "summary": view.summary(frame),
+                "summary": view.summary(frame) | hybrid_summary(frame, pooled, full),
                 "similarity": {
                     phase or "all": {
                         span: _columns(layers(frame, span, phase)) for span in view.spans
@@ -156,6 +179,7 @@ def observed(observation: str, config: RunConfig, open_model: OpenModel) -> Numb
         },
         "between_tasks": between_tasks(seen, view.spans),
     }
+    return found | ({"full_attention": full} if full else {})
 
 
 def between_tasks(seen: Mapping[str, pd.DataFrame], spans: Sequence[Span]) -> Numbers:

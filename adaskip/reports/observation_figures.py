@@ -24,6 +24,7 @@ _GAP = 0.5
 # Longer names of ticks are written aslant.
 _LONG_NAME = 10
 _DPI = 160
+_MARKED = "layer with full attention (the others slide)"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Panel:
         ticks: places on the x axis and their names; None for numbers.
         log: whether the y axis is logarithmic.
         bounds: ends of the y axis; None for as the curves need it, outliers cut off.
+        marks: layers on the x axis whose attention does not slide, while that of others does.
     """
 
     title: str
@@ -66,6 +68,7 @@ class Panel:
     ticks: Mapping[float, str] | None = None
     log: bool = False
     bounds: tuple[float, float] | None = None
+    marks: tuple[float, ...] = ()
 
 
 def draw(
@@ -129,6 +132,9 @@ def _legend_columns(labels: Sequence[str], width: float) -> int:
 def _draw_panel(axis: Any, panel: Panel) -> None:
     for curve in panel.curves:
         _draw_curve(axis, curve)
+    for index, x in enumerate(panel.marks):
+        label = _MARKED if index == 0 else None
+        axis.axvline(x, color="0.45", linewidth=1, linestyle="--", zorder=0, label=label)
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(panel.x_label)
     axis.set_ylabel(panel.y_label)

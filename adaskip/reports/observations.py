@@ -109,7 +109,7 @@ def _layers_panels(model: str, numbers: Numbers) -> list[Panel]:
         _similarity(_label("ob1", task), found["similarity"]["all"]["layer"], style)
         for style, (task, found) in enumerate(numbers["tasks"].items())
     ]
-    return [Panel(f"{model}: whole layers", "layer index", _SIMILARITY, tuple(curves))]
+    return [_by_depth(f"{model}: whole layers", curves, numbers)]
 
 
 def _kinds_panels(model: str, numbers: Numbers) -> list[Panel]:
@@ -123,8 +123,7 @@ def _kinds_panels(model: str, numbers: Numbers) -> list[Panel]:
         for style, kind in enumerate(KINDS)
         for index, (task, found) in enumerate(numbers["tasks"].items())
     ]
-    title = f"{model}: attention and FFN sublayers"
-    return [Panel(title, "layer index", _SIMILARITY, tuple(curves))]
+    return [_by_depth(f"{model}: attention and FFN sublayers", curves, numbers)]
 
 
 def _phases_panels(model: str, numbers: Numbers) -> list[Panel]:
@@ -140,8 +139,14 @@ def _phases_panels(model: str, numbers: Numbers) -> list[Panel]:
                 look = {"dashed": phase is Phase.DECODE, "band": True, **interval}
                 curves.append(_similarity(label, columns, style, **look))
             title = f"{model}: {_NAMES[kind]}, {_label('ob3', task)}"
-            drawn.append(Panel(title, "layer index", _SIMILARITY, tuple(curves)))
+            drawn.append(_by_depth(title, curves, numbers))
     return drawn
+
+
+def _by_depth(title: str, curves: Sequence[Curve], numbers: Numbers) -> Panel:
+    """A panel of similarities; the layers of full attention stand out where others slide."""
+    marks = tuple(numbers.get("full_attention", ()))
+    return Panel(title, "layer index", _SIMILARITY, tuple(curves), marks=marks)
 
 
 def _label(observation: str, task: str) -> str:
