@@ -14,7 +14,8 @@ from adaskip.fingerprint import fingerprint_name
 from adaskip.plan import KINDS, SkipPlan, Sublayer
 from adaskip.replacements import Linear, Window
 from adaskip.runs.files import write_text
-from adaskip.search.course import NOTHING, Course, named
+from adaskip.search.course import Course, named
+from adaskip.search.menu import NOTHING
 
 _HERE = Path(__file__).parent
 # What the page's three files become one by.
