@@ -243,7 +243,7 @@ def sqrtm(matrix: Any) -> Any:
 
 def test_every_method_is_in_these_tests() -> None:
     tested = {"SEARCH", "SLEB", "BLOCKPRUNER", "PRUNECOMP", "NBL"}
-    tested |= {"SHORTGPT", "LLMDROP", "LLMDROP_ATTN", "LLMDROP_FFN", "EE", "US", "ADA"}
+    tested |= {"SHORTGPT", "LLMDROP", "LLMDROP_ATTN", "LLMDROP_FFN", "EE", "SD", "US", "ADA"}
     assert set(method_names()) == tested
     with pytest.raises(TypeError, match="already belongs"):
         method("SLEB")(METHODS["NBL"].grow)
@@ -266,7 +266,7 @@ def test_every_method_makes_the_least_plan_that_is_fast_enough(
     assert about["loss"] == pytest.approx(loss_of(model, plan, ROWS), rel=1e-3)
     plan.check_model(model)
     # One step less is too slow.
-    step = 2 if name in {"EE", "US", "SHORTGPT", "SLEB", "PRUNECOMP"} else 1
+    step = 2 if name in {"EE", "SD", "US", "SHORTGPT", "SLEB", "PRUNECOMP"} else 1
     assert len(plan) % step == 0
     smaller = make_plan(model, ROWS, name, acceleration=1.01, times=TIMES, **options)
     assert len(smaller) == step
@@ -309,7 +309,7 @@ def test_a_method_goes_on_from_its_record_towards_any_acceleration(
     ("options", "message"),
     [
         ({"method": "SLEP"}, "Unknown method 'SLEP'. Did you mean 'SLEB'"),
-        ({"method": "SD"}, "Unknown method 'SD'"),
+        ({"method": "PLAN"}, "Unknown method 'PLAN'"),
         ({"acceleration": 0}, "give a ratio of times"),
         ({"calibration": []}, "No calibration row"),
         ({"method": "NBL", "exact": True}, "exact=True is for BLOCKPRUNER, SLEB; NBL is always"),

@@ -32,10 +32,9 @@ from adaskip.sublayer_times import PlanTimes
 
 
 def method_names() -> tuple[str, ...]:
-    """What `make_plan` can make: the search, the field's methods, policies of one plan."""
-    # Those with a horizon follow the steps, those with a file have been made already.
-    fixed = [name for name in POLICIES if not (takes(name, "horizon") or takes(name, "plan_file"))]
-    return (SEARCH, *METHODS, *fixed)
+    """What `make_plan` can make: the search, the field's methods, policies by their first plan."""
+    # Those with a file have been made already.
+    return (SEARCH, *METHODS, *(name for name in POLICIES if not takes(name, "plan_file")))
 
 
 def make_plan(
@@ -178,7 +177,7 @@ def _loss_of(
 def _of_policy(
     name: str, model: PreTrainedModel, rows: Sequence[Row], importance: Importance | None
 ) -> Method:
-    """A policy whose plan does not follow the steps, as a method."""
+    """A policy as a method: by the plan it has in the prefill experiment, at every step."""
     if importance is None and takes(name, LEARNED):
         prompts = [torch.as_tensor(prompt, dtype=torch.long).reshape(1, -1) for prompt, _ in rows]
         importance = learn_importance(model, prompts)
@@ -192,6 +191,7 @@ def _of_policy(
         step = Step(Phase.PREFILL, request=0, index=0, tokens=1)
         for n_skip in range(1, POLICIES[name].most(n_layers) + 1):
             policy = build_policy(name, n_skip, {"online": False}, learned)
+            policy.scope = "prefill"
             policy.bind(n_layers)
             yield policy.plan(step)
 
