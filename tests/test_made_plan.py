@@ -78,6 +78,18 @@ def test_a_run_applies_the_plan_and_keeps_which_it_was(place: Workplace, file: s
     assert len(rows_of(folder)) == 2
 
 
+def test_a_plan_of_windows_alone_runs(place: Workplace, file: str) -> None:
+    SkipPlan({Sublayer(0, "attn"): Window(16)}).save(file)
+    (row,) = rows_of(run(of(place, file)))
+    assert row["skipped"]["prefill"] == {
+        "forwards": 1,
+        "attn": 0,
+        "ffn": 0,
+        "sublayers": [],
+        "windows": 1,
+    }
+
+
 def test_a_run_is_not_continued_with_another_plan_of_that_name(place: Workplace, file: str) -> None:
     run(of(place, file))
     SkipPlan({**PLAN, Sublayer(1, "attn"): 1.2}).save(file)

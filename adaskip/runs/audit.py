@@ -40,17 +40,22 @@ class PhaseCount:
         forwards: how many there were.
         skipped: sublayers left out, summed over the forwards, by kind.
         latest: those of the latest forward.
+        windows: attentions that saw a window, likewise.
     """
 
     forwards: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     latest: tuple[Sublayer, ...] = ()
+    windows: int = 0
 
     def kept(self) -> PhaseSkips:
         """As a row keeps it."""
         names = [str(sublayer) for sublayer in self.latest]
         attn, ffn = (self.skipped[kind] for kind in KINDS)
-        return PhaseSkips(forwards=self.forwards, attn=attn, ffn=ffn, sublayers=names)
+        windows = {"windows": self.windows} if self.windows else {}
+        return PhaseSkips(
+            forwards=self.forwards, attn=attn, ffn=ffn, sublayers=names, **windows
+        )
 
 
 class Audit:
@@ -136,6 +141,7 @@ class Audit:
         count.forwards += 1
         count.skipped.update(sublayer.kind for sublayer in left_out)
         count.latest = left_out
+        count.windows += len(windowed)
         self._compare(phase, left_out, windowed)
 
     def _compare(

@@ -13,7 +13,6 @@ from adaskip.models.internlm import check_prompt_length
 from adaskip.models.processes import team
 from adaskip.plan import Phase
 from adaskip.policies import SkipPolicy
-from adaskip.policies.made_plan import MadePlan
 from adaskip.runs.audit import Audit
 from adaskip.runs.generation import Generated, generate_greedy
 from adaskip.runs.ledger import command_id
@@ -90,7 +89,7 @@ def _run_batch(
     extension = getattr(policy, "extension", None) if config.experiment != "prefill" else None
     added = [str(sublayer) for sublayer in extension] if extension else []
     skipped = audit.counts(online_extension=added)
-    _check_scope(config, policy, skipped)
+    _check_scope(config, skipped)
     return [
         _generated(loaded, row, prompt, made, index, skipped)
         for index, (row, prompt) in enumerate(zip(batch, prompts, strict=True))
@@ -120,20 +119,19 @@ def _generated(
     )
 
 
-def _check_scope(config: RunConfig, policy: SkipPolicy | None, skipped: Skips) -> None:
+def _check_scope(config: RunConfig, skipped: Skips) -> None:
     """Refuses a row in which a phase of the experiment skipped nothing, or another one something.
 
-    The audit shows that the plan was carried out; this, that there was one. A plan of windows alone
-    leaves nothing out: its windows are the audit's business.
+    The audit shows that the plan was carried out; this, that there was one.
     """
-    plan = policy.plan_file.plan if isinstance(policy, MadePlan) else None
-    leaves_out = config.budget > 0 if plan is None else len(plan) > len(plan.windows)
     for phase in Phase:
         count = skipped.of(phase)
         if not count.forwards:
             continue
-        wanted = leaves_out and not (config.experiment == "decode" and phase is Phase.PREFILL)
-        if bool(count.attn + count.ffn) != wanted:
+        wanted = config.budget > 0 and not (
+            config.experiment == "decode" and phase is Phase.PREFILL
+        )
+        if bool(count.attn + count.ffn + count.windows) != wanted:
             state = "nothing was" if wanted else "something was"
             raise RunError(
                 f"{config.folder_name}: {state} skipped in {phase} in the {config.experiment} "

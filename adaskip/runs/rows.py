@@ -54,12 +54,14 @@ class PhaseSkips(Stored):
         attn: attention sublayers left out, summed over the forwards.
         ffn: FFN sublayers left out, likewise.
         sublayers: the names of those that the latest forward left out.
+        windows: attentions that saw a window, summed over the forwards; set where there are any.
     """
 
     forwards: int
     attn: int
     ffn: int
     sublayers: list[str] = []
+    windows: int = 0
 
 
 class Skips(Stored):
