@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from adaskip.errors import AdaskipError, PlanError, did_you_mean
+from adaskip.errors import AdaskipError, PlanError
 from adaskip.fingerprint import fingerprint_name, model_fingerprint, same_model
 from adaskip.numbers import is_finite, is_whole
 from adaskip.replacements import Linear, Replacement, Window
+from adaskip.shipped import find_plan
 from adaskip.version import __version__
 
 if TYPE_CHECKING:
@@ -294,17 +295,17 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
     def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
         """Reads a plan file.
 
+        Args:
+            path: a file; or the name of a shipped plan, e.g. "smollm2/1.3@4000".
+
         Raises:
             PlanError: it is missing, damaged, or of another version.
         """
+        found = find_plan(path)
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(found, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            beside = (file.name for file in Path(path).parent.glob("*.safetensors"))
-            hint = did_you_mean(Path(path).name, beside)
-            raise PlanError(f"There is no plan at {path}.{hint}") from None
         except (OSError, SafetensorError) as error:
             raise PlanError(f"The plan {path} cannot be read: {error}.") from error
         return _from_file(metadata, tensors, path)

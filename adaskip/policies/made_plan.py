@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
@@ -13,6 +12,7 @@ from typing_extensions import override
 from adaskip.errors import AdaskipError, PlanError
 from adaskip.plan import SkipPlan, Step
 from adaskip.policy import SkipPolicy, register
+from adaskip.shipped import find_plan, plan_label
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class PlanFile:
     """A plan and where it was read.
 
     Attributes:
-        path: the file.
+        path: the file, or the name of a shipped plan.
         name: tells files apart, also those of one name: its own, and a hash of what is in it.
         plan: what is in it.
     """
@@ -38,10 +38,10 @@ class PlanFile:
         """
         plan = SkipPlan.load(path)
         try:
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+            digest = hashlib.sha256(find_plan(path).read_bytes()).hexdigest()[:8]
         except OSError as error:
             raise PlanError(f"The plan {path} cannot be read: {error}.") from error
-        return cls(path, f"{Path(path).stem}-{digest}", plan)
+        return cls(path, f"{plan_label(path)}-{digest}", plan)
 
 
 @register("PLAN")

@@ -20,6 +20,7 @@ from adaskip.policies.factory import BUDGETS, LEARNED, arguments, describe, take
 from adaskip.policies.made_plan import PlanFile
 from adaskip.runs.rows import first_problem
 from adaskip.tasks.retrieval import check_depth
+from adaskip.shipped import plan_label
 
 DENSE = "dense"
 HORIZON = "horizon"  # the field of a policy that takes the answer length
@@ -119,7 +120,9 @@ class RunConfig:
         None,
         "extend the plan while decoding (decode and e2e experiments; default: as the paper does)",
     )
-    plan: str | None = option(None, "file of a plan, of {by_plan}; its budget is what it replaces")
+    plan: str | None = option(
+        None, "file of a plan, or name of a shipped one, of {by_plan}; its budget is what it replaces"
+    )
     seed: int = option(2025, "seed of sampling and of the offline sample")
     results_dir: str = option("results", "folder that holds the runs")
     resume: bool = option(True, "continue a run that exists; --no-resume refuses to")
@@ -138,7 +141,7 @@ class RunConfig:
     @property
     def label(self) -> str:
         """What tables call the policy: its name, or that of the plan's file."""
-        return self.policy if self.plan is None else PurePath(self.plan).stem
+        return self.policy if self.plan is None else plan_label(self.plan)
 
     @property
     def folder_name(self) -> str:

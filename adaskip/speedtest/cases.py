@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from adaskip.policies import FixedSkipping, SkipPolicy, policy_class
 from adaskip.policies.factory import build_policy
 from adaskip.policies.made_plan import MadePlan, PlanFile
 from adaskip.profiling.timing import RequestTimes, dynamic_cache, growing_cache, time_request
+from adaskip.shipped import plan_label
 
 CacheName = Literal["dynamic", "growing", "static"]
 DENSE, DENSE_COMPILED = BASELINES = ("dense", "dense compiled")
@@ -79,7 +79,7 @@ def make_cases(
     if odd:
         raise AdaskipError(f"A budget of {odd[0]} sublayers is not whole layers; give even ones.")
     named = [_named(p, n, importance, n_steps) for p in policies for n in budgets]
-    named += [(Path(file.path).stem, MadePlan(file, len(file.plan))) for file in plans]
+    named += [(plan_label(file.path), MadePlan(file, len(file.plan))) for file in plans]
     cases = [
         Case("stock", None, "dynamic"),
         Case(DENSE, None),
