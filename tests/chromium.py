@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -21,6 +23,20 @@ FLAGS = [
     *("--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND"),
 ]
 
+# What the page is asked once it is shown; ASKED is an expression of its own.
+PROBE = """<script>
+const refused = [];
+addEventListener('securitypolicyviolation', e => refused.push(e.blockedURI));
+addEventListener('load', () => { document.title = JSON.stringify({
+  refused, fetched: performance.getEntriesByType('resource').map(e => e.name)
+    .filter(name => !name.startsWith('data:')),
+  pictures: [...document.images].map(i => i.naturalWidth),
+  tables: [...document.querySelectorAll('table')].map(t => t.rows.length),
+  wide: document.documentElement.scrollWidth, screen: innerWidth,
+  asked: (ASKED),
+}); });
+</script>"""
+
 browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
@@ -31,6 +47,28 @@ def shown(page: Path, folder: Path, *flags: str) -> str:
     command = [CHROMIUM, *FLAGS, profile, *flags, page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout
+
+
+def probed(page: Path, folder: Path, width: int, asked: str = "null") -> dict[str, Any]:
+    """What a page tells about itself on a screen of some width.
+
+    Args:
+        page: it.
+        folder: for what the browser writes.
+        width: of the window, in pixels.
+        asked: JavaScript, evaluated after the page was loaded.
+    """
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"; script-src '[^']*'", "", text, count=1)
+    text = text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    copy = folder / "probe.html"
+    probe = PROBE.replace("ASKED", asked)
+    copy.write_text(text.replace("</head>", probe + "</head>"), encoding="utf-8")
+    told = shown(copy, folder, "--dump-dom", f"--window-size={width},900")
+    title = re.search(r"<title>(\{.*?\})</title>", told)
+    assert title
+    found: dict[str, Any] = json.loads(html.unescape(title[1]))
+    return found
 
 
 class Window:

@@ -6,26 +6,12 @@ import html
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from chromium import browser, shown
+from chromium import browser, probed, shown
 from run_fixtures import Workplace, save_checkpoint, save_data, save_plan
 
 from adaskip import sweep
-
-# What the page is asked once it is shown.
-PROBE = """<script>
-const refused = [];
-addEventListener('securitypolicyviolation', e => refused.push(e.blockedURI));
-addEventListener('load', () => { document.title = JSON.stringify({
-  refused, fetched: performance.getEntriesByType('resource').map(e => e.name)
-    .filter(name => !name.startsWith('data:')),
-  pictures: [...document.images].map(i => i.naturalWidth),
-  tables: [...document.querySelectorAll('table')].map(t => t.rows.length),
-  wide: document.documentElement.scrollWidth, screen: innerWidth,
-}); });
-</script>"""
 
 
 @pytest.fixture(scope="module")
@@ -45,26 +31,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place.results
 
 
-def probed(results: Path, folder: Path, width: int) -> dict[str, Any]:
-    """What the page tells about itself on a screen of some width."""
-    text = (results / "report.html").read_text(encoding="utf-8")
-    text = text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
-    page = folder / "probe.html"
-    page.write_text(text.replace("</head>", PROBE + "</head>"), encoding="utf-8")
-    title = re.search(
-        r"<title>(\{.*?\})</title>", shown(page, folder, "--dump-dom", f"--window-size={width},900")
-    )
-    assert title
-    told: dict[str, Any] = json.loads(html.unescape(title[1]))
-    return told
-
-
 @browser
 @pytest.mark.parametrize("width", [1280, 520])
 def test_a_browser_shows_everything_and_fetches_nothing(
     results: Path, tmp_path: Path, width: int
 ) -> None:
-    told = probed(results, tmp_path, width)
+    told = probed(results / "report.html", tmp_path, width)
     assert told["refused"] == told["fetched"] == []
     # Per experiment one table of quality and one of what was skipped, then the recipe's three.
     assert told["tables"][:6] == [5, 4, 5, 4, 5, 4]

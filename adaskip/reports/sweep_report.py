@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from pandas import DataFrame
 
 from adaskip.reports import sweep_tables
 from adaskip.reports.comparison import Report, collect, read_report
-from adaskip.reports.figures import as_data_uri
+from adaskip.reports.pages import page_environment
 from adaskip.reports.sweep_figures import draw_quality, draw_scores
 from adaskip.reports.sweep_tables import as_markdown
 from adaskip.runs.files import write_bytes, write_text
@@ -110,16 +109,8 @@ def page_of(report: Report, pictures: Iterable[Picture]) -> str:
     Raises:
         RunError: a figure is damaged.
     """
-    environment = Environment(
-        loader=PackageLoader("adaskip.reports", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters["anchor"] = _anchor
+    environment = page_environment()
     environment.filters["header_groups"] = _header_groups
-    environment.filters["data_uri"] = as_data_uri
     return environment.get_template("page.html.jinja").render(
         report=report,
         models=list(dict.fromkeys(table.model for table in report.tables)),
@@ -186,7 +177,3 @@ def _header_groups(frame: DataFrame) -> Sequence[tuple[str, int]]:
         return []
     names = frame.columns.get_level_values(0)
     return [(name, len([*columns])) for name, columns in groupby(names)]
-
-
-def _anchor(name: str) -> str:
-    return "".join(char if char.isalnum() else "-" for char in name.lower())
