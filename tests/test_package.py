@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,6 +20,7 @@ import pytest
 from conftest import ROOT
 from test_layers import HARNESS, layer, sources
 
+from adaskip import SkipPlan, Sublayer
 from adaskip.cli.main import COMMANDS, EXTRAS
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -31,12 +33,12 @@ print(config_path("demo.yaml"))
 """
 
 
-def built(kind: str, folder: Path) -> Path:
-    """The wheel of the tree (`build_wheel`), or that of an editable install (`build_editable`)."""
+def built(kind: str, folder: Path, tree: Path = ROOT) -> Path:
+    """The wheel of a tree (`build_wheel`), or that of an editable install (`build_editable`)."""
     pytest.importorskip(BACKEND.partition(".")[0], reason="no build backend (requirements-dev.txt)")
     code = f"import {BACKEND} as b, sys; b.{kind}(sys.argv[1])"
     subprocess.run(
-        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, check=True
+        [sys.executable, "-c", code, str(folder)], cwd=tree, capture_output=True, check=True
     )
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -92,6 +94,20 @@ def test_the_wheel_holds_everything(wheel: Path) -> None:
     expected |= {f"adaskip/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert {"adaskip/py.typed", "adaskip/configs/demo.yaml"} <= expected
     assert {name for name in names if ".dist-info/" not in name} == expected
+
+
+def test_the_wheel_holds_shipped_plans(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("adaskip", "configs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in (".gitignore", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    plan = "adaskip/plans/smollm2/9.9@4000.safetensors"
+    SkipPlan({Sublayer(0, "attn"): None}).save(tree / plan)
+    (tmp_path / "wheel").mkdir()
+    with zipfile.ZipFile(built("build_wheel", tmp_path / "wheel", tree)) as files:
+        assert plan in files.namelist()
 
 
 def requirements(extra: str | None = None) -> set[str]:
