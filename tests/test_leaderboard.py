@@ -1,174 +1,325 @@
-"""Methods at equal measured time: what is made once, and what is said of it."""
+"""Methods at equal measured time: what is made once, and what is made anew."""
 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import prompt, tiny_model
+from conftest import ROOT
+from leaderboard_fixtures import FILE, file, filled, whole
+from tiny_loaded import TinyLoaded, tiny_rows
+from typing_extensions import override
 
+from adaskip import PlanError, SkipPlan, Sublayer, shipped
 from adaskip.cli.leaderboard import leaderboard_main
-from adaskip.leaderboard import board as boards
-from adaskip.leaderboard.board import Board, LossRow, PlanRow, TimesRow
+from adaskip.configuration import config_path
+from adaskip.leaderboard import making
+from adaskip.leaderboard.board import Board
+from adaskip.leaderboard.collecting import collect
+from adaskip.leaderboard.making import PARTS, Maker
+from adaskip.leaderboard.rows import plan_digest
 from adaskip.leaderboard.settings import LeaderboardFile
-from adaskip.reports.leaderboard import at_speed, collect, write_report
-from adaskip.runs.perplexity import Perplexity
-from adaskip.tasks.prompts import Prompt
+from adaskip.leaderboard.shipping import ship
+from adaskip.leaderboard.values import REPORT_FILE, read_report
+from adaskip.replacements import Linear, Window
+from adaskip.reports.leaderboard_readme import readme_table
+from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.yamlfile import read_yaml
+from adaskip.tasks.spec import Row
 
-FILE: dict[str, Any] = {
-    "model": "smollm2",
-    "task": "sample_summarization",
-    "rows": 3,
-    "reference_tokens": 5,
-    "calibration_rows": 2,
-    "calibration_tokens": 30,
-    "phase": "prefill",
-    "rounds": 3,
-    "contexts": {40: {"accelerations": [1.05, 1.1]}},
-    "methods": ["ADA", "SEARCH gain"],
-}
+RESULTS = ROOT / "results/leaderboard"
+SCORES = {"sample_qa": {"rows": 2, "new_tokens": 3}}
 
 
-def file(**changes: Any) -> LeaderboardFile:
-    return LeaderboardFile.model_validate(FILE | changes)
+class Loaded(TinyLoaded):
+    """A tiny model that serves every configuration."""
+
+    @override
+    def fits(self, config: RunConfig) -> bool:
+        return True
+
+    @override
+    def warmup_rows(self, config: RunConfig, task: str, n: int) -> list[Row]:
+        # Another seed, other rows.
+        return tiny_rows(task, n + config.seed % 3)[-n:]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return Loaded.make()
 
 
 @pytest.fixture
-def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
-    """A board of a tiny model, whose references are ids."""
+def make(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Board, Maker]]:
+    """A board of a file with changes, and what makes it."""
     monkeypatch.setenv("ADASKIP_CACHE", str(tmp_path / "cache"))
-    made = Board(file(), 40, tmp_path / "board")
-    ids = [prompt(40, seed=seed)[0].tolist() for seed in range(3)]
-    vars(made)["_loaded"] = SimpleNamespace(model=tiny_model("llama"), tokenizer=None)
-    vars(made)["_calibration"] = [(each[:30], each[30:35]) for each in ids[:2]]
-    vars(made)["_test_rows"] = [SimpleNamespace(id=f"row {n}") for n in range(3)]
-    vars(made)["_items"] = [
-        (Prompt("", each[:35], 35, 35, truncated=False), str(n)) for n, each in enumerate(ids)
-    ]
-    monkeypatch.setattr(
-        "adaskip.runs.perplexity.reference_ids", lambda t, p, reference, n: ids[int(reference)][35:]
-    )
+    monkeypatch.setattr(making, "STEPS", 1)
+
+    def made(**changes: Any) -> tuple[Board, Maker]:
+        given = {"scores": SCORES, "methods": ["ADA", "EE"], "rows": 2, **changes}
+        given.setdefault("contexts", {40: {"accelerations": [1.05]}})
+        board = Board(file(**given), "smollm2", 40, tmp_path / "board")
+        return board, Maker(board, lambda: loaded, progress=False)
+
     return made
 
 
-def test_every_part_is_made_once(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert collect(board) is None
-    board.make_plans(progress=False)
-    board.score(progress=False)
-    board.time(progress=False)
-    names = ["ADA 1.05", "ADA 1.1", "SEARCH gain 1.05", "SEARCH gain 1.1"]
+def everything(maker: Maker) -> None:
+    for part in PARTS:
+        maker.make(part)
+
+
+def digests(store: Any) -> dict[str, str]:
+    return {row.id: row.plan_digest for row in store.rows()}
+
+
+def test_every_part_is_made_once(
+    make: Callable[..., tuple[Board, Maker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, maker = make(methods=["ADA", "SD", "SEARCH gain"])
+    everything(maker)
+    names = ["ADA 1.05", "SD 1.05", "SEARCH gain 1.05"]
     made = {row.id: row for row in board.plans.rows()}
     assert [*made] == names
     found = [name for name in names if made[name].error is None]
     assert found
     for name in found:
-        assert made[name].about["predicted acceleration"] >= float(name.split()[-1])
+        assert made[name].about["predicted acceleration"] >= 1.05
         assert made[name].replaced
-    assert [row.id for row in board.losses.rows()] == ["dense", *found]
+    stores = (board.losses, board.times, board.scores("sample_qa"))
+    expected = {name: made[name].plan_digest for name in found}
+    for store in stores:
+        kept = digests(store)
+        assert [*kept] == ["dense", *found]
+        assert {name: kept[name] for name in found} == expected
     assert {len(row.ttft) for row in board.times.rows()} == {3}
+    assert {len(row.rows) for row in board.scores("sample_qa").rows()} == {2}
+    assert set(board.losses.record()["characters"].values()) == {4, 5}
     before = {path: path.read_bytes() for path in board.folder.rglob("*.json")}
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("made a second time")
 
-    for name in ("make_plan", "search_plan", "reference_perplexity", "time_request"):
-        monkeypatch.setattr(boards, name, fail)
-    board.make_plans(progress=False)
-    board.score(progress=False)
-    board.time(progress=False)
+    for name in ("make_plan", "search_plan", "reference_perplexity", "time_request", "run"):
+        monkeypatch.setattr(making, name, fail)
+    everything(maker)
     assert {path: path.read_bytes() for path in board.folder.rglob("*.json")} == before
-    # A plan whose file is gone is made again.
+    # A plan whose file is gone is made again, and until then nothing is measured.
     next(board.folder.rglob("*.safetensors")).unlink()
+    with pytest.raises(PlanError, match="give --parts plans first"):
+        maker.make("losses")
     with pytest.raises(AssertionError, match="a second time"):
-        board.make_plans(progress=False)
+        maker.make("plans")
 
 
-def test_losses_go_on_where_they_were(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    board.make_plans(progress=False)
-    stock, calls = boards.reference_perplexity, []
+def test_a_plan_made_anew_makes_what_was_measured_invalid(
+    make: Callable[..., tuple[Board, Maker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, maker = make()
+    everything(maker)
+    first = digests(board.losses)
+    assert [*first] == ["dense", "ADA 1.05", "EE 1.05"]
+    # Other calibration rows: other gains of AdaSkip; EE learns nothing.
+    board, maker = make(calibration_rows=3)
+    maker.make("plans")
+    now = digests(board.plans)
+    assert now["ADA 1.05"] != first["ADA 1.05"]
+    assert now["EE 1.05"] == first["EE 1.05"]
+    for store in (board.losses, board.times, board.scores("sample_qa")):
+        assert [*board.known(store)] == ["dense", "EE 1.05"]
+    measured, stock = [], making.reference_perplexity
 
-    def once(*args: Any, **kwargs: Any) -> Perplexity:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        measured.append(1)
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(making, "reference_perplexity", counted)
+    everything(maker)
+    assert len(measured) == 1
+    for store in (board.losses, board.times, board.scores("sample_qa")):
+        assert digests(store) == {"dense": first["dense"], **now}
+    # What is reported is of the new plan only.
+    (table,) = collect(board.file, [board]).tables
+    assert [entry.calibration[:6] for entry in table.entries] == ["3 warm", "3 warm"]
+
+
+def test_losses_go_on_where_they_were(
+    make: Callable[..., tuple[Board, Maker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, maker = make()
+    maker.make("plans")
+    stock, calls = making.reference_perplexity, []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr(boards, "reference_perplexity", once)
+    monkeypatch.setattr(making, "reference_perplexity", once)
     with pytest.raises(KeyboardInterrupt):
-        board.score(progress=False)
-    assert [row.id for row in board.losses.rows()] == ["dense"]
-    board.score(progress=False)
+        maker.make("losses")
+    assert [*digests(board.losses)] == ["dense"]
+    maker.make("losses")
     assert len(calls) == 1 + len(board.losses.rows())
 
 
-def filled(tmp_path: Path) -> Board:
-    """A board with numbers that can be followed by hand: two rows of two tokens each."""
-    made = Board(file(rows=2), 40, tmp_path)
-    gaps = {"dense": 0.0, "ADA 1.05": 0.2, "ADA 1.1": 0.6, "SEARCH gain 1.05": 0.1}
-    speeds = {"dense": 1.0, "ADA 1.05": 1.0625, "ADA 1.1": 1.125, "SEARCH gain 1.05": 1.25}
-    made.plans.append(
-        [PlanRow(id=n, about={"predicted acceleration": 1.1}) for n in gaps if n != "dense"]
-        + [PlanRow(id="SEARCH gain 1.1", error="cannot be reached")]
+def test_times_go_on_round_by_round(
+    make: Callable[..., tuple[Board, Maker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, maker = make()
+    maker.make("plans")
+    stock, calls = making.time_request, []
+
+    def killed(*args: Any) -> Any:
+        calls.append(1)
+        # One request to warm up; a round is three of dense and one of each plan.
+        if len(calls) == 1 + 5 + 2:
+            raise KeyboardInterrupt
+        return stock(*args)
+
+    monkeypatch.setattr(making, "time_request", killed)
+    with pytest.raises(KeyboardInterrupt):
+        maker.make("times")
+    (first,) = {tuple(row.ttft) for row in board.times.rows() if row.id == "dense"}
+    assert len(first) == 1
+    maker.make("times")
+    assert len(calls) == 8 + 1 + 2 * 5
+    kept = {row.id: row for row in board.times.rows()}
+    assert {len(row.ttft) for row in kept.values()} == {3}
+    assert kept["dense"].ttft[:1] == [*first]
+
+
+def test_other_calibrations_are_points_of_their_own(
+    make: Callable[..., tuple[Board, Maker]],
+) -> None:
+    other = {"model": "smollm2", "context": 40, "method": "ADA", "acceleration": 1.05}
+    board, maker = make(
+        methods=["ADA"],
+        scores={},
+        other_calibrations={**other, "tasks": ["sample_qa"], "seeds": [1]},
     )
-    made.losses.append(
-        [
-            LossRow(id=name, rows={"a": [2 * (1 + gap), 2], "b": [2 * (3 + 2 * gap), 2]})
-            for name, gap in gaps.items()
-        ]
-    )
-    made.times.append(
-        [
-            TimesRow(
-                id=name, ttft=[1 / s, 2 / s, 3 / s], per_token=[0.1] * 3, kv_bytes=int(100 / s)
-            )
-            for name, s in speeds.items()
-        ]
-    )
-    return made
-
-
-def test_gaps_at_equal_time_lie_between_plans(tmp_path: Path) -> None:
-    table = collect(filled(tmp_path))
-    assert table is not None
-    assert table.perplexity == pytest.approx(math.exp(2))
-    first = table.entries[0]
-    assert (first.ttft.median, first.kv_share) == (1.0625, 0.94)
-    # Rows lose 0.2 and 0.4 nats per token.
-    assert first.gap == pytest.approx(0.3)
-    assert first.interval == pytest.approx((0.2, 0.4))
-    # Half way between the plans at 1.0625 and 1.125; below the first, between dense and it.
-    halfway = at_speed(table.entries, "ADA", 1.09375)
-    assert halfway == pytest.approx({"a": 0.4, "b": 0.8})
-    assert at_speed(table.entries, "ADA", 1.03125) == pytest.approx({"a": 0.1, "b": 0.2})
-    assert at_speed(table.entries, "ADA", 1.2) is None
-    assert at_speed(table.entries, "SEARCH gain", 1.125) == pytest.approx({"a": 0.05, "b": 0.1})
-
-
-def test_the_report_says_what_exists(tmp_path: Path) -> None:
-    text = write_report([filled(tmp_path)])
-    assert "| ADA         |  1.05 |     1.100 | 1.062 [1.062–1.062]" in text
-    # At 1.1 AdaSkip loses 0.66 nats over both rows, the search 0.06.
-    assert "0.060, 9% [9%–9%]" in text
-    assert "SEARCH gain 1.1: cannot be reached" in text
-    content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert [e["method"] for e in content["tables"][0]["entries"]] == [
-        "ADA",
-        "ADA",
-        "SEARCH gain",
+    everything(maker)
+    (table,) = collect(board.file, [board]).tables
+    assert [entry.method for entry in table.entries] == ["ADA"]
+    assert [entry.calibration for entry in table.calibrations] == [
+        "2 warm-up rows of sample_summarization, 30 tokens",
+        "2 warm-up rows of sample_qa, 30 tokens",
+        "2 warm-up rows of sample_summarization, 30 tokens, seed 1",
     ]
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert len({entry.gap for entry in table.calibrations}) == 3
+
+
+def test_digests_tell_plans_apart_by_what_they_compute() -> None:
+    import torch
+
+    def linear(value: float) -> Linear:
+        return Linear(torch.full((4, 4), value), torch.zeros(4))
+
+    attention = Sublayer(1, "attn")
+    plans = [
+        {attention: each}
+        for each in (None, 1.0, 1.5, Window(8), Window(9), linear(1.0), linear(2.0))
+    ]
+    found = [plan_digest(SkipPlan(plan)) for plan in plans]
+    found += [plan_digest(SkipPlan()), plan_digest(SkipPlan({Sublayer(0, "attn"): 1.0}))]
+    assert len(set(found)) == len(found)
+    assert plan_digest(SkipPlan(plans[5], about={"loss": 1.0})) == found[5]
+
+
+def test_what_is_committed_is_what_the_report_says() -> None:
+    given = read_yaml(config_path("leaderboard.yaml"), LeaderboardFile)
+    given.check()
+    boards = [Board(given, model, context, RESULTS) for model, context in given.boards()]
+    assert collect(given, boards) == read_report(RESULTS / REPORT_FILE)
+
+
+def test_readme_has_the_table_of_what_is_committed() -> None:
+    table = readme_table(read_report(RESULTS / REPORT_FILE))
+    assert f"<!-- leaderboard -->\n\n{table}\n\n<!-- /leaderboard -->" in (
+        ROOT / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_readme_is_written_between_its_marks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(tmp_path)
+    path, config = tmp_path / "README.md", tmp_path / "board.yaml"
+    config.write_text(json.dumps(FILE | {"rows": 2}), encoding="utf-8")
+    options = ["--config", str(config), "--results_dir", str(tmp_path), "--readme", str(path)]
+    path.write_text("# Before\n", encoding="utf-8")
+    assert leaderboard_main([*options, "--parts", "report"]) == 2
+    assert "put <!-- leaderboard --> and <!-- /leaderboard --> into it" in capsys.readouterr().err
+    path.write_text("# A\n<!-- leaderboard -->\nold\n<!-- /leaderboard -->\nB\n", encoding="utf-8")
+    assert leaderboard_main([*options, "--parts", "report"]) == 0
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# A\n<!-- leaderboard -->\n\n| model ")
+    assert text.endswith(" |\n\n<!-- /leaderboard -->\nB\n")
+    assert "old" not in text
+    # At 1.1, between plans: 0.2 to 0.6 at 1.0625 to 1.125; the second row loses twice as much.
+    assert "0.660 [0.440, 0.880]" in text
+
+
+def test_shipped_plans_tell_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boards = whole(tmp_path)
+    board, given = boards[0], boards[0].file
+    plan = SkipPlan({Sublayer(0, "attn"): 1.5}, fingerprint="f", about={"method": "ADA"})
+    (point,) = (p for p in board.points if p.name == "ADA 1.2")
+    plan.save(board.path_of(point))
+    for store in (board.plans, board.losses, board.times):
+        content = json.loads(store.path.read_text(encoding="utf-8"))
+        rows = [r for r in content["rows"] if r["id"] in ("dense", "ADA 1.2")]
+        rows[-1]["plan_digest"] = plan_digest(plan)
+        store.path.write_text(json.dumps(content | {"rows": rows}), encoding="utf-8")
+    report = collect(given, boards)
+    folder = tmp_path / "plans-of-the-package"
+    (path,) = ship(given, tmp_path, report, folder)
+    assert path == folder / "smollm2/1.2@1000.safetensors"
+    monkeypatch.setattr(shipped, "_SHIPPED", folder)
+    loaded = SkipPlan.load("smollm2/1.2@1000")
+    assert (loaded, loaded.fingerprint) == (plan, "f")
+    about = loaded.about
+    assert about["method"] == "ADA"
+    assert about["measured acceleration"] == pytest.approx(1.202)
+    assert about["gap"] == pytest.approx(1.35)
+    assert about["tested on"] == "2 references of sample_summarization"
+    assert about["measured on"] == "abacus, 2 threads, torch 2"
+    monkeypatch.setattr("adaskip.leaderboard.shipping.LIMIT", 100)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"bytes together \(smollm2/1.2@1000.safetensors .* 100"):
+        ship(given, tmp_path, report, folder)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: smollm2\nmodels: [a]\n", "'models'"),
+        ("model: smollm2\n", "Unknown key 'model'. Did you mean 'models'"),
         ("- a\n", "must be a mapping"),
         (json.dumps(FILE | {"contexts": {"40": {"accelerations": [1.0]}}}), "greater than 1"),
+        (json.dumps(FILE | {"methods": ["SLEP"]}), "Unknown method 'SLEP'. Did you mean 'SLEB'"),
+        (json.dumps(FILE | {"methods": ["SEARCH gian"]}), "Unknown replacement 'gian'"),
+        (json.dumps(FILE | {"methods": ["EE gain"]}), "which SEARCH alone takes"),
+        (json.dumps(FILE | {"scores": {"sample_qu": {"rows": 1}}}), "Unknown task 'sample_qu'"),
+        (
+            json.dumps(
+                FILE
+                | {
+                    "shipped": [
+                        {"model": "smollm2", "context": 41, "method": "ADA", "acceleration": 1.1}
+                    ]
+                }
+            ),
+            "'ADA 1.1' of smollm2 at 41 tokens, which is none of the points",
+        ),
     ],
 )
 def test_files_that_cannot_be(
@@ -180,6 +331,21 @@ def test_files_that_cannot_be(
     assert message in capsys.readouterr().err
 
 
-def test_a_context_that_the_file_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert leaderboard_main(["--contexts", "3", "--results_dir", str(tmp_path)]) == 2
-    assert "3 tokens are no context of the file; it has 1000" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--contexts", "3"], "3 is no context of the file; it has 1000"),
+        (["--models", "gpt"], "gpt is no model of the file; it has smollm2"),
+        (["--parts", "times", "--contexts", "4000", "--ship", "x"], "has no report.json yet"),
+    ],
+)
+def test_what_the_file_lacks(
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Maker, "make", lambda *args: None)
+    assert leaderboard_main([*options, "--results_dir", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err

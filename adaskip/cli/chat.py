@@ -29,7 +29,7 @@ _HELLO = "Hello."
 def _options(parser: argparse.ArgumentParser) -> None:
     names = ", ".join((DENSE, *POLICIES))
     add_model(parser)
-    parser.add_argument("--plan", metavar="FILE", help="what is skipped: a plan's file, or a shipped one's name")
+    parser.add_argument("--plan", metavar="FILE", help="what is skipped: a plan's file, or name")
     parser.add_argument("--policy", default=DENSE, metavar="NAME", help=f"or one of: {names}")
     add_run_options(parser, {*BUDGETS.values(), *POLICY_OPTIONS} - {"plan"})
     parser.add_argument(

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from adaskip.command import Command, say
 from adaskip.configuration import config_path
 from adaskip.errors import AdaskipError
 from adaskip.leaderboard.board import Board
+from adaskip.leaderboard.making import PARTS, Maker, dense_config
 from adaskip.leaderboard.settings import LeaderboardFile
-from adaskip.reports.leaderboard import write_report
+from adaskip.leaderboard.shipping import ship
+from adaskip.leaderboard.values import REPORT_FILE, Report, read_report
+from adaskip.reports.leaderboard_readme import check_marks, with_table
+from adaskip.reports.leaderboard_report import write_report
+from adaskip.runs.files import write_text
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.store import locked
 from adaskip.runs.yamlfile import read_yaml
 
-PARTS = ("plans", "losses", "times")
+REPORT = "report"
+ALL = (*PARTS, REPORT)
 
 
 def leaderboard_main(argv: Sequence[str] | None = None) -> int:
@@ -32,54 +40,115 @@ def leaderboard_main(argv: Sequence[str] | None = None) -> int:
 
 def _act(given: argparse.Namespace) -> int:
     file = read_yaml(given.config or config_path("leaderboard.yaml"), LeaderboardFile)
-    contexts = given.contexts or [*file.contexts]
-    for context in contexts:
-        if context not in file.contexts:
-            raise AdaskipError(
-                f"{context} tokens are no context of the file; it has "
-                f"{', '.join(map(str, file.contexts))}."
-            )
-        _make(Board(file, context, given.results_dir), given.parts)
-    say(write_report([Board(file, c, given.results_dir) for c in file.contexts]))
+    file.check()
+    folder: Path = given.results_dir
+    # What can be wrong at the end is refused before the hours that it takes to get there.
+    if given.readme is not None:
+        check_marks(_text_of(given.readme))
+    if given.ship is not None and not file.shipped:
+        raise AdaskipError("The leaderboard's file ships no plan: name some under 'shipped'.")
+    boards = [Board(file, model, context, folder) for model, context in file.boards()]
+    models = _Models()
+    for board in _asked(boards, given.models, given.contexts):
+        _make(board, given.parts, models)
+    if REPORT in given.parts:
+        say(write_report(file, boards, folder))
+    if given.readme is not None:
+        text = with_table(_text_of(given.readme), _report_in(folder))
+        write_text(given.readme, text)
+        say(f"Written: the table of {given.readme}.")
+    if given.ship is not None:
+        written = ship(file, folder, _report_in(folder), given.ship)
+        say(f"Shipped: {', '.join(map(str, written))}.")
     return 0
 
 
-def _make(board: Board, parts: Sequence[str]) -> None:
-    with locked(board.folder / str(board.context)):
-        if "plans" in parts:
-            board.make_plans()
-        if "losses" in parts:
-            board.score()
-        if "times" in parts:
-            board.time()
+class _Models:
+    """Loads the models of boards when something is computed, one at a time."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, LoadedModel] = {}
+
+    def of(self, board: Board) -> LoadedModel:
+        """The model of a board, loaded once for boards that follow each other."""
+        if board.model not in self._loaded:
+            self._loaded.clear()
+            self._loaded[board.model] = LoadedModel.open(dense_config(board))
+        return self._loaded[board.model]
+
+
+def _asked(
+    boards: Sequence[Board], models: Sequence[str] | None, contexts: Sequence[int] | None
+) -> list[Board]:
+    """The boards of some models and context lengths; None for all.
+
+    Raises:
+        AdaskipError: the file has no such one.
+    """
+    for what, given, known in (
+        ("model", models, [board.model for board in boards]),
+        ("context", contexts, [board.context for board in boards]),
+    ):
+        for one in given or ():
+            if one not in known:
+                listed = ", ".join(map(str, dict.fromkeys(known)))
+                raise AdaskipError(f"{one} is no {what} of the file; it has {listed}.")
+    return [
+        board
+        for board in boards
+        if board.model in (models or [board.model])
+        and board.context in (contexts or [board.context])
+    ]
+
+
+def _make(board: Board, parts: Sequence[str], models: _Models) -> None:
+    made = [part for part in PARTS if part in parts]
+    if made:
+        with locked(board.folder / board.name):
+            maker = Maker(board, partial(models.of, board))
+            for part in made:
+                maker.make(part)
+
+
+def _report_in(folder: Path) -> Report:
+    if not (folder / REPORT_FILE).exists():
+        raise AdaskipError(f"{folder} has no {REPORT_FILE} yet: give --parts report first.")
+    return read_report(folder / REPORT_FILE)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdaskipError(f"The file {path} cannot be read: {error}.") from error
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML (default: configs/leaderboard.yaml)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="YAML (default: configs/leaderboard.yaml)")
+    add(
         "--results_dir",
         type=Path,
         default=Path("results/leaderboard"),
         metavar="DIR",
         help="where results go (default: results/leaderboard)",
     )
-    parser.add_argument(
-        "--contexts", type=int, nargs="+", metavar="N", help="prompt tokens (default: all)"
-    )
-    parser.add_argument(
+    add("--models", nargs="+", metavar="NAME", help="of the file (default: all)")
+    add("--contexts", type=int, nargs="+", metavar="N", help="prompt tokens (default: all)")
+    add(
         "--parts",
         nargs="+",
-        choices=PARTS,
-        default=PARTS,
+        choices=ALL,
+        default=ALL,
         help="what to make; times want a quiet machine (default: all)",
     )
+    add("--readme", type=Path, metavar="FILE", help="also write its table, between its marks")
+    add("--ship", type=Path, metavar="DIR", help="also copy the plans that the file ships to it")
 
 
 LEADERBOARD = Command(
     "Methods beside each other at equal measured time; goes on where it was.",
     _options,
     _act,
-    "--contexts 1000 --parts plans losses",
+    "--models smollm2 --contexts 1000 --parts plans losses report",
 )

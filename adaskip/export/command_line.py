@@ -22,7 +22,11 @@ from adaskip.policy import policy_class
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write to, new or empty")
     parser.add_argument("--model", required=True, help="short name, folder or hub id")
-    parser.add_argument("--plan", metavar="FILE", help="a plan file, as SkipPlan.save writes it, or the name of a shipped one")
+    parser.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="a plan's file, or a shipped one's name",
+    )
     parser.add_argument("--policy", metavar="NAME", help=f"or a policy: {', '.join(POLICIES)}")
     for unit, flag in BUDGETS.items():
         users = ", ".join(name for name, policy in POLICIES.items() if policy.budget == unit)

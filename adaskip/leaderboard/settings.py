@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from itertools import chain
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from adaskip.errors import AdaskipError, unknown_name
+from adaskip.methods import method_names
+from adaskip.models.spec import model_spec
 from adaskip.plan import Phase
+from adaskip.search import MENU, SEARCH
+from adaskip.tasks.spec import task_spec
 
 Acceleration = Annotated[float, Field(gt=1)]
+Names = Annotated[list[str], Field(min_length=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -20,67 +31,250 @@ class Point:
     Attributes:
         method: as in the file; with a menu, "SEARCH gain window".
         acceleration: that it is asked for, by predicted time.
+        task: whose warm-up rows it is made from; None is the file's.
+        seed: of the choice of those rows; None is that of all runs.
     """
 
     method: str
     acceleration: float
+    task: str | None = None
+    seed: int | None = None
 
     @property
     def name(self) -> str:
         """What rows of the stores are called."""
-        return f"{self.method} {self.acceleration:g}"
+        return f"{self.method} {self.acceleration:g}{self.variant and ' '}{self.variant}"
+
+    @property
+    def variant(self) -> str:
+        """How its calibration differs from the others'; empty if it does not."""
+        parts = [f"from {self.task}" if self.task else ""]
+        parts += [f"seed {self.seed}" if self.seed is not None else ""]
+        return " ".join(filter(None, parts))
+
+    @property
+    def menu(self) -> list[Any]:
+        """What a search may put in a sublayer's place, in the search's words; empty for all."""
+        return self.method.split()[1:]
 
 
-class ContextSettings(BaseModel):
+@dataclass(frozen=True)
+class Calibration:
+    """The rows a plan is made from.
+
+    Attributes:
+        task: whose warm-up rows.
+        rows: how many.
+        tokens: of each of their contexts.
+        seed: of their choice; None is that of all runs.
+    """
+
+    task: str
+    rows: int
+    tokens: int
+    seed: int | None
+
+    def __str__(self) -> str:
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return f"{self.rows} warm-up rows of {self.task}, {self.tokens} tokens{seed}"
+
+
+class ContextSettings(_Settings):
     """What is compared at one context length.
 
     Attributes:
         accelerations: of the phase, each method is asked for, by predicted time.
         methods: to compare; None are the file's.
+        models: that are compared there; None are the file's.
         planned_at: prompt tokens at which predicted times count; None are the context's own.
         rows: of the test split; None are the file's.
+        calibration_rows: None are the file's.
+        calibration_tokens: None are the file's.
+        headline: the acceleration at which README tells of it; None is the file's.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     accelerations: Annotated[list[Acceleration], Field(min_length=1)]
-    methods: Annotated[list[str], Field(min_length=1)] | None = None
+    methods: Names | None = None
+    models: Names | None = None
     planned_at: PositiveInt | None = None
     rows: PositiveInt | None = None
+    calibration_rows: PositiveInt | None = None
+    calibration_tokens: PositiveInt | None = None
+    headline: Acceleration | None = None
 
 
-class LeaderboardFile(BaseModel):
+class ScoreSettings(_Settings):
+    """A task whose answers are generated and scored.
+
+    Attributes:
+        rows: of the test split.
+        new_tokens: of an answer; None is the task's own length.
+        chance: the score, 0 to 100, of answers that were made without reading the context.
+        methods: whose plans are scored; None is all.
+    """
+
+    rows: PositiveInt
+    new_tokens: PositiveInt | None = None
+    chance: Annotated[float, Field(ge=0, le=100)] = 0.0
+    methods: Names | None = None
+
+
+class OtherCalibrations(_Settings):
+    """One point that is also made from other rows than all others.
+
+    Attributes:
+        model: whose.
+        context: prompt tokens.
+        method: as in the file.
+        acceleration: that is asked for.
+        tasks: of another domain, to calibrate on in place of the file's.
+        seeds: other choices of the file's rows.
+    """
+
+    model: str
+    context: PositiveInt
+    method: str
+    acceleration: Acceleration
+    tasks: list[str] = []
+    seeds: list[int] = []
+
+    @property
+    def plain(self) -> Point:
+        """The point with the calibration of all."""
+        return Point(self.method, self.acceleration)
+
+    def points(self) -> Iterator[Point]:
+        """Those with another."""
+        yield from (Point(self.method, self.acceleration, task=task) for task in self.tasks)
+        yield from (Point(self.method, self.acceleration, seed=seed) for seed in self.seeds)
+
+
+class Shipped(_Settings):
+    """A plan that comes with the package, as `model/acceleration@context`."""
+
+    model: str
+    context: PositiveInt
+    method: str
+    acceleration: Acceleration
+
+    @property
+    def point(self) -> Point:
+        """What it is on the leaderboard."""
+        return Point(self.method, self.acceleration)
+
+    @property
+    def name(self) -> str:
+        """What `SkipPlan.load` knows it by."""
+        return f"{self.model}/{self.acceleration:g}@{self.context}"
+
+
+class LeaderboardFile(_Settings):
     """What a leaderboard's file says.
 
     Attributes:
-        model: as in `configs/models.yaml`.
+        models: as in `configs/models.yaml`.
         task: whose references are scored; its rows are made offline.
         rows: of the test split.
         reference_tokens: of each reference, from the first.
         calibration_rows: of the warm-up split.
         calibration_tokens: of each of their contexts.
+        rank: of the linear maps of searches; None for full ones.
         phase: whose time counts.
         rounds: in which times are taken, every plan and the dense model in each.
-        contexts: by prompt tokens.
         methods: names of `adaskip.methods`; SEARCH may be followed by its menu.
+        headline: the acceleration at which README tells of methods.
+        contexts: by prompt tokens.
+        scores: by task.
+        other_calibrations: of one point, to be shown once.
+        shipped: plans that come with the package.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
+    models: Names
     task: str
     rows: PositiveInt
     reference_tokens: PositiveInt
     calibration_rows: PositiveInt
     calibration_tokens: PositiveInt
+    rank: PositiveInt | None = None
     phase: Phase
     rounds: PositiveInt
+    methods: Names
+    headline: Acceleration = 1.3
     contexts: Annotated[dict[PositiveInt, ContextSettings], Field(min_length=1)]
-    methods: Annotated[list[str], Field(min_length=1)]
+    scores: dict[str, ScoreSettings] = {}
+    other_calibrations: OtherCalibrations | None = None
+    shipped: list[Shipped] = []
 
-    def points(self, context: int) -> Iterator[Point]:
+    def check(self) -> None:
+        """Refuses names that nothing has.
+
+        Raises:
+            AdaskipError: the first of them, with what there is.
+        """
+        parts = [*self.contexts.values()]
+        others = [self.other_calibrations] if self.other_calibrations else []
+        for model in (*self.models, *(m for part in parts for m in part.models or ())):
+            model_spec(model)
+        own = [part.methods or [] for part in parts]
+        scored = [task.methods or [] for task in self.scores.values()]
+        for method in chain(self.methods, *own, *scored):
+            _check_method(method)
+        for task in (self.task, *self.scores, *(task for other in others for task in other.tasks)):
+            task_spec(task)
+        for one in others:
+            self._check_point(one)
+        for plan in self.shipped:
+            self._check_point(plan)
+
+    def _check_point(self, one: OtherCalibrations | Shipped) -> None:
+        """Refuses a point that is named but is not compared."""
+        point = Point(one.method, one.acceleration)
+        if (one.model, one.context) not in self.boards() or point not in [*self.main(one.context)]:
+            raise AdaskipError(
+                f"The file names {point.name!r} of {one.model} at {one.context} tokens, which is "
+                "none of the points it compares; add it to them, or leave it out."
+            )
+
+    def boards(self) -> list[tuple[str, int]]:
+        """Every model and context length that is compared, model by model."""
+        return [
+            (model, context)
+            for model in self.models
+            for context, own in self.contexts.items()
+            if model in (own.models or self.models)
+        ]
+
+    def main(self, context: int) -> Iterator[Point]:
         """What is compared at a context length, in the file's order."""
         own = self.contexts[context]
         for method in own.methods or self.methods:
             for acceleration in own.accelerations:
                 yield Point(method, acceleration)
+
+    def others(self, model: str, context: int) -> Iterator[Point]:
+        """The points of a model and context length that are made from other rows."""
+        other = self.other_calibrations
+        if other is not None and (other.model, other.context) == (model, context):
+            yield from other.points()
+
+    def calibration(self, context: int, point: Point) -> Calibration:
+        """The rows that a point is made from."""
+        own = self.contexts[context]
+        return Calibration(
+            point.task or self.task,
+            own.calibration_rows or self.calibration_rows,
+            own.calibration_tokens or self.calibration_tokens,
+            point.seed,
+        )
+
+
+def _check_method(method: str) -> None:
+    """Refuses a method, or a search's menu, that there is not."""
+    name, *menu = method.split()
+    if name not in method_names():
+        raise unknown_name("method", name, method_names())
+    if menu and name != SEARCH:
+        raise AdaskipError(f"The method {method!r} has a menu, which {SEARCH} alone takes.")
+    for word in menu:
+        if word not in MENU:
+            raise unknown_name("replacement", word, MENU)

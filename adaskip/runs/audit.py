@@ -53,9 +53,7 @@ class PhaseCount:
         names = [str(sublayer) for sublayer in self.latest]
         attn, ffn = (self.skipped[kind] for kind in KINDS)
         windows = {"windows": self.windows} if self.windows else {}
-        return PhaseSkips(
-            forwards=self.forwards, attn=attn, ffn=ffn, sublayers=names, **windows
-        )
+        return PhaseSkips(forwards=self.forwards, attn=attn, ffn=ffn, sublayers=names, **windows)
 
 
 class Audit:

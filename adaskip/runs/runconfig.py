@@ -121,7 +121,7 @@ class RunConfig:
         "extend the plan while decoding (decode and e2e experiments; default: as the paper does)",
     )
     plan: str | None = option(
-        None, "file of a plan, or name of a shipped one, of {by_plan}; its budget is what it replaces"
+        None, "a plan's file, or shipped name, of {by_plan}; its budget is what it replaces"
     )
     seed: int = option(2025, "seed of sampling and of the offline sample")
     results_dir: str = option("results", "folder that holds the runs")

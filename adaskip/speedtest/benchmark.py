@@ -76,7 +76,7 @@ class SpeedTest(Measurement):
     budgets: tuple[int, ...] = option(
         (4, 8, 16), "sublayers to skip; policies that count whole layers skip half as many"
     )
-    plans: tuple[str, ...] = option((), "files of plans, or names of shipped ones, to measure besides")
+    plans: tuple[str, ...] = option((), "plans' files, or shipped names, to measure besides")
     rounds: int = option(15, "requests per case at most")
     minutes: float = option(
         10.0, f"about how long to measure; a point takes {MIN_ROUNDS} rounds at least"

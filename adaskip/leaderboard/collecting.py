@@ -1,0 +1,187 @@
+"""Reads what was made of a leaderboard into values; runs nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from adaskip.leaderboard.board import Board
+from adaskip.leaderboard.comparing import at_speed, beside, fronts
+from adaskip.leaderboard.rows import LossRow, PlanRow, ScoreRow, TimesRow
+from adaskip.leaderboard.settings import LeaderboardFile, Point
+from adaskip.leaderboard.values import (
+    BASE,
+    COLLAPSE,
+    Entry,
+    Interval,
+    Reference,
+    Report,
+    Score,
+    Table,
+    TaskFacts,
+    first_search,
+    middle,
+)
+from adaskip.profiling.interleaving import Ratio
+from adaskip.profiling.intervals import paired_interval
+from adaskip.runs.runconfig import DENSE
+
+
+def collect(file: LeaderboardFile, boards: Iterable[Board]) -> Report:
+    """What the boards of a file have; those without dense losses are left out.
+
+    Raises:
+        RunError: a file is damaged, or was made with other settings.
+    """
+    tables = [table for table in map(table_of, boards) if table is not None]
+    return Report(file.task, file.reference_tokens, str(file.phase), file.rounds, tuple(tables))
+
+
+def table_of(board: Board) -> Table | None:
+    """What one board has; None before the dense losses are there.
+
+    Raises:
+        RunError: as `collect`.
+    """
+    kept = _Kept.of(board)
+    if DENSE not in kept.losses:
+        return None
+    main = kept.entries(board.file.main(board.context))
+    others = kept.entries(board.file.others(board.model, board.context))
+    if others and board.file.other_calibrations is not None:
+        plain = board.file.other_calibrations.plain
+        same = [e for e in main if (e.method, e.asked) == (plain.method, plain.acceleration)]
+        others = same + others
+    record = board.losses.record()
+    lengths = record.get("characters", {}), record.get("prompt_characters", {})
+    references = {
+        name: Reference(nll, int(tokens), *(known.get(name) for known in lengths))
+        for name, (nll, tokens) in kept.losses[DENSE].rows.items()
+    }
+    dense, asked = kept.times.get(DENSE), [point.name for point in board.points]
+    nll, n_tokens = _sums(kept.losses[DENSE])
+    return Table(
+        model=board.model,
+        context=board.context,
+        headline=board.file.contexts[board.context].headline or board.file.headline,
+        perplexity=math.exp(nll / n_tokens),
+        seconds=middle(dense.ttft if dense else []),
+        per_token=middle(dense.per_token if dense else []),
+        references=references,
+        entries=tuple(_compared(main, main)),
+        calibrations=tuple(_compared(others, main)),
+        tasks=kept.tasks(),
+        missing={r.id: r.error for r in kept.plans.values() if r.error and r.id in asked},
+        environment=board.times.record().get("environment", {}),
+    )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is on the disk of the plans that there are now."""
+
+    board: Board
+    plans: Mapping[str, PlanRow]
+    losses: Mapping[str, LossRow]
+    times: Mapping[str, TimesRow]
+    scores: Mapping[str, Mapping[str, ScoreRow]]
+
+    @classmethod
+    def of(cls, board: Board) -> _Kept:
+        """Reads it."""
+        return cls(
+            board,
+            {row.id: row for row in board.plans.rows()},
+            board.known(board.losses),
+            board.known(board.times),
+            {task: board.known(board.scores(task)) for task in board.file.scores},
+        )
+
+    def entries(self, points: Iterable[Point]) -> list[Entry]:
+        """Those of the points whose plans have losses, not compared yet."""
+        return [self._entry(point) for point in points if point.name in self.losses]
+
+    def tasks(self) -> dict[str, TaskFacts]:
+        """What the dense model can do of the tasks that it was scored on."""
+        found = {}
+        for task, rows in self.scores.items():
+            if DENSE in rows:
+                values, chance = rows[DENSE].rows, self.board.file.scores[task].chance
+                over = _interval(values, dict.fromkeys(values, chance / 100))
+                score = 100 * fmean(values.values())
+                at_chance = score <= chance if over is None else over[0] <= 0
+                dense = Score(score, None, _interval(values, dict.fromkeys(values, 0.0)))
+                found[task] = TaskFacts(len(values), dense, chance, at_chance)
+        return found
+
+    def _entry(self, point: Point) -> Entry:
+        about = self.plans[point.name].about
+        own, dense = self.losses[point.name], self.losses[DENSE]
+        by_token = [
+            {name: nll / tokens for name, (nll, tokens) in row.rows.items()} for row in (own, dense)
+        ]
+        by_row = {name: value - by_token[1][name] for name, value in by_token[0].items()}
+        gaps = [nll / tokens for nll, tokens in map(_sums, (own, dense))]
+        return Entry(
+            method=point.method,
+            asked=point.acceleration,
+            variant=point.variant,
+            calibration=str(about.get("calibration", "")),
+            predicted=float(about["predicted acceleration"]),
+            **self._measured(point.name),
+            gap=gaps[0] - gaps[1],
+            interval=paired_interval(*by_token),
+            by_row=by_row,
+            collapsed=sum(gap > COLLAPSE for gap in by_row.values()),
+            front=False,
+            beside={},
+            scores=self._scores(point.name),
+        )
+
+    def _measured(self, name: str) -> dict[str, Any]:
+        if name not in self.times or DENSE not in self.times:
+            return dict.fromkeys(("seconds", "ttft", "per_token", "kv_share"))
+        own, dense = self.times[name], self.times[DENSE]
+        return {
+            "seconds": middle(own.ttft),
+            "ttft": Ratio.paired(dense.ttft, own.ttft),
+            "per_token": Ratio.paired(dense.per_token, own.per_token),
+            "kv_share": own.kv_bytes / dense.kv_bytes,
+        }
+
+    def _scores(self, name: str) -> dict[str, Score]:
+        found = {}
+        for task, rows in self.scores.items():
+            if name in rows and DENSE in rows:
+                own, dense = rows[name].rows, rows[DENSE].rows
+                score, base = (100 * fmean(each.values()) for each in (own, dense))
+                found[task] = Score(score, score - base, _interval(own, dense))
+        return found
+
+
+def _compared(entries: Sequence[Entry], among: Sequence[Entry]) -> list[Entry]:
+    """The entries beside AdaSkip and the searched plan of a list, and whether they are in front."""
+    search = first_search([entry.method for entry in among])
+    compared = []
+    for entry, front in zip(entries, fronts(entries), strict=True):
+        found = {}
+        for method in filter(None, (BASE, search)):
+            other = at_speed(among, method, entry.speed)
+            if other is not None and method != entry.method:
+                found[method] = beside(entry.by_row, other)
+        compared.append(replace(entry, front=front, beside=found))
+    return compared
+
+
+def _sums(row: LossRow) -> tuple[float, int]:
+    values = row.rows.values()
+    return math.fsum(nll for nll, _ in values), int(sum(tokens for _, tokens in values))
+
+
+def _interval(own: Mapping[str, float], base: Mapping[str, float]) -> Interval | None:
+    """That of the mean difference of scores, 0 to 100."""
+    found = paired_interval(own, base)
+    return None if found is None else (100 * found[0], 100 * found[1])

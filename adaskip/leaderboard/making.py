@@ -1,0 +1,269 @@
+"""Makes the plans of a leaderboard and measures them, part by part; whatever exists is kept.
+
+Plans come first, then the losses of the test rows and the scores of tasks under each, then the
+times of all of them by turns: those want a quiet machine, and may be taken on another day.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+
+from adaskip.entering import skipping
+from adaskip.errors import AdaskipError
+from adaskip.leaderboard.board import Board
+from adaskip.leaderboard.rows import LossRow, PlanRow, ScoreRow, TimesRow, plan_digest
+from adaskip.leaderboard.settings import Point
+from adaskip.methods import make_plan
+from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer
+from adaskip.policies import FixedSkipping
+from adaskip.policies.made_plan import PlanFile
+from adaskip.profiling.calibration import random_prompt
+from adaskip.profiling.interleaving import by_turns, per_round
+from adaskip.profiling.timing import RequestTimes, time_request
+from adaskip.runs.calibration import calibration_rows
+from adaskip.runs.environment import environment
+from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.perplexity import reference_ids, reference_perplexity
+from adaskip.runs.runconfig import DENSE, RunConfig
+from adaskip.runs.runner import resolve, run
+from adaskip.runs.scoring import score_run
+from adaskip.search import SEARCH, search_plan
+from adaskip.search.losses import Row as CalibrationRow
+from adaskip.sublayer_times import replacement_name
+from adaskip.tasks.prompts import Prompt
+from adaskip.tasks.spec import Row
+
+# Decode steps of a request that is timed.
+STEPS = 16
+
+
+@dataclass
+class Maker:
+    """Makes what is missing of a board.
+
+    Attributes:
+        board: what is made, and where it is kept.
+        open_model: gives the loaded model when something is computed.
+        progress: whether to show progress bars.
+    """
+
+    board: Board
+    open_model: Callable[[], LoadedModel]
+    progress: bool = True
+
+    def make(self, part: str) -> None:
+        """Makes what is missing of one of `PARTS`.
+
+        Raises:
+            AdaskipError: the model, the data or what exists does not fit.
+        """
+        PARTS[part](self)
+
+    def make_plans(self) -> None:
+        """Makes the plans that are missing, and those that were made from or for something else."""
+        store = self.board.plans
+        made = {row.id: row for row in store.rows()}
+        for point in self.board.points:
+            row = made.get(point.name)
+            failed = row is not None and row.error is not None
+            same = row is not None and row.recipe == self.board.recipe(point)
+            if not (same and (failed or self.board.plan_of(point, row) is not None)):
+                store.append([self._made(point)])
+
+    def measure_losses(self) -> None:
+        """Scores the test rows under the plans that have no losses yet, dense first."""
+        store = self.board.losses
+        for name, plan in self.board.missing(store, self.board.found()).items():
+            found = reference_perplexity(
+                self._model,
+                self._loaded.tokenizer,
+                FixedSkipping(plan),
+                [*self._items.values()],
+                max_tokens=self.board.file.reference_tokens,
+                progress=self.progress,
+            )
+            losses = zip(self._items, found.rows, strict=True)
+            rows = {row: [loss.nll, loss.tokens] for row, loss in losses}
+            store.append([LossRow(id=name, plan_digest=plan_digest(plan), rows=rows)])
+        if store.rows() and "characters" not in store.record():
+            store.note(**self._lengths())
+
+    def measure_scores(self) -> None:
+        """Generates and scores the answers that are missing, dense first."""
+        for task, asked in self.board.file.scores.items():
+            store = self.board.scores(task)
+            wanted = {
+                name: plan
+                for name, plan in self.board.found().items()
+                if name == DENSE or asked.methods is None or self._method(name) in asked.methods
+            }
+            for name, plan in self.board.missing(store, wanted).items():
+                digest = plan_digest(plan)
+                config = self._run_config(task, name)
+                scores = score_run(run(config, self._loaded)).tasks[task].row_scores
+                store.append([ScoreRow(id=name, plan_digest=digest, rows=scores)])
+
+    def measure_times(self) -> None:
+        """Times requests under all plans by turns; round by round, for it takes long.
+
+        Times compare only within a round, so that a plan more means all of them anew.
+        """
+        board, plans = self.board, self.board.found()
+        store, n_rounds = board.times, board.file.rounds
+        if board.missing(store, plans):
+            store.path.unlink(missing_ok=True)
+        taken = {row.id: row for row in store.rows() if row.id in plans}
+        n_taken = min((len(row.ttft) for row in taken.values()), default=0)
+        if n_taken == n_rounds:
+            return
+        ids = random_prompt(self._model, board.context)
+        kinds = {name: partial(self._request, plan, ids) for name, plan in plans.items()}
+        store.note(environment=environment(str(self._model.device)))
+        self._request(EMPTY_PLAN, ids)
+        for each in by_turns(
+            kinds,
+            rounds=n_rounds - n_taken,
+            baselines=[DENSE],
+            title=f"{board.name} times",
+            progress=self.progress,
+        ):
+            for name, plan in plans.items():
+                (ttft,) = per_round([each], name, lambda request: request.ttft)
+                (per_token,) = per_round([each], name, lambda request: request.per_token)
+                before = taken.get(name)
+                taken[name] = TimesRow(
+                    id=name,
+                    plan_digest=plan_digest(plan),
+                    ttft=[*(before.ttft if before else []), ttft],
+                    per_token=[*(before.per_token if before else []), per_token],
+                    kv_bytes=each[name][0].kv_bytes,
+                )
+            store.append([*taken.values()])
+
+    def _made(self, point: Point) -> PlanRow:
+        board, recipe = self.board, self.board.recipe(point)
+        method = point.method.split()[0]
+        settings: dict[str, Any] = {
+            "acceleration": point.acceleration,
+            "phase": board.file.phase,
+            "context": board.planned_at,
+            "source": recipe["calibration"],
+            "record": self._record(point),
+            "progress": self.progress,
+        }
+        rows = self._calibration(point)
+        try:
+            if method == SEARCH:
+                settings |= {"replacements": point.menu} if point.menu else {}
+                plan = search_plan(self._model, rows, rank=board.file.rank, **settings)
+            else:
+                plan = make_plan(self._model, rows, method, **settings)
+        except AdaskipError as error:
+            if "reach" not in str(error):
+                raise
+            return PlanRow(id=point.name, recipe=recipe, error=str(error))
+        plan.save(board.path_of(point))
+        return PlanRow(
+            id=point.name,
+            recipe=recipe,
+            plan_digest=plan_digest(plan),
+            about=plan.facts,
+            replaced={str(sublayer): _told(plan, sublayer) for sublayer in plan},
+        )
+
+    def _record(self, point: Point) -> Path:
+        """Where what was computed on the same calibration rows is kept: it serves all plans."""
+        recipe = self.board.recipe(point)
+        shared = {key: recipe[key] for key in ("calibration", "reference_tokens")}
+        digest = hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:8]
+        return self.board.folder / "plans" / f"{PurePath(self.board.model).name}-{digest}.jsonl"
+
+    def _method(self, name: str) -> str:
+        return next(point.method for point in self.board.points if point.name == name)
+
+    def _request(self, plan: SkipPlan, ids: torch.Tensor) -> RequestTimes:
+        with skipping(self._model, plan):
+            return time_request(self._model, ids, STEPS)
+
+    @cached_property
+    def _loaded(self) -> LoadedModel:
+        return self.open_model()
+
+    @property
+    def _model(self) -> Any:
+        return self._loaded.model
+
+    @cached_property
+    def _items(self) -> Mapping[str, tuple[Prompt, str]]:
+        """Prompt and reference of each test row."""
+        config = dense_config(self.board, limit=self.board.n_rows)
+        rows: list[Row] = self._loaded.rows(config, self.board.file.task)
+        return {row.id: (self._loaded.prompt(config, row), row.reference) for row in rows}
+
+    def _lengths(self) -> dict[str, Any]:
+        """Characters of each prompt, and of what counts of its reference."""
+        tokenizer, n_tokens = self._loaded.tokenizer, self.board.file.reference_tokens
+        characters = {
+            name: len(str(tokenizer.decode(reference_ids(tokenizer, *item, n_tokens))))
+            for name, item in self._items.items()
+        }
+        prompts = {name: len(prompt.text) for name, (prompt, _) in self._items.items()}
+        return {"characters": characters, "prompt_characters": prompts}
+
+    def _calibration(self, point: Point) -> list[CalibrationRow]:
+        asked = self.board.file.calibration(self.board.context, point)
+        seed = {} if asked.seed is None else {"seed": asked.seed}
+        config = dense_config(self.board, tasks=[asked.task], sample_tokens=asked.tokens, **seed)
+        n_tokens = self.board.file.reference_tokens
+        return calibration_rows(self._loaded, config, [asked.task], asked.rows, n_tokens)
+
+    def _run_config(self, task: str, name: str) -> RunConfig:
+        """The run that generates a task's answers under a plan."""
+        asked = self.board.file.scores[task]
+        own: dict[str, Any] = {"name": f"{self.board.name}-{DENSE}"}
+        if name != DENSE:
+            point = next(point for point in self.board.points if point.name == name)
+            path = str(self.board.path_of(point))
+            # A plan that is made anew has a run of its own.
+            own = {"name": PlanFile.read(path).name, "policy": "PLAN", "plan": path}
+        own |= {"max_new_tokens": asked.new_tokens, "limit": asked.rows}
+        return dense_config(self.board, tasks=[task], **own)
+
+
+def dense_config(board: Board, **changes: Any) -> RunConfig:
+    """The dense run of a board's test rows, or one that differs in some settings."""
+    given = {
+        "experiment": "e2e",
+        "model_name": board.model,
+        "policy": DENSE,
+        "tasks": [board.file.task],
+        "sample_tokens": board.context,
+        "results_dir": str(board.folder / "runs"),
+    }
+    return resolve(RunConfig.from_dict(given | changes))
+
+
+def _told(plan: SkipPlan, sublayer: Sublayer) -> str:
+    """What takes a sublayer's place, for people."""
+    replacement = plan[sublayer]
+    return (
+        f"gain {replacement:.3f}"
+        if isinstance(replacement, float)
+        else ("nothing" if replacement is None else replacement_name(replacement))
+    )
+
+
+PARTS: dict[str, Callable[[Maker], None]] = {
+    "plans": Maker.make_plans,
+    "losses": Maker.measure_losses,
+    "scores": Maker.measure_scores,
+    "times": Maker.measure_times,
+}

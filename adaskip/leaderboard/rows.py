@@ -1,0 +1,90 @@
+"""What a leaderboard keeps of each plan, and what tells one plan from another."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from adaskip.plan import EMPTY_PLAN, SkipPlan
+from adaskip.replacements import Replacement
+from adaskip.runs.rows import Stored
+
+
+def plan_digest(plan: SkipPlan) -> str:
+    """Tells plans apart by all that they compute, whatever they say of themselves."""
+    digest = hashlib.sha256(plan.fingerprint.encode())
+    for sublayer, replacement in plan.items():
+        digest.update(f"{sublayer} {_told(replacement)}".encode())
+        for tensor in getattr(replacement, "tensors", ()):
+            whole = tensor.detach().cpu().contiguous()
+            digest.update(f"{whole.dtype} {tuple(whole.shape)}".encode())
+            digest.update(whole.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _told(replacement: Replacement) -> str:
+    """What a replacement is besides its tensors."""
+    return type(replacement).__name__ if hasattr(replacement, "tensors") else repr(replacement)
+
+
+DENSE_DIGEST = plan_digest(EMPTY_PLAN)
+
+
+class PlanRow(Stored):
+    """A plan that was made, or why there is none; `id` is its point's.
+
+    Attributes:
+        recipe: what it was made from and for.
+        plan_digest: of the plan; empty if there is none, or it was made before digests were kept.
+        about: what the plan tells of itself; empty if there is none.
+        replaced: by what each sublayer is replaced.
+        error: why the method reaches no such acceleration.
+    """
+
+    id: str
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    plan_digest: str = ""
+    about: dict[str, Any] = Field(default_factory=dict)
+    replaced: dict[str, str] = Field(default_factory=dict)
+    error: str | None = None
+
+
+class PlanValues(Stored):
+    """What was measured under a plan; it says nothing of a plan that was made anew since.
+
+    Attributes:
+        id: of its point.
+        plan_digest: of the plan.
+    """
+
+    id: str
+    plan_digest: str = ""
+
+
+class LossRow(PlanValues):
+    """`[nll, tokens]` of each test row's reference under a plan."""
+
+    rows: dict[str, list[float | int]]
+
+
+class ScoreRow(PlanValues):
+    """The score, 0 to 1, of each test row's answer under a plan."""
+
+    rows: dict[str, float]
+
+
+class TimesRow(PlanValues):
+    """Times of a plan: one value per round, in seconds.
+
+    Attributes:
+        ttft: of prefill.
+        per_token: of a decode step.
+        kv_bytes: held at the end of a request.
+    """
+
+    ttft: list[float]
+    per_token: list[float]
+    kv_bytes: int

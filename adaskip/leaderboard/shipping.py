@@ -1,0 +1,91 @@
+"""Copies plans of a leaderboard into the package, with what was measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from adaskip.errors import AdaskipError
+from adaskip.leaderboard.board import Board
+from adaskip.leaderboard.settings import LeaderboardFile, Shipped
+from adaskip.leaderboard.values import Entry, Report, Table
+from adaskip.plan import SkipPlan
+from adaskip.shipped import LIMIT, SUFFIX
+
+
+def ship(file: LeaderboardFile, results: Path, report: Report, folder: Path) -> list[Path]:
+    """Writes the plans that a file names as shipped; all of them, or none.
+
+    Args:
+        file: the leaderboard's.
+        results: its folder.
+        report: what was measured.
+        folder: gets `<model>/<acceleration>@<context>.safetensors`.
+
+    Returns:
+        The files.
+
+    Raises:
+        AdaskipError: one was not made or measured, or they are too large.
+    """
+    made = {}
+    for one in file.shipped:
+        board = Board(file, one.model, one.context, results)
+        plan = board.found().get(one.point.name)
+        if plan is None:
+            raise AdaskipError(f"{one.name} cannot be shipped: {one.point.name} has no plan yet.")
+        about = {**plan.about, **_measured(one, report)}
+        made[folder / f"{one.name}{SUFFIX}"] = SkipPlan(
+            plan, fingerprint=plan.fingerprint, about=about
+        )
+    sizes = {path.relative_to(folder): _size(plan) for path, plan in made.items()}
+    if sum(sizes.values()) > LIMIT:
+        told = ", ".join(f"{path.as_posix()} {size:,}" for path, size in sizes.items())
+        raise AdaskipError(
+            f"The plans are {sum(sizes.values()):,} bytes together ({told}), at most {LIMIT:,} are "
+            "shipped: name fewer, or ones with maps of a lower rank."
+        )
+    for path, plan in made.items():
+        plan.save(path)
+    return [*made]
+
+
+def _measured(one: Shipped, report: Report) -> Mapping[str, Any]:
+    """What the leaderboard says of a plan, in the words that plans have for it."""
+    for table in report.tables:
+        here = (table.model, table.context) == (one.model, one.context)
+        for entry in table.entries:
+            if here and (entry.method, entry.asked) == (one.method, one.acceleration):
+                return _told(table, entry, report)
+    raise AdaskipError(f"{one.name} cannot be shipped: {one.point.name} has no losses yet.")
+
+
+def _told(table: Table, entry: Entry, report: Report) -> dict[str, Any]:
+    if entry.ttft is None or entry.per_token is None or entry.interval is None:
+        raise AdaskipError(
+            f"{entry.method} {entry.asked:g} of {table.model} at {table.context} tokens cannot be "
+            "shipped: its times were not measured, or its losses are those of one row."
+        )
+    return {
+        "measured acceleration": entry.ttft.median,
+        "measured from": entry.ttft.low,
+        "measured to": entry.ttft.high,
+        "measured acceleration per token": entry.per_token.median,
+        "measured kv share": entry.kv_share,
+        "measured on": table.hardware,
+        "gap": entry.gap,
+        "gap from": entry.interval[0],
+        "gap to": entry.interval[1],
+        "dense perplexity": table.perplexity,
+        "tested on": f"{len(table.references)} references of {report.task}",
+    }
+
+
+def _size(plan: SkipPlan) -> int:
+    """Bytes of a plan's file."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"plan{SUFFIX}"
+        plan.save(path)
+        return path.stat().st_size

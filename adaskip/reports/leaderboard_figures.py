@@ -1,0 +1,82 @@
+"""Figures of a leaderboard: quality lost against time measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from adaskip.leaderboard.axes import Axis
+from adaskip.leaderboard.values import Table
+from adaskip.reports.figures import COLOURS, MARKERS, as_png, canvas
+from adaskip.runs.runconfig import DENSE
+
+
+def draw_front(table: Table) -> bytes:
+    """Gap against measured acceleration, a line per method, dense at 1 and 0; PNG.
+
+    What no other plan beats is joined by a broad line.
+    """
+    figure, panels = canvas(1, 1, width=9, height=5)
+    panel = panels[0][0]
+    front = sorted([(1.0, 0.0), *((e.speed, e.gap) for e in table.entries if e.front)])
+    panel.plot(*zip(*front, strict=True), color="0.85", linewidth=7, label="not beaten")
+    for number, method in enumerate(table.methods):
+        own = sorted((e.speed, e.gap) for e in table.entries if e.method == method)
+        _line(panel, [(1.0, 0.0), *own], number, method)
+    panel.set_xlabel("time to first token, x faster than dense" + _how(table))
+    panel.set_ylabel("nats per token lost to dense")
+    panel.set_yscale("symlog", linthresh=0.1)
+    panel.set_ylim(bottom=min(-0.05, *(gap for _, gap in front)))
+    panel.axhline(0, color="0.8", linewidth=0.8)
+    _legend(figure, panel)
+    return as_png(figure)
+
+
+def draw_axes(axes: Sequence[Axis]) -> bytes:
+    """Nats per character against seconds to the first token, a colour per model; PNG."""
+    figure, panels = canvas(1, 1, width=9, height=5)
+    panel = panels[0][0]
+    models = [*dict.fromkeys(axis.model for axis in axes)]
+    methods = [*dict.fromkeys(axis.method for axis in axes)]
+    for model in models:
+        own = [axis for axis in axes if axis.model == model]
+        for method in methods[1:]:
+            at = [(a.seconds, a.nats) for a in own if a.method in (DENSE, method)]
+            panel.plot(
+                *zip(*at, strict=True),
+                color=COLOURS[models.index(model)],
+                marker=MARKERS[methods.index(method)],
+                linestyle="-" if method.startswith("SEARCH") else ":",
+                label=f"{model}, {method}",
+            )
+        dense = next(a for a in own if a.method == DENSE)
+        panel.annotate(
+            f"{model} dense",
+            (dense.seconds, dense.nats),
+            textcoords="offset points",
+            xytext=(6, -12),
+        )
+    panel.set_xlabel("seconds to first token")
+    panel.set_ylabel("nats per character of the references")
+    _legend(figure, panel)
+    return as_png(figure)
+
+
+def _line(panel: Any, at: Sequence[tuple[float, float]], number: int, method: str) -> None:
+    searched = method.startswith("SEARCH")
+    panel.plot(
+        *zip(*at, strict=True),
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+        linestyle="-" if searched else ":",
+        linewidth=2 if searched else 1.3,
+        label=method,
+    )
+
+
+def _how(table: Table) -> str:
+    return "" if any(entry.ttft for entry in table.entries) else " (predicted)"
+
+
+def _legend(figure: Any, panel: Any) -> None:
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", frameon=False)

@@ -1,0 +1,193 @@
+"""What is said of a leaderboard: gaps at equal time, verdicts, tables, the page in a browser."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from chromium import browser, probed, shown
+from leaderboard_fixtures import filled, whole
+
+from adaskip.leaderboard.axes import same_axes
+from adaskip.leaderboard.collecting import collect, table_of
+from adaskip.leaderboard.comparing import at_speed, beside
+from adaskip.leaderboard.values import REPORT_FILE, read_report
+from adaskip.reports.leaderboard_report import PAGE, render, write_report
+from adaskip.reports.leaderboard_tables import as_text
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole report."""
+    folder = tmp_path_factory.mktemp("board")
+    boards = whole(folder)
+    write_report(boards[0].file, boards, folder)
+    return folder
+
+
+def test_gaps_at_equal_time_lie_between_plans(tmp_path: Path) -> None:
+    table = table_of(filled(tmp_path))
+    assert table is not None
+    assert table.perplexity == pytest.approx(math.exp(2))
+    first = table.entries[0]
+    assert first.ttft is not None
+    assert (first.ttft.median, first.kv_share) == (1.0625, 0.94)
+    # Rows lose 0.2 and 0.4 nats per token.
+    assert first.gap == pytest.approx(0.3)
+    assert first.interval == pytest.approx((0.2, 0.4))
+    # Half way between the plans at 1.0625 and 1.125; below the first, between dense and it.
+    halfway = at_speed(table.entries, "ADA", 1.09375)
+    assert halfway == pytest.approx({"a": 0.4, "b": 0.8})
+    assert at_speed(table.entries, "ADA", 1.03125) == pytest.approx({"a": 0.1, "b": 0.2})
+    assert at_speed(table.entries, "ADA", 0.9) == {"a": 0.0, "b": 0.0}
+    assert at_speed(table.entries, "ADA", 1.2) is None
+    assert at_speed(table.entries, "SEARCH gain", 1.125) == pytest.approx({"a": 0.05, "b": 0.1})
+
+
+def test_a_plan_stands_beside_the_others_at_its_measured_time(tmp_path: Path) -> None:
+    table = table_of(filled(tmp_path))
+    assert table is not None
+    slow, fast, searched = table.entries
+    # The searched plan is faster than any of AdaSkip's, which it is not compared with there.
+    assert searched.beside == {}
+    assert (slow.front, fast.front, searched.front) == (False, False, True)
+    found = fast.beside["SEARCH gain"]
+    assert found.gap == pytest.approx(0.075)
+    assert found.difference == pytest.approx(0.9 - 0.075)
+    assert found.share == pytest.approx(12)
+    assert found.verdict == "worse"
+    # Rows that lose 0.6 and 1.2.
+    assert (slow.collapsed, fast.collapsed) == (0, 1)
+
+
+def test_better_is_said_only_beyond_the_interval() -> None:
+    dense = dict.fromkeys("abcd", 0.0)
+    base = dense | {"a": 0.3, "b": 0.3, "c": 0.3, "d": 0.3}
+    less = dict(zip("abcd", (0.1, 0.2, 0.1, 0.2), strict=True))
+    mixed = dict(zip("abcd", (0.1, 0.2, 0.1, 0.7), strict=True))
+    assert beside(less, base).verdict == "better"
+    assert beside(mixed, base).verdict == ""
+    assert beside(mixed, base).difference < 0
+    assert beside(base, less).verdict == "worse"
+    assert (beside(less, dense).share, beside(less, dense).verdict) == (None, "worse")
+
+
+def test_tasks_at_chance_speak_for_nothing(results: Path) -> None:
+    table = read_report(results / REPORT_FILE).tables[0]
+    assert table.tasks["sample_qa"].at_chance
+    facts = table.tasks["sample_summarization"]
+    assert (facts.at_chance, facts.dense.score) == (False, pytest.approx(48.3, abs=0.1))
+    worst = table.entries[1].scores["sample_summarization"]
+    assert worst.delta == pytest.approx(-0.9 * facts.dense.score)
+    assert worst.verdict == "worse"
+    text = (results / "report.md").read_text(encoding="utf-8")
+    assert "(1.7, +0.0 [0.0, 0.0])" in text
+    assert "sample_qa: dense 1.7 [0.0, 5.0] over 6 rows, chance 0 (at chance" in text
+
+
+def test_models_share_axes_where_they_share_rows(results: Path) -> None:
+    report = read_report(results / REPORT_FILE)
+    axes = same_axes(report)
+    # llama alone is at 2,000 tokens.
+    assert [*axes] == [1000]
+    assert [a.model for a in axes[1000] if a.plan == "dense"] == ["smollm2", "llama"]
+    dense = axes[1000][0]
+    # 2 x 1 and 2 x 3 nats over 8 and 12 characters.
+    assert (dense.seconds, dense.nats, dense.prompt) == (2.0, pytest.approx(8 / 20), 150)
+    # The rows lose 0.9 and 1.8 nats per token more, of two tokens each.
+    (plan,) = (a for a in axes[1000] if (a.model, a.plan) == ("smollm2", "ADA 1.2"))
+    assert plan.nats == pytest.approx((8 + 1.8 + 3.6) / 20)
+
+
+def test_the_report_is_made_of_its_json_alone(results: Path) -> None:
+    before = {path: path.read_bytes() for path in results.iterdir() if path.is_file()}
+    render(results)
+    assert {path: path.read_bytes() for path in results.iterdir() if path.is_file()} == before
+    boards = whole(results.parent / "again")
+    assert collect(boards[0].file, boards) == read_report(results / REPORT_FILE)
+    pictures = sorted(path.name for path in results.glob("*.png"))
+    assert pictures == [
+        *("pareto-llama-1000.png", "pareto-llama-2000.png"),
+        *("pareto-models-1000.png", "pareto-smollm2-1000.png"),
+    ]
+
+
+def test_the_text_says_what_exists(tmp_path: Path) -> None:
+    board = filled(tmp_path)
+    text = as_text(collect(board.file, [board]))
+    assert "| ADA         |  1.05 |     1.100 | 1.062 [1.062–1.062]" in text
+    # At 1.1 AdaSkip loses 0.66 nats over both rows, the search 0.06.
+    assert "0.060, 9% [9%–9%], better" in text
+    assert "SEARCH gain loses less than 2 of them, beyond the interval, and more than: none" in text
+    assert "Tasks:" not in text
+
+
+# Sorted by gap, falling; then the rows of one method in front only.
+USED = """(() => {
+  const column = document.querySelectorAll('#quality thead button')[6];
+  column.click(); column.click();
+  const rows = [...document.querySelectorAll('#quality tbody tr')];
+  const gaps = rows.map(row => Number(row.cells[6].dataset.value));
+  const sorted = gaps.every((gap, i) => !i || gap <= gaps[i - 1]);
+  const form = document.querySelector('form');
+  form.elements.method.value = 'SLEB'; form.elements.context.value = '1000';
+  form.dispatchEvent(new Event('change'));
+  const seen = () => rows.filter(row => row.offsetParent !== null).map(row => row.dataset.method);
+  const filtered = seen();
+  const said = document.querySelector('[role=status]').textContent;
+  form.elements.front.click();
+  const front = seen().length;
+  return {sorted, filtered, said, front, first: rows[0].dataset.method,
+    order: column.closest('th').getAttribute('aria-sort'),
+    focus: [...document.querySelectorAll('th button, select, input')].every(e => e.tabIndex === 0),
+    named: [...document.querySelectorAll('select, input')].every(e => e.labels.length === 1)};
+})()"""
+# Whether anything is cut off at the right: a cell beyond its table's frame, a text beyond its cell.
+CUT = """(() => [...document.querySelectorAll('.board th, .board td, .board small')]
+  .filter(e => e.offsetParent !== null && (e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0
+    || e.getBoundingClientRect().right > e.closest('figure').getBoundingClientRect().right + 1))
+  .map(e => e.textContent).slice(0, 3))()"""
+
+
+@browser
+@pytest.mark.parametrize("width", [1300, 520])
+def test_the_page_shows_all_of_the_table_on_any_screen(
+    results: Path, tmp_path: Path, width: int
+) -> None:
+    told = probed(results / PAGE, tmp_path, width, CUT)
+    assert told["refused"] == told["fetched"] == []
+    assert told["asked"] == []
+    assert told["wide"] <= told["screen"]
+    # Per model and context length dense and its plans, below a header.
+    assert told["tables"][:2] == [1 + 3 * 13, 1 + 3 * 13]
+    assert len(told["pictures"]) == 4
+    assert min(told["pictures"]) > 500
+
+
+@browser
+def test_the_page_sorts_and_filters(results: Path, tmp_path: Path) -> None:
+    told = probed(results / PAGE, tmp_path, 1300, USED)["asked"]
+    assert (told["sorted"], told["order"], told["first"]) == (True, "descending", "SEARCH window")
+    assert sorted(told["filtered"]) == ["SLEB"] * 4 + ["dense"] * 2
+    assert told["said"] == "6 of 39 rows"
+    assert told["front"] <= 6
+    assert told["focus"]
+    assert told["named"]
+
+
+@browser
+def test_the_pages_own_script_is_allowed(results: Path, tmp_path: Path) -> None:
+    # As it is, policy included: the script shows the form.
+    told = shown(results / PAGE, tmp_path, "--dump-dom")
+    assert '<p role="status">39 of 39 rows</p>' in told
+    assert re.search(r'<form aria-label="[^"]*">', told)
+
+
+def test_the_page_refers_to_nothing_outside_itself(results: Path) -> None:
+    text = (results / PAGE).read_text(encoding="utf-8")
+    addresses = re.findall(r"""(?:src|href|url|action)\s*[=(]\s*["']?([^"'\s>)]*)""", text)
+    assert {address.split(":")[0].split("#")[0] for address in addresses} <= {"", "data"}
+    assert "default-src 'none'" in text
+    assert len(text) < 2_000_000
