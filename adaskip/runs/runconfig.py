@@ -19,8 +19,8 @@ from adaskip.policies import policy_class
 from adaskip.policies.factory import BUDGETS, LEARNED, arguments, describe, takers, takes
 from adaskip.policies.made_plan import PlanFile
 from adaskip.runs.rows import first_problem
-from adaskip.tasks.retrieval import check_depth
 from adaskip.shipped import plan_label
+from adaskip.tasks.retrieval import check_depth
 
 DENSE = "dense"
 HORIZON = "horizon"  # the field of a policy that takes the answer length
