@@ -26,6 +26,7 @@ from adaskip.search import MENU, SEARCH, WINDOWS, search_plan
 from adaskip.search.describing import record_name
 from adaskip.search.losses import Row
 from adaskip.search.menu import Dishes
+from adaskip.shipped import plan_label
 from adaskip.tables import markdown_table, number, percent
 
 ALL = "all"
@@ -75,7 +76,7 @@ def _act(given: argparse.Namespace) -> int:
 
 
 def _show(given: argparse.Namespace) -> int:
-    plans = {Path(file).stem: SkipPlan.load(file) for file in given.show}
+    plans = {plan_label(file): SkipPlan.load(file) for file in given.show}
     if len(plans) < len(given.show):
         raise AdaskipError("Two files have the same name, which is all that tells plans apart.")
     _tell(plans, given.html)

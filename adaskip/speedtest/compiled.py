@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import mean, median
 from typing import Any, ClassVar
 
@@ -24,6 +23,7 @@ from adaskip.profiling import memory
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import Ratio, Spread, by_turns
 from adaskip.profiling.timing import RequestTimes, time_request
+from adaskip.shipped import plan_label
 from adaskip.speedtest.cases import DENSE, compiled_call
 from adaskip.speedtest.measurement import Row, Study, option
 from adaskip.speedtest.record import Key, Point
@@ -63,7 +63,7 @@ class CompiledDecoding(Study):
     @override
     def points(self, missing: Sequence[Key]) -> Iterator[Point]:
         model = self.open()
-        plans = {Path(path).stem: PlanFile.read(path).plan for path in self.plans}
+        plans = {plan_label(path): PlanFile.read(path).plan for path in self.plans}
         rates = measured_rates(model.device)
         for key in missing:
             ids = random_prompt(model, key["context"], key["batch"])

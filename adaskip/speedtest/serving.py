@@ -29,6 +29,7 @@ from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan
 from adaskip.policies import AdaSkip
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import Ratio, Spread, by_turns, per_round
+from adaskip.shipped import plan_label
 from adaskip.speedtest.measurement import Row, Seconds, Study, option
 from adaskip.speedtest.record import Key, Point
 
@@ -119,7 +120,7 @@ class Serving(Study):
         for label, policy in policies.items():
             policy.bind(importance.n_layers)
             found[label] = SkipPlan({s: importance.gain(s, policy.gain) for s in policy.chosen()})
-        return found | {Path(plan).stem: SkipPlan.load(plan) for plan in self.plans}
+        return found | {plan_label(plan): SkipPlan.load(plan) for plan in self.plans}
 
     def _export(
         self,
