@@ -44,7 +44,7 @@ def place(checkpoint: Path, tmp_path: Path) -> Workplace:
 
 
 def test_there_is_one_thin_script_per_experiment_and_model() -> None:
-    assert len(SCRIPTS) == 12
+    assert len(SCRIPTS) == 18
     for path in [*SCRIPTS, ROOT / "eval/eval.py"]:
         text = path.read_text()
         assert len(text.splitlines()) < 25
