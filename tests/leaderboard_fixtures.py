@@ -113,7 +113,7 @@ def whole(folder: Path) -> list[Board]:
             1000: {"accelerations": [1.1, 1.2]},
             2000: {"accelerations": [1.1, 1.2], "models": ["llama"]},
         },
-        scores={"sample_qa": {"rows": 6}, "sample_summarization": {"rows": 6, "chance": 18}},
+        scores={"needle_single": {"rows": 6}, "sample_summarization": {"rows": 6}},
         other_calibrations={
             "model": "smollm2",
             "context": 1000,
@@ -136,7 +136,7 @@ def whole(folder: Path) -> list[Board]:
         speeds = {n: 1.1 + 0.1 * (i % 2) + 0.002 * i + 0.01 * number for i, n in enumerate(names)}
         answers = [0.6, 0.3, 0.5, 0.2, 0.9, 0.4]
         scores = {
-            "sample_qa": {n: [0.0, 0.1, 0.0, 0.0, 0.0, 0.0] for n in ("dense", *names)},
+            "needle_single": {n: [0.0] * 6 for n in ("dense", *names)},
             "sample_summarization": {
                 n: [a * (1 - gaps.get(n, 0)) for a in answers] for n in ("dense", *names)
             },

@@ -28,6 +28,8 @@ from adaskip.leaderboard.values import (
 from adaskip.profiling.interleaving import Ratio
 from adaskip.profiling.intervals import paired_interval
 from adaskip.runs.runconfig import DENSE
+from adaskip.tasks.chance import at_chance
+from adaskip.tasks.spec import task_spec
 
 
 def collect(file: LeaderboardFile, boards: Iterable[Board]) -> Report:
@@ -109,12 +111,12 @@ class _Kept:
         found = {}
         for task, rows in self.scores.items():
             if DENSE in rows:
-                values, chance = rows[DENSE].rows, self.board.file.scores[task].chance
-                over = _interval(values, dict.fromkeys(values, chance / 100))
+                values, chance = rows[DENSE].rows, task_spec(task).chance
                 score = 100 * fmean(values.values())
-                at_chance = score <= chance if over is None else over[0] <= 0
                 dense = Score(score, None, _interval(values, dict.fromkeys(values, 0.0)))
-                found[task] = TaskFacts(len(values), dense, chance, at_chance)
+                guessed = at_chance(task, [*values.values()])
+                percent = None if chance is None else 100 * chance
+                found[task] = TaskFacts(len(values), dense, percent, guessed)
         return found
 
     def _entry(self, point: Point) -> Entry:

@@ -109,13 +109,11 @@ class ScoreSettings(_Settings):
     Attributes:
         rows: of the test split.
         new_tokens: of an answer; None is the task's own length.
-        chance: the score, 0 to 100, of answers that were made without reading the context.
         methods: whose plans are scored; None is all.
     """
 
     rows: PositiveInt
     new_tokens: PositiveInt | None = None
-    chance: Annotated[float, Field(ge=0, le=100)] = 0.0
     methods: Names | None = None
 
 

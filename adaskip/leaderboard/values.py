@@ -81,13 +81,13 @@ class TaskFacts:
     Attributes:
         n_rows: of the test split.
         dense: its score.
-        chance: the score of answers made without reading.
-        at_chance: whether dense is not above it, beyond the interval: the task then says nothing.
+        chance: what guessing scores; None where that is not known.
+        at_chance: whether guessing would be as good: the task then says nothing.
     """
 
     n_rows: int
     dense: Score
-    chance: float
+    chance: float | None
     at_chance: bool
 
 

@@ -94,7 +94,7 @@ def task_sentence(table: Table) -> str:
 def told(facts: TaskFacts) -> str:
     """What is said of a task."""
     text = f"dense {facts.dense.score:.1f} {bracketed(facts.dense.interval, 1)} over {facts.n_rows}"
-    text += f" rows, chance {facts.chance:g}"
+    text += " rows" if facts.chance is None else f" rows, chance {facts.chance:g}"
     return text + (" (at chance: its scores say nothing)" if facts.at_chance else "")
 
 
