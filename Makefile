@@ -63,7 +63,7 @@ observations: $(VENV)/.models
 		$(BIN)/python observations/$$observation.py --model smollm2 gemma3 qwen || exit 1; \
 	done
 
-leaderboard: $(VENV)/.installed
+leaderboard: $(VENV)/.models
 	$(BIN)/python eval/leaderboard.py
 
 speed: $(VENV)/.installed
