@@ -25,7 +25,7 @@ class PlanFile:
         plan: what is in it.
     """
 
-    path: str
+    path: str = field(repr=False)  # of one machine: records tell the name
     name: str
     plan: SkipPlan = field(repr=False)
 

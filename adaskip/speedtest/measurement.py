@@ -17,6 +17,7 @@ from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.loading import load_model, model_names, random_model
 from adaskip.plan import Phase
+from adaskip.policies.made_plan import PlanFile
 from adaskip.profiling import memory
 from adaskip.profiling.interleaving import Ratio, Spread, per_round
 from adaskip.speedtest.record import Key, Point, SpeedRecord
@@ -101,8 +102,11 @@ class Measurement(ABC):
         return Path(self.results_dir) / f"{name}.json"
 
     def settings(self, device: torch.device) -> dict[str, Any]:
-        """What all points of one record have in common."""
-        return {key: value for key, value in asdict(self).items() if key not in self.free}
+        """What all points of one record have in common; plans by name, not where they lie."""
+        own = {key: value for key, value in asdict(self).items() if key not in self.free}
+        if "plans" in own:
+            own["plans"] = tuple(PlanFile.read(path).name for path in own["plans"])
+        return own
 
     def open(
         self, *, dtype: str | None = None, allow_pickle: bool = False, keep_memory: bool = True
