@@ -29,9 +29,11 @@ from adaskip import (
 )
 from adaskip.cli.speed import speed_main, with_options
 from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
+from adaskip.policies.made_plan import MadePlan, PlanFile
 from adaskip.profiling import memory, timing
 from adaskip.profiling.clock import SublayerClock
 from adaskip.profiling.interleaving import Spread
+from adaskip.profiling.plan_times import linear_like
 from adaskip.profiling.timing import RequestTimes, dynamic_cache, time_request
 from adaskip.reports.speed import as_markdown, draw
 from adaskip.runs.generation import StopRule, generate_greedy
@@ -269,12 +271,15 @@ def test_compiled_decoding_is_compared_case_by_case() -> None:
     plans = {
         "less": SkipPlan({Sublayer(0, "attn"): None}),
         "window": SkipPlan({Sublayer(0, "attn"): Window(4, 1)}),
+        "linear": SkipPlan({Sublayer(0, "attn"): linear_like(model, 2)}),
     }
     rates = Rates(bytes_per_second=1e3, operations_per_second=1e15)
     rows = compare_compiled(model, plans, prompt(12), n_steps=2, rounds=1, ideal=True, rates=rates)
-    dense, less, window = rows
-    assert [row["label"] for row in rows] == ["dense", "less", "window"]
-    assert (dense["ideal_speedup"], window["ideal_speedup"]) == (1, None)
+    dense, less, window, linear = rows
+    assert [row["label"] for row in rows] == ["dense", "less", "window", "linear"]
+    assert dense["ideal_speedup"] == 1
+    # What a window or a map takes is not timed.
+    assert window["ideal_speedup"] is linear["ideal_speedup"] is None
     assert less["ideal_speedup"] >= 1
     assert dense["decode"]["speedup"]["median"] == 1
     # One of four attentions holds nothing, or five tokens of fourteen.
@@ -282,6 +287,19 @@ def test_compiled_decoding_is_compared_case_by_case() -> None:
     assert window["kv_bytes"] == dense["kv_bytes"] / 4 * (3 + 5 / 14)
     needed = mean(forward_bytes(model, plans["less"], held, 1) for held in (13, 14)) / 1e3
     assert less["roofline_ratio"] == less["decode"]["median"] / needed
+
+
+def test_records_tell_plans_by_content_not_by_place(tmp_path: Path) -> None:
+    for folder, gain in (("here", 1.1), ("there", 1.1), ("other", 1.2)):
+        SkipPlan({Sublayer(0, "attn"): gain}).save(tmp_path / folder / "plan.safetensors")
+
+    def told(folder: str) -> Any:
+        path = str(tmp_path / folder / "plan.safetensors")
+        own = CompiledDecoding(plans=(path,)).settings(torch.device("cpu"))["plans"]
+        assert str(tmp_path) not in f"{own} {MadePlan(PlanFile.read(path), 1)!r}"
+        return own
+
+    assert told("here") == told("there") != told("other")
 
 
 def test_cases_name_budgets_as_the_policies_count() -> None:

@@ -95,8 +95,20 @@ def _compiled(named: Sequence[tuple[str, SkipPolicy]], n_layers: int) -> list[Ca
     return [
         Case(DENSE_COMPILED, None, "static", True),
         Case("empty plan compiled", FixedSkipping(EMPTY_PLAN), "static", True),
-        Case("no attn compiled", _without("attn", n_layers), "static", True, measured=False),
-        Case("no ffn compiled", _without("ffn", n_layers), "static", True, measured=False),
+        Case(
+            "no attn compiled",
+            FixedSkipping(without_kind("attn", n_layers)),
+            "static",
+            True,
+            measured=False,
+        ),
+        Case(
+            "no ffn compiled",
+            FixedSkipping(without_kind("ffn", n_layers)),
+            "static",
+            True,
+            measured=False,
+        ),
         *(Case(f"{label} compiled", policy, "static", True) for label, policy in fixed),
     ]
 
@@ -112,8 +124,9 @@ def _named(
     return f"{name} {n_skip}", build_policy(name, n_skip, offered, lambda: importance)
 
 
-def _without(kind: Kind, n_layers: int) -> SkipPolicy:
-    return FixedSkipping(SkipPlan({Sublayer(layer, kind): None for layer in range(n_layers)}))
+def without_kind(kind: Kind, n_layers: int) -> SkipPlan:
+    """The plan that leaves out every sublayer of a kind."""
+    return SkipPlan({Sublayer(layer, kind): None for layer in range(n_layers)})
 
 
 @dataclass

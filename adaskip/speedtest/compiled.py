@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import mean, median
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,14 +17,14 @@ from typing_extensions import override
 from adaskip.entering import skipping
 from adaskip.errors import refuse_below_one
 from adaskip.grouped_attention import grouped_decoding
-from adaskip.plan import EMPTY_PLAN, KINDS, Phase, SkipPlan, Sublayer, all_sublayers
+from adaskip.plan import EMPTY_PLAN, KINDS, Phase, SkipPlan, all_sublayers
 from adaskip.policies.made_plan import PlanFile
 from adaskip.profiling import memory
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import Ratio, Spread, by_turns
 from adaskip.profiling.timing import RequestTimes, time_request
 from adaskip.shipped import plan_label
-from adaskip.speedtest.cases import DENSE, compiled_call
+from adaskip.speedtest.cases import DENSE, compiled_call, without_kind
 from adaskip.speedtest.measurement import Row, Study, option
 from adaskip.speedtest.record import Key, Point
 from adaskip.speedtest.roofline import Rates, forward_bytes, measured_rates
@@ -101,7 +101,7 @@ def compare_compiled(
         rates: of the device, for the roofline; None for none.
     """
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    without = {f"no {kind}": _without(kind, n_layers) for kind in KINDS} if ideal else {}
+    bare = {f"no {kind}": without_kind(kind, n_layers) for kind in KINDS} if ideal else {}
 
     def request(plan: SkipPlan | None, *, cache: StaticCache) -> RequestTimes:
         return _request(model, plan, ids, n_steps, cache)
@@ -109,7 +109,7 @@ def compare_compiled(
     def cache() -> StaticCache:
         return StaticCache(config=model.config, max_cache_len=ids.shape[1] + n_steps)
 
-    cases: dict[str, SkipPlan | None] = {DENSE: None, **plans, **without}
+    cases: dict[str, SkipPlan | None] = {DENSE: None, **plans, **bare}
     kinds = {name: partial(request, plan, cache=cache()) for name, plan in cases.items()}
     # The first call that is compiled is compiled twice: a cheap one.
     request(SkipPlan(dict.fromkeys(all_sublayers(n_layers))), cache=cache())
@@ -132,7 +132,8 @@ def compare_compiled(
         row |= {"skipped_attn": len(plan.layers("attn")), "skipped_ffn": len(plan.layers("ffn"))}
         row |= {"windows": len(plan.windows), "ideal_speedup": None, "roofline_ratio": None}
         own = row[str(Phase.DECODE)]["median"]
-        if ideal and not plan.windows:
+        # What takes the place of a sublayer is not timed here.
+        if ideal and len(plan.gains) == len(plan):
             dense = median(request.per_token for request in taken[DENSE])
             saved = sum(each[sublayer.kind] for sublayer in plan)
             row["ideal_speedup"] = dense / (dense - saved)
@@ -157,10 +158,6 @@ def _request(
         return time_request(
             model, ids, n_steps, make_cache=lambda _: cache, decode=compiled_call(model)
         )
-
-
-def _without(kind: Any, n_layers: int) -> SkipPlan:
-    return SkipPlan({Sublayer(layer, kind): None for layer in range(n_layers)})
 
 
 def _each(taken: dict[str, list[RequestTimes]], n_layers: int) -> dict[str, float]:
