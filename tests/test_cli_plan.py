@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_loaded import TinyLoaded, tiny_rows
+from tiny_loaded import TinyLoaded, character_tokenizer, tiny_rows
 
 from adaskip import SkipPlan
 from adaskip.cli.plan import plan_main
 from adaskip.plan import Phase, all_sublayers
 from adaskip.policies.made_plan import PlanFile
+from adaskip.runs.calibration import text_rows
 from adaskip.runs.loaded import LoadedModel
 from adaskip.search.losses import Losses
 from adaskip.sublayer_times import PlanTimes, SublayerTimes
@@ -121,6 +122,36 @@ def test_a_plan_made_otherwise_is_not_replaced(
     assert plan_main([*given, "--rows", "2"]) == 2
     assert "was made with another calibration" in capsys.readouterr().err
     assert (tmp_path / "EE-1.05.safetensors").read_bytes() == before
+
+
+def test_texts_of_the_users_calibrate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("abcdefghij" * 5)
+    asked = ["--model", "smollm2", "--method", "EE", "--acceleration", "1.05", "--context", "24"]
+    asked += ["--reference_tokens", "8", "--out", str(tmp_path / "plans"), "--texts", str(text)]
+    assert plan_main(asked) == 0
+    about: Any = SkipPlan.load(tmp_path / "plans" / "EE-1.05.safetensors").about
+    assert about["calibration"].startswith("1 texts (")
+    # Another text under the same name is another plan.
+    text.write_text("bcdefghija" * 5)
+    assert plan_main(asked) == 2
+    text.write_text("abcdefghijabcde")
+    assert plan_main([*asked, "--out", str(tmp_path / "short")]) == 2
+    assert f"The text {text} has 15 tokens; to calibrate with 8" in capsys.readouterr().err
+    for more, message in (
+        (["--rows", "2"], "leave --rows and --tasks out"),
+        (["--texts", str(text), str(text)], "named twice"),
+        (["--texts", str(tmp_path / "none.txt")], "cannot be read"),
+    ):
+        assert plan_main([*asked, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_text_is_a_prompt_and_how_it_goes_on() -> None:
+    tokenizer = character_tokenizer()
+    ids = tokenizer("abcdefghijklmnop").input_ids
+    rows = text_rows(tokenizer, {"long": "abcdefghijklmnop", "short": "abcdefgh"}, 10, 4)
+    assert rows == [(ids[:10], ids[10:14]), (ids[:4], ids[4:8])]
 
 
 def test_plans_are_explored_when_made_and_later(

@@ -200,6 +200,7 @@ PACKAGES = [
     ("multifieldqa_zh", "jieba", "jieba"),
     ("lcc", "fuzzywuzzy", "fuzzywuzzy"),
 ]
+EXPERIMENTS = "pip install 'adaskip[experiments]'"
 
 
 @pytest.mark.parametrize(("task", "module", "package"), PACKAGES)
@@ -220,8 +221,9 @@ def test_a_missing_package_is_a_missing_package(
     for cached in CACHED:
         cached.cache_clear()
     assert eval_main(["--model", "llama-dense-PREFILL", "--results_dir", str(tmp_path)]) == 2
-    expected = f"The package {package} is not installed; install it with: pip install {package}\n"
-    assert capsys.readouterr().err == f"error: {expected}"
+    said = capsys.readouterr().err
+    expected = f"The package {package} is not installed; install it with: pip install {package}, "
+    assert said == f"error: {expected}or all that runs and scores need: {EXPERIMENTS}\n"
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 

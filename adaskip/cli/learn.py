@@ -9,10 +9,11 @@ from typing import Any
 from adaskip.cli.run import LOADING, WARM_UP, add_model, add_run_options
 from adaskip.command import Command, say
 from adaskip.configuration import cache_root
-from adaskip.errors import AdaskipError, DataError
+from adaskip.errors import AdaskipError
 from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.models.loading import load_model, load_tokenizer
+from adaskip.runs.calibration import read_texts
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.runner import resolve
@@ -53,12 +54,9 @@ def _of_texts(files: list[Path], options: dict[str, Any]) -> Importance:
     """Learned from files, all of them read before the model is loaded.
 
     Raises:
-        DataError: a file cannot be read as text.
+        DataError: a file cannot be read as text, or is named twice.
     """
-    try:
-        texts = [file.read_text(encoding="utf-8") for file in files]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The texts cannot be read: {error}.") from error
+    texts = [*read_texts(files).values()]
     name = options["model_path"] or options["model_name"]
     how = {key: options[key] for key in ("dtype", "device", "device_map", "allow_pickle")}
     source = f"{len(files)} texts: {', '.join(file.name for file in files)}"

@@ -6,7 +6,8 @@ Plans that are there are kept, an interrupted one goes on, and the policy PLAN a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from adaskip.methods import make_plan, method_names
 from adaskip.models.spec import model_names, model_spec
 from adaskip.plan import Phase, SkipPlan
 from adaskip.reports.explorer import write_explorer
-from adaskip.runs.calibration import calibration_rows
+from adaskip.runs.calibration import calibration_rows, read_texts, text_rows
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.runner import resolve
@@ -30,6 +31,7 @@ from adaskip.shipped import plan_label
 from adaskip.tables import markdown_table, number, percent
 
 ALL = "all"
+_ROWS, _TASKS = 4, ("sample_summarization", "sample_qa")
 _LOADING = ("model_path", "dtype", "device", "allow_pickle", "seed", "data_dir", "min_length")
 
 
@@ -48,14 +50,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--phase", choices=[*Phase], default=str(Phase.PREFILL), help="in which it is reached")
     add("--context", type=int, default=1000, metavar="N", help="prompt tokens; 1000")
     add("--batch", type=int, default=1, metavar="N", help="sequences at which times count; 1")
-    add("--rows", type=int, default=4, metavar="N", help="calibration rows; 4")
+    add("--rows", type=int, metavar="N", help=f"calibration rows; {_ROWS}")
     add("--reference_tokens", type=int, default=96, metavar="N", help="of each answer; 96")
     add(
         "--tasks",
         nargs="+",
-        default=["sample_summarization", "sample_qa"],
         metavar="NAME",
-        help="whose warm-up rows calibrate; sample_summarization sample_qa",
+        help=f"whose warm-up rows calibrate; {' '.join(_TASKS)}",
+    )
+    add(
+        "--texts",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="calibrate on these text files, one row each: --context tokens, and how they go on",
     )
     add("--replacements", nargs="+", default=[*MENU], help=f"of the search: {' '.join(MENU)}")
     add("--windows", nargs="+", type=int, default=[*WINDOWS], metavar="N", help="of the search")
@@ -98,6 +106,7 @@ def _make(given: argparse.Namespace) -> int:
         if method not in method_names():
             raise unknown_name("method", method, [*method_names(), ALL])
     Dishes(given.replacements, given.windows, given.rank).check()
+    texts = _read(given)
     counts = ("context", "batch", "rows", "reference_tokens")
     refuse_below_one({name: getattr(given, name) for name in counts})
     folder = Path(given.out)
@@ -105,7 +114,7 @@ def _make(given: argparse.Namespace) -> int:
     plans = {_path(folder, given, *one): _kept(folder, given, *one) for one in wanted}
     failures: dict[str, str] = {}
     if None in plans.values():
-        loaded, rows = _opened(given)
+        loaded, rows = _opened(given, texts)
         for (method, ratio), path in zip(wanted, list(plans), strict=True):
             if plans[path] is not None:
                 continue
@@ -124,18 +133,40 @@ def _make(given: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _opened(given: argparse.Namespace) -> tuple[LoadedModel, list[Row]]:
+def _read(given: argparse.Namespace) -> dict[str, str]:
+    """The texts to calibrate with; if there are none, sets what to take instead.
+
+    Raises:
+        AdaskipError: they cannot be read, or rows or tasks are given beside them.
+    """
+    if given.texts is None:
+        given.rows = _ROWS if given.rows is None else given.rows
+        given.tasks = given.tasks or [*_TASKS]
+        given.source = f"{given.rows} warm-up rows of {' '.join(given.tasks)}"
+        return {}
+    if given.rows is not None or given.tasks is not None:
+        raise AdaskipError("--texts are the rows to calibrate with; leave --rows and --tasks out.")
+    texts = read_texts(given.texts)
+    given.rows, given.tasks = len(texts), []
+    digest = hashlib.sha256(repr([*texts.values()]).encode()).hexdigest()[:8]
+    given.source = f"{len(texts)} texts ({digest}), their next {given.reference_tokens} tokens"
+    return texts
+
+
+def _opened(given: argparse.Namespace, texts: Mapping[str, str]) -> tuple[LoadedModel, list[Row]]:
     """The model, and the rows to calibrate with."""
     settings: dict[str, Any] = {name: getattr(given, name) for name in _LOADING}
     settings |= {"tasks": tuple(given.tasks), "name": Path(given.model).name, "policy": DENSE}
     settings |= {"sample_tokens": given.context, "max_length": given.context}
-    if given.tasks and all(task.startswith("sample_") for task in given.tasks):
+    if all(task.startswith("sample_") for task in given.tasks):
         # Contexts of that many tokens, around which the prompt stands.
         del settings["max_length"]
     model_spec(given.model)
     config = resolve(RunConfig(experiment="e2e", model_name=given.model, **settings))
     loaded = LoadedModel.open(config)
     tasks, answers = list(config.tasks), given.reference_tokens
+    if texts:
+        return loaded, text_rows(loaded.tokenizer, texts, given.context, answers)
     return loaded, calibration_rows(loaded, config, tasks, given.rows, answers)
 
 
@@ -150,7 +181,7 @@ def _made(
     """Makes a plan and keeps it, with the record of what it took."""
     options: dict[str, Any] = {"phase": given.phase, "context": given.context}
     options |= {"batch": given.batch, "measure": given.measure, "progress": True}
-    options |= {"source": _source(given), "acceleration": ratio}
+    options |= {"source": given.source, "acceleration": ratio}
     # One record serves all plans that are made from the same rows.
     options["record"] = path.with_name(record_name(loaded.model, rows))
     if method == SEARCH:
@@ -193,7 +224,7 @@ def _kept(folder: Path, given: argparse.Namespace, method: str, ratio: float) ->
     if not path.exists():
         return None
     plan = SkipPlan.load(path)
-    wanted = {"method": method, "acceleration": ratio, "calibration": _source(given)}
+    wanted = {"method": method, "acceleration": ratio, "calibration": given.source}
     wanted |= {key: getattr(given, key) for key in ("phase", "context", "batch")}
     if method == SEARCH:
         wanted["replacements"] = str(Dishes(given.replacements, given.windows, given.rank))
@@ -205,10 +236,6 @@ def _kept(folder: Path, given: argparse.Namespace, method: str, ratio: float) ->
                 "give another --out, or remove it."
             )
     return plan
-
-
-def _source(given: argparse.Namespace) -> str:
-    return f"{given.rows} warm-up rows of {' '.join(given.tasks)}"
 
 
 def _table(plans: dict[str, SkipPlan]) -> str:

@@ -1,9 +1,12 @@
-"""Calibration rows for searches and methods: warm-up prompts with their reference answers."""
+"""Calibration rows for searches and methods: warm-up prompts and their answers, or texts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from adaskip.errors import DataError
 from adaskip.runs.loaded import LoadedModel
@@ -41,3 +44,44 @@ def calibration_rows(
         answer = reference_ids(loaded.tokenizer, prompt, row.reference, max_tokens)
         made.append((prompt.input_ids, answer))
     return made
+
+
+def text_rows(
+    tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], context: int, max_tokens: int
+) -> list[Row]:
+    """Each text's first tokens as a prompt, and how it goes on as the answer.
+
+    Args:
+        tokenizer: the model's own.
+        texts: by name.
+        context: tokens of a prompt, where the text is long enough.
+        max_tokens: of an answer; a shorter text ends with as many.
+
+    Raises:
+        DataError: a text has fewer tokens in front of the answer than in it.
+    """
+    made: list[Row] = []
+    for name, text in texts.items():
+        ids = tokenizer(text).input_ids[: context + max_tokens]
+        if len(ids) < 2 * max_tokens:
+            raise DataError(
+                f"The text {name} has {len(ids)} tokens; with {max_tokens} of them as the answer, "
+                f"{2 * max_tokens} are needed: leave it out, or ask for a shorter answer."
+            )
+        made.append((ids[:-max_tokens], ids[-max_tokens:]))
+    return made
+
+
+def read_texts(files: Sequence[Path]) -> dict[str, str]:
+    """The texts of files, by name as it was given.
+
+    Raises:
+        DataError: a file cannot be read as text, or is named twice.
+    """
+    try:
+        texts = {str(file): file.read_text(encoding="utf-8") for file in files}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The texts cannot be read: {error}.") from error
+    if len(texts) < len(files):
+        raise DataError("A text is named twice; name each once.")
+    return texts

@@ -28,6 +28,6 @@ def optional_module(name: str, distribution: str) -> ModuleType:
         own = missing == name.partition(".")[0]
         what = "is" if own else f"needs the module {missing}, which is"
         raise AdaskipError(
-            f"The package {distribution} {what} not installed; install it with: "
-            f"pip install {distribution}"
+            f"The package {distribution} {what} not installed; install it with: pip install "
+            f"{distribution}, or all that runs and scores need: pip install 'adaskip[experiments]'"
         ) from error
