@@ -45,7 +45,8 @@ def test_plans_are_made_once(
     plan = SkipPlan.load(tmp_path / "plans" / "SLEB-1.05.safetensors")
     about: Any = plan.about
     assert (about["method"], about["context"], about["batch"]) == ("SLEB", 24, 1)
-    assert about["calibration"] == "3 warm-up rows of sample_qa"
+    rows = "3 warm-up rows of sample_qa, 96 tokens of each answer, seed 2025"
+    assert about["calibration"] == rows
     file = PlanFile.read(str(tmp_path / "plans" / "SLEB-1.05.safetensors"))
     assert (file.plan, file.name[:10]) == (plan, "SLEB-1.05-")
     # The second call loads nothing, and shows the same.
@@ -100,6 +101,7 @@ def test_what_fails_does_not_stop_the_others(
         (["--method", "SLEP"], "Unknown method 'SLEP'. Did you mean 'SLEB'"),
         (["--context", "0"], "--context is 0; it must be at least 1"),
         (["--rows", "0"], "--rows is 0"),
+        (["--context", "7500"], "--context is 7500; the longest prompt of smollm2 is 7500"),
         (["--phase", "both"], "invalid choice: 'both'"),
         (["--tasks", "sample_q"], "Did you mean 'sample_qa'"),
         (["--replacements", "widow"], "Unknown replacement 'widow'"),
@@ -121,7 +123,29 @@ def test_a_plan_made_otherwise_is_not_replaced(
     before = (tmp_path / "EE-1.05.safetensors").read_bytes()
     assert plan_main([*given, "--rows", "2"]) == 2
     assert "was made with another calibration" in capsys.readouterr().err
+    assert plan_main([*given, "--reference_tokens", "8"]) == 2
+    assert "was made with another calibration" in capsys.readouterr().err
+    assert plan_main(["--model", "qwen", *given[2:]]) == 2
+    assert "was made with another model (smollm2, asked for: qwen)" in capsys.readouterr().err
+    assert plan_main([*given, "--exact"]) == 2
+    assert "was made with another exact" in capsys.readouterr().err
     assert (tmp_path / "EE-1.05.safetensors").read_bytes() == before
+
+
+def test_a_kept_plan_is_measured_when_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(tmp_path, "--method", "EE", "--acceleration", "1.05", "1.05")
+    path = tmp_path / "EE-1.05.safetensors"
+    assert plan_main(given) == 0
+    assert "measured acceleration" not in SkipPlan.load(path).about
+    assert plan_main([*given, "--measure"]) == 0
+    plan = SkipPlan.load(path)
+    assert "measured acceleration" in plan.about
+    assert plan.about["method"] == "EE"
+    before = path.read_bytes()
+    assert plan_main([*given, "--measure"]) == 0
+    assert path.read_bytes() == before
 
 
 def test_texts_of_the_users_calibrate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +161,10 @@ def test_texts_of_the_users_calibrate(tmp_path: Path, capsys: pytest.CaptureFixt
     assert plan_main(asked) == 2
     text.write_text("abcdefghijabcde")
     assert plan_main([*asked, "--out", str(tmp_path / "short")]) == 2
-    assert f"The text {text} has 15 tokens; to calibrate with 8" in capsys.readouterr().err
+    assert (
+        f"The text {text} has 15 tokens; with 8 of them as the answer, 16 are"
+        in capsys.readouterr().err
+    )
     for more, message in (
         (["--rows", "2"], "leave --rows and --tasks out"),
         (["--texts", str(text), str(text)], "named twice"),
@@ -152,6 +179,7 @@ def test_a_text_is_a_prompt_and_how_it_goes_on() -> None:
     ids = tokenizer("abcdefghijklmnop").input_ids
     rows = text_rows(tokenizer, {"long": "abcdefghijklmnop", "short": "abcdefgh"}, 10, 4)
     assert rows == [(ids[:10], ids[10:14]), (ids[:4], ids[4:8])]
+    assert text_rows(tokenizer, {"long": "abcdefghijklmnop"}, 2, 4) == [(ids[:2], ids[2:6])]
 
 
 def test_plans_are_explored_when_made_and_later(

@@ -25,7 +25,7 @@ from adaskip.runs.runner import resolve, run
 from adaskip.runs.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-N_ROWS = 24
+N_ROWS = 12
 SCRIPT = ROOT / "tests" / "kill_worker.py"
 
 

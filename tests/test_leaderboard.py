@@ -195,6 +195,38 @@ def test_times_go_on_round_by_round(
     assert kept["dense"].ttft[:1] == [*first]
 
 
+def test_times_of_another_machine_are_taken_anew(
+    make: Callable[..., tuple[Board, Maker]],
+) -> None:
+    board, maker = make()
+    maker.make("plans")
+    maker.make("times")
+    record = board.times.record()["environment"]
+    kept = [row.model_copy(update={"ttft": row.ttft[:1]}) for row in board.times.rows()]
+    for place, same in ((record, True), (record | {"threads": 99}, False)):
+        board.times.path.unlink()
+        board.times.append(kept)
+        board.times.note(environment=place)
+        maker.make("times")
+        again = {row.id: row.ttft for row in board.times.rows()}
+        assert {len(ttft) for ttft in again.values()} == {3}
+        assert (again["dense"][0] == kept[0].ttft[0]) is same
+        assert board.times.record()["environment"]["threads"] == record["threads"]
+
+
+def test_a_plan_without_times_lets_no_other_have_them(tmp_path: Path) -> None:
+    board = filled(tmp_path)
+    (table,) = collect(board.file, [board]).tables
+    assert all(entry.ttft is not None for entry in table.entries)
+    rows = [row for row in board.times.rows() if row.id != "ADA 1.1"]
+    board.times.path.unlink()
+    board.times.append(rows)
+    (table,) = collect(board.file, [board]).tables
+    # Predicted speeds, of all of them.
+    assert [(entry.ttft, entry.speed) for entry in table.entries] == [(None, 1.1)] * 3
+    assert table.seconds is None
+
+
 def test_other_calibrations_are_points_of_their_own(
     make: Callable[..., tuple[Board, Maker]],
 ) -> None:
@@ -336,7 +368,7 @@ def test_files_that_cannot_be(
     [
         (["--contexts", "3"], "3 is no context of the file; it has 1000"),
         (["--models", "gpt"], "gpt is no model of the file; it has smollm2"),
-        (["--parts", "times", "--contexts", "4000", "--ship", "x"], "has no report.json yet"),
+        (["--parts", "times", "--contexts", "4000", "--ship", "x"], "has no plan yet"),
     ],
 )
 def test_what_the_file_lacks(

@@ -371,6 +371,19 @@ def test_exchange_looks_at_all_that_is_chosen_only_when_nothing_else_is_promised
     ]
 
 
+def test_exchange_may_leave_what_nobody_looked_at() -> None:
+    plan_times = PlanTimes(times(), {"window 8": 1.2, "window 16": 1.5})
+    menu = Menu(tiny_model("llama"), Dishes(["gain", "window"], (8, 16), None), plan_times)
+    options = {str(option): option for option in menu}
+    lost = {"attn0 window 16": 0.3, "attn0 gain": 0.9, "ffn1 gain": 0.1}
+    rows = Additive(dict.fromkeys(options, 9.0) | lost, {})
+    choice = Choice(cast(Any, rows), menu, Budget(1.5))
+    choice.lost = {options["attn0 gain"]: 0.9, options["ffn1 gain"]: 0.1}
+    choice.accept([options["attn0 gain"]])
+    exchange(choice, 20)
+    assert set(rows.plan.values()) == {"attn0 window 16", "ffn1 gain"}
+
+
 def test_a_move_that_all_rows_refuse_promises_nothing_afterwards() -> None:
     menu = Menu(tiny_model("llama"), Dishes(["gain"], (), None), PlanTimes(times()))
     gains = {str(option.sublayer): option for option in menu}

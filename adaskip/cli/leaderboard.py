@@ -11,6 +11,7 @@ from adaskip.command import Command, say
 from adaskip.configuration import config_path
 from adaskip.errors import AdaskipError
 from adaskip.leaderboard.board import Board
+from adaskip.leaderboard.collecting import collect
 from adaskip.leaderboard.making import PARTS, Maker, dense_config
 from adaskip.leaderboard.settings import LeaderboardFile
 from adaskip.leaderboard.shipping import ship
@@ -58,7 +59,8 @@ def _act(given: argparse.Namespace) -> int:
         write_text(given.readme, text)
         say(f"Written: the table of {given.readme}.")
     if given.ship is not None:
-        written = ship(file, folder, _report_in(folder), given.ship)
+        # Not of the report's file, whose plans may have been made anew since.
+        written = ship(file, folder, collect(file, boards), given.ship)
         say(f"Shipped: {', '.join(map(str, written))}.")
     return 0
 

@@ -24,11 +24,12 @@ from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.runner import resolve
 from adaskip.search import MENU, SEARCH, WINDOWS, search_plan
-from adaskip.search.describing import record_name
+from adaskip.search.describing import record_name, with_measured
 from adaskip.search.losses import Row
 from adaskip.search.menu import Dishes
 from adaskip.shipped import plan_label
 from adaskip.tables import markdown_table, number, percent
+from adaskip.tasks.spec import task_spec
 
 ALL = "all"
 _ROWS, _TASKS = 4, ("sample_summarization", "sample_qa")
@@ -110,17 +111,24 @@ def _make(given: argparse.Namespace) -> int:
     counts = ("context", "batch", "rows", "reference_tokens")
     refuse_below_one({name: getattr(given, name) for name in counts})
     folder = Path(given.out)
-    wanted = [(method, ratio) for method in methods for ratio in given.acceleration]
+    wanted = [*dict.fromkeys((m, ratio) for m in methods for ratio in given.acceleration)]
     plans = {_path(folder, given, *one): _kept(folder, given, *one) for one in wanted}
     failures: dict[str, str] = {}
-    if None in plans.values():
+    if not all(_is_ready(plan, given) for plan in plans.values()):
         loaded, rows = _opened(given, texts)
-        for (method, ratio), path in zip(wanted, list(plans), strict=True):
-            if plans[path] is not None:
+        for (method, ratio), (path, kept) in zip(wanted, [*plans.items()], strict=True):
+            if _is_ready(kept, given):
                 continue
             say(f"{path.stem} ...")
             try:
-                plans[path] = _made(loaded, rows, given, method, ratio, path)
+                if kept is None:
+                    plan = _made(loaded, rows, given, method, ratio, path)
+                else:
+                    kept.check_model(loaded.model)
+                    plan = with_measured(loaded.model, kept, progress=True)
+                # More than the model computes in would be lost on every use of the file.
+                plan.save(path, dtype=loaded.model.dtype)
+                plans[path] = plan
             except AdaskipError as error:
                 # The methods are independent of each other.
                 failures[path.stem] = " ".join(str(error).split())
@@ -142,14 +150,17 @@ def _read(given: argparse.Namespace) -> dict[str, str]:
     if given.texts is None:
         given.rows = _ROWS if given.rows is None else given.rows
         given.tasks = given.tasks or [*_TASKS]
-        given.source = f"{given.rows} warm-up rows of {' '.join(given.tasks)}"
+        given.source = (
+            f"{given.rows} warm-up rows of {' '.join(given.tasks)}, "
+            f"{given.reference_tokens} tokens of each answer, seed {given.seed}"
+        )
         return {}
     if given.rows is not None or given.tasks is not None:
         raise AdaskipError("--texts are the rows to calibrate with; leave --rows and --tasks out.")
     texts = read_texts(given.texts)
     given.rows, given.tasks = len(texts), []
     digest = hashlib.sha256(repr([*texts.values()]).encode()).hexdigest()[:8]
-    given.source = f"{len(texts)} texts ({digest}), their next {given.reference_tokens} tokens"
+    given.source = f"{len(texts)} texts ({digest}), {given.reference_tokens} tokens as the answer"
     return texts
 
 
@@ -158,10 +169,15 @@ def _opened(given: argparse.Namespace, texts: Mapping[str, str]) -> tuple[Loaded
     settings: dict[str, Any] = {name: getattr(given, name) for name in _LOADING}
     settings |= {"tasks": tuple(given.tasks), "name": Path(given.model).name, "policy": DENSE}
     settings |= {"sample_tokens": given.context, "max_length": given.context}
-    if all(task.startswith("sample_") for task in given.tasks):
+    if all(task_spec(task).offline for task in given.tasks):
         # Contexts of that many tokens, around which the prompt stands.
         del settings["max_length"]
-    model_spec(given.model)
+    limit = model_spec(given.model).prompt_limit
+    if given.context >= limit:
+        raise AdaskipError(
+            f"--context is {given.context}; the longest prompt of {given.model} is {limit}, which "
+            "has to hold a question, too."
+        )
     config = resolve(RunConfig(experiment="e2e", model_name=given.model, **settings))
     loaded = LoadedModel.open(config)
     tasks, answers = list(config.tasks), given.reference_tokens
@@ -178,7 +194,7 @@ def _made(
     ratio: float,
     path: Path,
 ) -> SkipPlan:
-    """Makes a plan and keeps it, with the record of what it took."""
+    """Makes a plan, and keeps the record of what it took."""
     options: dict[str, Any] = {"phase": given.phase, "context": given.context}
     options |= {"batch": given.batch, "measure": given.measure, "progress": True}
     options |= {"source": given.source, "acceleration": ratio}
@@ -197,9 +213,17 @@ def _made(
         looks = given.html is not None
         make = partial(make_plan, method=method, exact=exact, losses_on_the_way=looks)
     plan = make(loaded.model, rows, **options)
-    # More than the model computes in would be lost on every use of the file.
-    plan.save(path, dtype=loaded.model.dtype)
-    return plan
+    return SkipPlan(plan, fingerprint=plan.fingerprint, about={**plan.about, **_made_of(given)})
+
+
+def _made_of(given: argparse.Namespace) -> dict[str, Any]:
+    """What else tells a plan's file from another one of its name."""
+    return {"model": given.model_path or given.model, "exact": given.exact}
+
+
+def _is_ready(plan: SkipPlan | None, given: argparse.Namespace) -> bool:
+    """Whether a plan that may have been made before has all that is asked for."""
+    return plan is not None and (not given.measure or "measured acceleration" in plan.about)
 
 
 def _path(folder: Path, given: argparse.Namespace, method: str, ratio: float) -> Path:
@@ -225,6 +249,7 @@ def _kept(folder: Path, given: argparse.Namespace, method: str, ratio: float) ->
         return None
     plan = SkipPlan.load(path)
     wanted = {"method": method, "acceleration": ratio, "calibration": given.source}
+    wanted |= _made_of(given)
     wanted |= {key: getattr(given, key) for key in ("phase", "context", "batch")}
     if method == SEARCH:
         wanted["replacements"] = str(Dishes(given.replacements, given.windows, given.rank))

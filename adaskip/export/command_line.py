@@ -131,5 +131,5 @@ EXPORT = Command(
     summary="Writes a model under a plan as a checkpoint in which what is skipped is absent.",
     options=_options,
     action=_act,
-    example="--model smollm2 --plan plan.safetensors --format gguf --dtype f16 exported",
+    example="--model smollm2 --policy ADA --skip_sub_layer_num 16 --format gguf exported",
 )

@@ -93,12 +93,13 @@ class _Kept:
 
     @classmethod
     def of(cls, board: Board) -> _Kept:
-        """Reads it."""
+        """Reads it; times only once all plans with losses have them, for they compare by turns."""
+        losses, times = board.known(board.losses), board.known(board.times)
         return cls(
             board,
             {row.id: row for row in board.plans.rows()},
-            board.known(board.losses),
-            board.known(board.times),
+            losses,
+            times if losses.keys() <= times.keys() else {},
             {task: board.known(board.scores(task)) for task in board.file.scores},
         )
 

@@ -124,9 +124,13 @@ class Maker:
         n_taken = min((len(row.ttft) for row in taken.values()), default=0)
         if n_taken == n_rounds:
             return
+        here = environment(str(self._model.device))
+        if not _same_place(store.record().get("environment", here), here):
+            store.path.unlink()
+            taken, n_taken = {}, 0
         ids = random_prompt(self._model, board.context)
         kinds = {name: partial(self._request, plan, ids) for name, plan in plans.items()}
-        store.note(environment=environment(str(self._model.device)))
+        store.note(environment=here)
         self._request(EMPTY_PLAN, ids)
         for each in by_turns(
             kinds,
@@ -249,6 +253,11 @@ def dense_config(board: Board, **changes: Any) -> RunConfig:
         "results_dir": str(board.folder / "runs"),
     }
     return resolve(RunConfig.from_dict(given | changes))
+
+
+def _same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether times of two environments are times of one machine."""
+    return all(one.get(key) == other.get(key) for key in ("device", "threads", "torch"))
 
 
 def _told(plan: SkipPlan, sublayer: Sublayer) -> str:

@@ -138,7 +138,10 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(panel.x_label)
     axis.set_ylabel(panel.y_label)
-    if panel.ticks is not None:
+    if panel.ticks is None:
+        # Layers and counts: no ticks between them.
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    else:
         names = [*panel.ticks.values()]
         axis.set_xticks([*panel.ticks], names)
         if max(map(len, names)) > _LONG_NAME:

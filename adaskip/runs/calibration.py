@@ -58,16 +58,18 @@ def text_rows(
         max_tokens: of an answer; a shorter text ends with as many.
 
     Raises:
-        DataError: a text has fewer tokens in front of the answer than in it.
+        DataError: a text has fewer tokens in front of the answer than in it, or than `context`.
     """
     made: list[Row] = []
     for name, text in texts.items():
-        ids = tokenizer(text).input_ids[: context + max_tokens]
-        if len(ids) < 2 * max_tokens:
+        ids = tokenizer(text).input_ids
+        least = max_tokens + min(context, max_tokens)
+        if len(ids) < least:
             raise DataError(
                 f"The text {name} has {len(ids)} tokens; with {max_tokens} of them as the answer, "
-                f"{2 * max_tokens} are needed: leave it out, or ask for a shorter answer."
+                f"{least} are needed: leave it out, or ask for a shorter answer."
             )
+        ids = ids[: context + max_tokens]
         made.append((ids[:-max_tokens], ids[-max_tokens:]))
     return made
 

@@ -66,6 +66,8 @@ class Choice:
 
     def accept(self, options: list[Option], *, dropped: Sublayer | None = None) -> None:
         """Makes options part of the plan."""
+        # An exchange may leave a smaller option that nobody has looked at on its own.
+        self.lost |= {option: self.seen(option) for option in options}
         self.trials.accept(options, dropped=dropped)
         self.chosen |= {option.sublayer: option for option in options}
         if dropped is not None:
