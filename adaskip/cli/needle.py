@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaskip.cli.observe import add_options
 from adaskip.cli.policies import add_policies, cells_of
+from adaskip.cli.run import add_run_options
 from adaskip.command import FAILED, Command, say
 from adaskip.models.processes import team
 from adaskip.models.spec import model_spec
@@ -57,6 +57,7 @@ def _command(given: Mapping[str, Any]) -> str:
         "task",
         "contexts",
         "depths",
+        "scope",
         "limit",
         "policy",
         *BUDGETS.values(),
@@ -77,9 +78,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
         text = f"{name}, in {unit} (default: {' '.join(map(str, default))})"
         add(f"--{name}", nargs="+", type=int, default=[*default], metavar="N", help=text)
     add_policies(parser)
-    add_options(parser, (*_RUN_OPTIONS, *POLICY_OPTIONS, *WARMING_UP))
-    # Importance is learned once, at one length, for all of the map.
-    parser.set_defaults(limit=ROWS, warmup_tokens=WARMUP_TOKENS, results_dir="results/needle")
+    add_run_options(
+        parser,
+        (*_RUN_OPTIONS, *POLICY_OPTIONS, *WARMING_UP),
+        limit=ROWS,
+        # Importance is learned once, at one length, for all of the map.
+        warmup_tokens=WARMUP_TOKENS,
+        results_dir="results/needle",
+    )
 
 
 NEEDLE = Command(

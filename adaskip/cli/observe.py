@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
@@ -28,16 +27,6 @@ DATA_OPTIONS = (
     *("tasks", "limit", "model_path", "data_dir", "longbench_e", "min_length", "sample_tokens"),
     *("max_length", "dtype", "device", "allow_pickle", "seed", "results_dir"),
 )
-
-
-def add_options(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
-    """Adds the run options of these names."""
-
-    def add_argument(*flags: str, **settings: Any) -> None:
-        if settings["dest"] in names:
-            parser.add_argument(*flags, **settings)
-
-    add_run_options(cast(argparse.ArgumentParser, SimpleNamespace(add_argument=add_argument)))
 
 
 def facts(observation: str, model: str) -> tuple[str, ...]:
@@ -120,8 +109,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(model_names())}, a folder or a hub id; one panel each",
     )
-    add_options(parser, DATA_OPTIONS)
-    parser.set_defaults(results_dir="results/observations")
+    add_run_options(parser, DATA_OPTIONS, results_dir="results/observations")
 
 
 def _add_scores(parser: argparse.ArgumentParser) -> None:

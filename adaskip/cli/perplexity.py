@@ -50,7 +50,6 @@ def _act(options: argparse.Namespace) -> int:
     budgets = {flag: given.pop(flag) or [] for flag in BUDGETS.values()}
     # Of one policy alone; what is configured here is dense.
     plan = given.pop("plan", None)
-    given["limit"] = given["limit"] or ROWS
     base = dataclasses.replace(configured("perplexity", model, given), experiment=scope)
     cells = cells_of(base, policies, budgets, plan)
     path, found = measure(cells, max_tokens)
@@ -69,7 +68,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"tokens of each reference that count (default: {tokens})",
     )
-    add_run_options(parser, (*DATA_OPTIONS, *POLICY_OPTIONS, *WARMING_UP))
+    add_run_options(parser, (*DATA_OPTIONS, *POLICY_OPTIONS, *WARMING_UP), limit=ROWS)
 
 
 PERPLEXITY = Command(

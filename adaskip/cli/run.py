@@ -31,8 +31,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", dest="model_name", required=True, metavar="NAME", help=text)
 
 
-def add_run_options(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """Adds one option per field of `RunConfig` that has a help text; of some `names`, or all."""
+def add_run_options(
+    parser: argparse.ArgumentParser, names: Collection[str] | None = None, **defaults: Any
+) -> None:
+    """Adds one option per field of `RunConfig` that has a help text.
+
+    Args:
+        parser: gets them.
+        names: of the fields; None for all.
+        defaults: in place of a field's own, in the help text, too.
+    """
     hints = typing.get_type_hints(RunConfig)
     for item in dataclasses.fields(RunConfig):
         if "help" not in item.metadata or (names is not None and item.name not in names):
@@ -40,6 +48,10 @@ def add_run_options(parser: argparse.ArgumentParser, names: Collection[str] | No
         default = item.default
         if item.default_factory is not dataclasses.MISSING:
             default = item.default_factory()
+        text = item.metadata["help"]
+        if item.name in defaults:
+            default = defaults[item.name]
+            text = text.partition(" (default: ")[0]
         # What was not given cannot be refused.
         absent = argparse.SUPPRESS if item.name in POLICY_OPTIONS else default
         settings: dict[str, Any] = {"dest": item.name, "default": absent}
@@ -50,7 +62,7 @@ def add_run_options(parser: argparse.ArgumentParser, names: Collection[str] | No
             settings.update(nargs="+", metavar="NAME")
         else:
             settings.update(type=kind, metavar="N" if kind is int else "TEXT")
-        text = item.metadata["help"].format(**_names()).replace("%", "%%")
+        text = text.format(**_names()).replace("%", "%%")
         if default not in (None, "", ()) and kind is not bool:
             text += f" (default: {default})"
         parser.add_argument(f"--{item.name}", help=text, **settings)
