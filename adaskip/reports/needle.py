@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,8 @@ CAPTION = (
 _COLOURS, _GREY = "viridis", "#d9d9d9"
 # Below this score a square is so dark that its number is white.
 _DARK = 60
+# Characters of a line of a map's title.
+_TITLE = 22
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,8 @@ def draw(report: NeedleReport) -> bytes:
     """The maps side by side, as PNG."""
     n_maps, n_contexts = len(report.maps), len(report.contexts)
     width = 1.9 + n_maps * max(1.9, 0.62 * n_contexts + 0.3)
-    height = 1.7 + 0.42 * len(report.depths)
+    lines = max(len(textwrap.wrap(shown.policy, _TITLE)) for shown in report.maps)
+    height = 1.7 + 0.42 * len(report.depths) + 0.2 * lines
     figure, panels = canvas(1, n_maps, width=width, height=height, sharey=True)
     image = None
     for shown, panel in zip(report.maps, panels[0], strict=True):
@@ -219,7 +223,8 @@ def _draw_map(panel: Any, report: NeedleReport, shown: HeatMap) -> Any:
     panel.tick_params(which="minor", length=0)
     panel.set_xlabel("tokens of the context", fontsize=8)
     mean = report.mean(shown)
-    panel.set_title(shown.policy + ("" if mean is None else f": mean {mean:.0f}"), fontsize=10)
+    title = textwrap.wrap(shown.policy, _TITLE) + ([] if mean is None else [f"mean {mean:.0f}"])
+    panel.set_title("\n".join(title), fontsize=10)
     return image
 
 
