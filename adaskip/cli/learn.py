@@ -14,6 +14,7 @@ from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.models.loading import load_model, load_tokenizer
 from adaskip.runs.calibration import read_texts
+from adaskip.runs.files import writing
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.runner import resolve
@@ -40,7 +41,8 @@ def _act(given: argparse.Namespace) -> int:
     if out.exists():
         raise AdaskipError(f"{out} exists; give another --out, or move it away.")
     profile = _of_texts(texts, options) if texts else _of_sample(options)
-    profile.save(out)
+    with writing(out):
+        profile.save(out)
     first = ", ".join(map(str, profile.ranking()[:_SHOWN]))
     say(f"{profile.n_requests} prompts, {profile.n_tokens} tokens. Least important: {first}.")
     say(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from adaskip.runs.runner import resolve
 from adaskip.sweep import ModelSlot
 
 FACTS = "observations.yaml"
+RESULTS = "results/observations"
 DATA_OPTIONS = (
     *("tasks", "limit", "model_path", "data_dir", "longbench_e", "min_length", "sample_tokens"),
     *("max_length", "dtype", "device", "allow_pickle", "seed", "results_dir"),
@@ -84,12 +87,26 @@ def _observe(observation: str, given: dict[str, Any], command: str) -> int:
     scores = given.pop("scores", False)
     if scores and observation != "ob0":
         raise AdaskipError(f"--scores belongs to ob0, not to {observation}: leave it out.")
+    command = shlex.join([*command.split(), "--model", *models, *_repeated(given)])
     configs = [configured(observation, model, given) for model in models]
     open_model = ModelSlot().get
     found = {c.run_name: _measured(observation, c, open_model, scores) for c in configs}
-    command = f"{command} --model {' '.join(models)}"
     say(team().on_main(lambda: write_observation(observation, command, configs, found)))
     return 0
+
+
+def _repeated(given: Mapping[str, Any]) -> list[str]:
+    """The options that were given otherwise than by default, as words."""
+    words: list[str] = []
+    for field in dataclasses.fields(RunConfig):
+        value = given.get(field.name)
+        if field.name not in given or value in (None, field.default, RESULTS):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{field.name}")
+        else:
+            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def _measured(observation: str, config: RunConfig, open_model: OpenModel, scores: bool) -> Numbers:
@@ -109,7 +126,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(model_names())}, a folder or a hub id; one panel each",
     )
-    add_run_options(parser, DATA_OPTIONS, results_dir="results/observations")
+    add_run_options(parser, DATA_OPTIONS, results_dir=RESULTS)
 
 
 def _add_scores(parser: argparse.ArgumentParser) -> None:

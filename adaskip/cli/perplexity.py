@@ -14,6 +14,7 @@ from adaskip.cli.policies import add_policies, cells_of
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
 from adaskip.configuration import read_config
+from adaskip.importance import Importance
 from adaskip.models.processes import team
 from adaskip.policies.factory import BUDGETS, LEARNED, takes
 from adaskip.runs.environment import environment
@@ -155,9 +156,17 @@ def key_of(cell: RunConfig) -> str:
         return f"{cell.policy} {made[PLAN_FILE]}"
     parts = [_setting(key, made[key]) for key in POLICY_OPTIONS if key in made]
     if takes(cell.policy, LEARNED):
-        parts.append(cell.importance or f"{cell.warmup} rows of {cell.warmup_task}")
+        parts.append(_learned_from(cell))
     name = f"{cell.policy} {cell.budget}"
     return f"{name} ({', '.join(parts)})" if parts else name
+
+
+def _learned_from(cell: RunConfig) -> str:
+    """The name of a given profile, which tells what is in it, or where one is learned."""
+    if cell.importance:
+        return Importance.load(cell.importance).name
+    tokens = f" of {cell.warmup_tokens} tokens" if cell.warmup_tokens else ""
+    return f"{cell.warmup} rows of {cell.warmup_task}{tokens}"
 
 
 def _setting(key: str, value: Any) -> str:

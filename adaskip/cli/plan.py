@@ -18,6 +18,7 @@ from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
 from adaskip.methods import make_plan, method_names
 from adaskip.models.spec import model_names, model_spec
 from adaskip.plan import Phase, SkipPlan
+from adaskip.policies.made_plan import read_plans
 from adaskip.reports.explorer import write_explorer
 from adaskip.runs.calibration import calibration_rows, read_texts, text_rows
 from adaskip.runs.loaded import LoadedModel
@@ -27,7 +28,6 @@ from adaskip.search import MENU, SEARCH, WINDOWS, search_plan
 from adaskip.search.describing import record_name, with_measured
 from adaskip.search.losses import Row
 from adaskip.search.menu import Dishes
-from adaskip.shipped import plan_label
 from adaskip.tables import markdown_table, number, percent
 from adaskip.tasks.spec import task_spec
 
@@ -85,9 +85,7 @@ def _act(given: argparse.Namespace) -> int:
 
 
 def _show(given: argparse.Namespace) -> int:
-    plans = {plan_label(file): SkipPlan.load(file) for file in given.show}
-    if len(plans) < len(given.show):
-        raise AdaskipError("Two files have the same name, which is all that tells plans apart.")
+    plans = {label: file.plan for label, file in read_plans(given.show).items()}
     _tell(plans, given.html)
     return 0
 
@@ -150,8 +148,10 @@ def _read(given: argparse.Namespace) -> dict[str, str]:
     if given.texts is None:
         given.rows = _ROWS if given.rows is None else given.rows
         given.tasks = given.tasks or [*_TASKS]
+        # LongBench has no rows apart from those of its tests.
+        split = all(task_spec(task).offline for task in given.tasks)
         given.source = (
-            f"{given.rows} warm-up rows of {' '.join(given.tasks)}, "
+            f"{given.rows} {'warm-up' if split else 'first'} rows of {' '.join(given.tasks)}, "
             f"{given.reference_tokens} tokens of each answer, seed {given.seed}"
         )
         return {}

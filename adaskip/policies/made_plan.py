@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -42,6 +43,24 @@ class PlanFile:
         except OSError as error:
             raise PlanError(f"The plan {path} cannot be read: {error}.") from error
         return cls(path, f"{plan_label(path)}-{digest}", plan)
+
+
+def read_plans(paths: Iterable[str]) -> dict[str, PlanFile]:
+    """Reads the files of plans, by what tables call them.
+
+    Raises:
+        PlanError: one cannot be read, or two have the same name.
+    """
+    found: dict[str, PlanFile] = {}
+    for path in paths:
+        label = plan_label(path)
+        if label in found:
+            raise PlanError(
+                f"{found[label].path} and {path} have the same name, which is all that tells plans "
+                "apart; rename one."
+            )
+        found[label] = PlanFile.read(path)
+    return found
 
 
 @register("PLAN")

@@ -17,7 +17,7 @@ from adaskip.runs.files import SCHEMA, Record, read_json, write_json
 from adaskip.runs.ledger import RUN_FILE, read_record, run_folder
 from adaskip.runs.reference_quality import read_perplexity
 from adaskip.runs.runconfig import DENSE
-from adaskip.runs.scoring import RunScore, TaskScore, score_run
+from adaskip.runs.scoring import RunScore, TaskScore, difference, score_run
 from adaskip.runs.sweepfile import Cell, Sweep
 
 
@@ -184,20 +184,20 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
 def _lines(
     cells: Sequence[Cell], model: str, experiment: Scope, runs: Mapping[Path, RunScore]
 ) -> tuple[Line, ...]:
-    found: dict[tuple[str, int], list[tuple[Cell, TaskScore]]] = {}
+    found: dict[tuple[str, int], list[tuple[Cell, RunScore]]] = {}
     for cell in cells:
         config = cell.config
         if config.model_name == model and experiment in cell.experiments:
             run = runs.get(run_folder(config))
             score = run.tasks.get(cell.task) if run else None
-            if score is not None and score.n_rows:
-                found.setdefault((config.label, config.budget), []).append((cell, score))
-    dense = {score.task: score for _, score in found.get((DENSE, 0), [])}
+            if run is not None and score is not None and score.n_rows:
+                found.setdefault((config.label, config.budget), []).append((cell, run))
+    dense = {cell.task: run for cell, run in found.get((DENSE, 0), [])}
     return tuple(_line(scored, dense) for scored in found.values())
 
 
-def _line(scored: Sequence[tuple[Cell, TaskScore]], dense: Mapping[str, TaskScore]) -> Line:
-    config, scores = scored[0][0].config, [score for _, score in scored]
+def _line(scored: Sequence[tuple[Cell, RunScore]], dense: Mapping[str, RunScore]) -> Line:
+    config, scores = scored[0][0].config, [run.tasks[cell.task] for cell, run in scored]
     seconds = [pair for score in scores for pair in score.row_seconds.values()]
     steps = [step for _, step in seconds if step is not None]
     bases = {} if config.policy == DENSE else dense
@@ -210,15 +210,19 @@ def _line(scored: Sequence[tuple[Cell, TaskScore]], dense: Mapping[str, TaskScor
         },
         ttft=statistics.median(first for first, _ in seconds),
         per_token=statistics.median(steps) if steps else None,
-        tasks={score.task: _compared(cell, score, bases.get(score.task)) for cell, score in scored},
+        tasks={cell.task: _compared(cell, run, bases.get(cell.task)) for cell, run in scored},
     )
 
 
-def _compared(cell: Cell, score: TaskScore, base: TaskScore | None) -> ComparedScore:
+def _compared(cell: Cell, run: RunScore, dense: RunScore | None) -> ComparedScore:
+    """The score of a cell beside that of the dense rows, if they were made with its settings."""
+    score, base = run.tasks[cell.task], None
+    if dense is not None and dense.is_base_of(run, cell.task):
+        base = dense.tasks[cell.task]
     ends = paired_interval(score.row_scores, base.row_scores) if base else None
     return ComparedScore(
         **vars(score),
-        delta=score.score - base.score if base else None,
+        delta=difference(score, base) if base else None,
         delta_interval=(100 * ends[0], 100 * ends[1]) if ends else None,
         perplexity=read_perplexity(cell.config, score.task),
     )

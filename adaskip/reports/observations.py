@@ -49,7 +49,7 @@ def write_observation(
         "schema": SCHEMA,
         "observation": TITLES[observation],
         "command": command,
-        "settings": configs[0].settings(),
+        "settings": {config.run_name: config.settings() for config in configs},
         "environment": environment(str(configs[0].device)),
         "models": found,
     }
@@ -58,7 +58,8 @@ def write_observation(
         f"**{model}**{_stand_ins(observation, config.tasks)}\n\n{TABLES[observation](numbers)}"
         for config, (model, numbers) in zip(configs, found.items(), strict=True)
     )
-    write_text(stem.with_name(f"{stem.name}.md"), f"# {TITLES[observation]}\n\n{text}\n")
+    page = f"# {TITLES[observation]}\n\n{text}\n\nMade by `{command}`.\n"
+    write_text(stem.with_name(f"{stem.name}.md"), page)
     columns = [PANELS[observation](model, numbers) for model, numbers in found.items()]
     rows, width = _grid(columns, wide=observation in ("ob0", "stability"))
     draw(rows, stem.with_name(f"{stem.name}.png"), width=width)

@@ -18,7 +18,10 @@ from adaskip.search.losses import Row
 def calibration_rows(
     loaded: LoadedModel, config: RunConfig, tasks: Sequence[str], n_rows: int, max_tokens: int
 ) -> list[Row]:
-    """Prompt and answer ids of warm-up rows, of the tasks by turns; no test row is among them.
+    """Prompt and answer ids of warm-up rows, of the tasks by turns.
+
+    No test row of an offline task is among them; LongBench has no splits, so that of its tasks they
+    are the first rows.
 
     Args:
         loaded: the model, for its tokenizer and its template.

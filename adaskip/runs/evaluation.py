@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from adaskip.runs.runconfig import DENSE
-from adaskip.runs.scoring import MIN_LENGTH, TaskScore, dense_scores, runs_of, score_run
+from adaskip.runs.scoring import (
+    MIN_LENGTH,
+    TaskScore,
+    dense_scores,
+    difference,
+    runs_of,
+    score_run,
+)
 from adaskip.tables import MISSING, markdown_table, number, percent
 
 AT_CHANCE = "no better than guessing, so this task tells nothing of what skipping loses"
@@ -40,6 +47,9 @@ def evaluate(results_dir: Path, name: str, *, min_length: int = MIN_LENGTH) -> s
         for label, score, own in shown:
             rows.append(_row(label, score, own))
             notes += notes_on(label, score)
+            if own is not None and own.row_scores.keys() != score.row_scores.keys():
+                shared = len(own.row_scores.keys() & score.row_scores.keys())
+                notes.append(f"{task}, {label}: to dense over the {shared} rows that both have.")
     for run in runs:
         run.save()
     written = f"Written: result.json in {', '.join(str(run.folder) for run in runs)}."
@@ -67,7 +77,7 @@ def _row(label: str, score: TaskScore, base: TaskScore | None) -> tuple[str, ...
         score.task,
         label,
         number(score.score) + (" (chance)" if label == DENSE and score.at_chance else ""),
-        number(score.score - base.score, signed=True) if base else MISSING,
+        number(difference(score, base), signed=True) if base else MISSING,
         number(score.rouge_l),
         str(score.n_rows) if score.complete else f"{score.n_rows} of {score.n_planned}",
         percent(score.truncated),

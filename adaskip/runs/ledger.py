@@ -153,6 +153,7 @@ def is_finished(config: RunConfig) -> bool:
     return all(
         (facts := record.tasks.get(task)) is not None
         and facts.max_new_tokens == answer_length(config, task)
+        and facts.prompt_sha256 == _prompt_digest(task)
         and _covers(facts.limit, config.limit)
         and len(task_rows(run_folder(config), task).rows()) >= facts.rows
         for task in config.tasks
@@ -193,9 +194,14 @@ def begin(
                 f"{folder} has {task} with answers of up to {known['max_new_tokens']} "
                 f"tokens, now it is {length}; give this run another name (--name NAME)."
             )
+        digest = _prompt_digest(task)
+        if known is not None and known["prompt_sha256"] != digest:
+            raise RunError(
+                f"{folder} has {task} with another prompt than configs/tasks.yaml has now; give "
+                "this run another name (--name NAME)."
+            )
         if known is None or not _covers(known["limit"], config.limit):
             known = {"limit": config.limit, "rows": count}
-        digest = hashlib.sha256(prompt_template(task).encode()).hexdigest()
         tasks[task] = {**known, "max_new_tokens": length, "prompt_sha256": digest}
     record = {
         "schema": SCHEMA,
@@ -214,6 +220,10 @@ def update(folder: Path, task: str, facts: Mapping[str, Any]) -> None:
     record = read_json(folder / RUN_FILE)
     record["tasks"][task].update(facts)
     write_json(folder / RUN_FILE, record)
+
+
+def _prompt_digest(task: str) -> str:
+    return hashlib.sha256(prompt_template(task).encode()).hexdigest()
 
 
 def _same_profile(config: RunConfig, record: RunRecord) -> bool:

@@ -166,6 +166,12 @@ class LoadedModel:
     def _learn(self, config: RunConfig, path: Path) -> Importance:
         task = _warmup_of(config)
         logger.info("Learning importance from %d %s prompts; kept in %s", config.warmup, task, path)
+        if task in config.tasks and not task_spec(task).offline:
+            logger.warning(
+                "%s has no split: the first %d rows that are learned from are scored, too; another "
+                "--warmup_task keeps them apart.",
+                *(task, config.warmup),
+            )
         rows = self.warmup_rows(config, task, config.warmup)
         if len(rows) < config.warmup:
             raise DataError(

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from adaskip.models.processes import team
 from adaskip.runs.files import read_json
-from adaskip.runs.ledger import run_folder
+from adaskip.runs.ledger import read_record, run_folder
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import Loss, RowLoss, perplexity_of, shared_perplexity
 from adaskip.runs.runconfig import RunConfig
@@ -49,7 +49,10 @@ def is_measured(config: RunConfig, task: str, settings: PerplexitySettings) -> b
         RunError: the file is damaged.
     """
     store = _store(config, task)
-    if not store.rows():
+    rows = store.rows()
+    # A run of fewer rows than are asked for may have been given more since.
+    there = read_record(run_folder(config)).tasks[task].rows if rows else 0
+    if not rows or len(rows) < min(settings.rows, there):
         return False
     record = read_json(store.path)
     made = record.get("settings") or record.get("plan")  # what earlier versions called them

@@ -85,6 +85,12 @@ class RunScore:
     config: RunConfig
     n_layers: int
     tasks: dict[str, TaskScore]
+    answer_lengths: dict[str, int]
+
+    def is_base_of(self, other: RunScore, task: str) -> bool:
+        """Whether a task's rows are those of another run but for what is skipped."""
+        lengths = self.answer_lengths.get(task), other.answer_lengths.get(task)
+        return lengths[0] == lengths[1] and _comparable(self.config) == _comparable(other.config)
 
     def save(self) -> None:
         """Writes `result.json` into the run's folder."""
@@ -119,7 +125,8 @@ def score_run(folder: Path, *, min_length: int = MIN_LENGTH) -> RunScore:
         )
         for task, facts in record.tasks.items()
     }
-    return RunScore(folder, record.run_config, record.n_layers, scores)
+    lengths = {task: facts.max_new_tokens for task, facts in record.tasks.items()}
+    return RunScore(folder, record.run_config, record.n_layers, scores, lengths)
 
 
 def score_rows(
@@ -207,18 +214,25 @@ def dense_scores(
     One of the same experiment is preferred, though a dense run is the same in all of them.
     """
     found: dict[str, TaskScore] = {}
-    wanted = _comparable(run.config)
     folders = [path.parent for path in sorted(results_dir.glob(f"*-SKIP-0/{RUN_FILE}"))]
     for folder in folders:
-        config = read_record(folder).run_config
-        if config.policy != DENSE or _comparable(config) != wanted:
+        if read_record(folder).run_config.policy != DENSE:
             continue
-        for task, score in score_run(folder, min_length=min_length).tasks.items():
-            if task in run.tasks and (
-                task not in found or config.experiment == run.config.experiment
-            ):
+        dense = score_run(folder, min_length=min_length)
+        same = dense.config.experiment == run.config.experiment
+        for task, score in dense.tasks.items():
+            if task in run.tasks and dense.is_base_of(run, task) and (same or task not in found):
                 found[task] = score
     return found
+
+
+def difference(score: TaskScore, base: TaskScore) -> float | None:
+    """A score minus that of its dense rows, over the rows that both have; None if none are."""
+    if score.row_scores.keys() == base.row_scores.keys():
+        return score.score - base.score
+    pairs = [(own, base.row_scores.get(row)) for row, own in score.row_scores.items()]
+    found = [own - other for own, other in pairs if other is not None]
+    return 100 * statistics.fmean(found) if found else None
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from adaskip.models.devices import resolve_dtype
 from adaskip.plan import Phase
 from adaskip.policies import POLICIES, policy_class
 from adaskip.policies.factory import takes
-from adaskip.policies.made_plan import PlanFile
+from adaskip.policies.made_plan import read_plans
 from adaskip.profiling import memory
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.clock import ClockedRequests
@@ -109,8 +109,7 @@ class SpeedTest(Measurement):
             policy_class(name)
             if takes(name, "plan_file"):
                 raise AdaskipError(f"Policy {name} is measured by its plan: --plans FILE ...")
-        for path in self.plans:
-            PlanFile.read(path)
+        read_plans(self.plans)
         if not 0 <= self.minutes < math.inf:
             raise AdaskipError(f"--minutes is {self.minutes}; it must be a number, 0 or more.")
 
@@ -132,7 +131,7 @@ class SpeedTest(Measurement):
             self.budgets,
             n_steps=self.new_tokens,
             compiled=self.compiled,
-            plans=[PlanFile.read(path) for path in self.plans],
+            plans=[*read_plans(self.plans).values()],
         )
         rates = measured_rates(model.device)
         seconds = 60 * self.minutes / len(missing)

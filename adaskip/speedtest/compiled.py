@@ -18,12 +18,11 @@ from adaskip.entering import skipping
 from adaskip.errors import refuse_below_one
 from adaskip.grouped_attention import grouped_decoding
 from adaskip.plan import EMPTY_PLAN, KINDS, Phase, SkipPlan, all_sublayers
-from adaskip.policies.made_plan import PlanFile
+from adaskip.policies.made_plan import read_plans
 from adaskip.profiling import memory
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import Ratio, Spread, by_turns
 from adaskip.profiling.timing import RequestTimes, time_request
-from adaskip.shipped import plan_label
 from adaskip.speedtest.cases import DENSE, compiled_call, without_kind
 from adaskip.speedtest.measurement import Row, Study, option
 from adaskip.speedtest.record import Key, Point
@@ -57,13 +56,12 @@ class CompiledDecoding(Study):
     def check(self) -> None:
         super().check()
         refuse_below_one({"batches": min(self.batches)})
-        for path in self.plans:
-            PlanFile.read(path)
+        read_plans(self.plans)
 
     @override
     def points(self, missing: Sequence[Key]) -> Iterator[Point]:
         model = self.open()
-        plans = {plan_label(path): PlanFile.read(path).plan for path in self.plans}
+        plans = {label: file.plan for label, file in read_plans(self.plans).items()}
         rates = measured_rates(model.device)
         for key in missing:
             ids = random_prompt(model, key["context"], key["batch"])

@@ -90,7 +90,8 @@ class SpeedRecord:
         made_in = environment(device.type)
         if path.exists():
             old = read_json(path)
-            if not resume or _origin(old["settings"], old["environment"]) != _origin(own, made_in):
+            was = _origin(old.get("settings", {}), old.get("environment", {}))
+            if not resume or was != _origin(own, made_in):
                 aside = path.with_suffix(OLD)
                 with writing(aside):
                     path.replace(aside)
@@ -136,5 +137,5 @@ class SpeedRecord:
 
 def _origin(settings: Mapping[str, Any], made_in: Mapping[str, Any]) -> list[object]:
     """What made a record: hardware, method, versions and code."""
-    versions = [made_in.get(name) for name in ("torch", "transformers", "commit")]
+    versions = [made_in.get(name) for name in ("torch", "transformers", "adaskip", "commit")]
     return [settings.get("hardware"), settings.get("method"), *versions]

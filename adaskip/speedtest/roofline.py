@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from adaskip.blocks import block_spec, bound_parts
 from adaskip.plan import SkipPlan, Sublayer, all_sublayers
 from adaskip.replacements import Linear, Window
+from adaskip.summary import kept_tokens
 
 Shape = Sequence[int]
 _COPY_BYTES = 2 << 30
@@ -133,11 +134,13 @@ def kv_bytes(config: Any, plan: SkipPlan, tokens: int, batch: int, itemsize: int
     """Bytes of keys and values after `tokens` tokens under a plan that is in force throughout.
 
     `2 * batch * KV heads * head_dim * tokens * itemsize` per attention that is not skipped; where
-    the plan has a window, the tokens it holds. For models without sliding windows of their own.
+    the plan or the model has a window, the tokens it holds.
     """
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    n_running = text.num_hidden_layers - len(plan.layers("attn")) - len(plan.windows)
-    held = n_running * tokens + sum(window.held(tokens) for window in plan.windows.values())
+    gone = {*plan.layers("attn"), *plan.windows}
+    running = (layer for layer in range(text.num_hidden_layers) if layer not in gone)
+    held = sum(kept_tokens(text, layer, tokens) for layer in running)
+    held += sum(window.held(tokens) for window in plan.windows.values())
     return int(2 * batch * heads * width * itemsize * held)

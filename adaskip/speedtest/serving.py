@@ -27,9 +27,9 @@ from adaskip.learning import learn_importance
 from adaskip.models.loading import load_tokenizer
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan
 from adaskip.policies import AdaSkip
+from adaskip.policies.made_plan import read_plans
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import Ratio, Spread, by_turns, per_round
-from adaskip.shipped import plan_label
 from adaskip.speedtest.measurement import Row, Seconds, Study, option
 from adaskip.speedtest.record import Key, Point
 
@@ -85,8 +85,7 @@ class Serving(Study):
         refuse_below_one({"threads": self.threads, "budgets": min(self.budgets, default=None)})
         if self.engine not in ENGINES:
             raise unknown_name("engine", self.engine, ENGINES)
-        for plan in self.plans:
-            SkipPlan.load(plan)
+        read_plans(self.plans)
         if not Path(self.python or sys.executable).is_file():
             raise AdaskipError(f"There is no {self.python}; give the python that has the engine.")
 
@@ -120,7 +119,7 @@ class Serving(Study):
         for label, policy in policies.items():
             policy.bind(importance.n_layers)
             found[label] = SkipPlan({s: importance.gain(s, policy.gain) for s in policy.chosen()})
-        return found | {plan_label(plan): SkipPlan.load(plan) for plan in self.plans}
+        return found | {label: file.plan for label, file in read_plans(self.plans).items()}
 
     def _export(
         self,

@@ -19,6 +19,7 @@ from adaskip.replacements import Window
 from adaskip.speedtest.cases import DENSE_COMPILED, Case, CaseRun
 from adaskip.speedtest.roofline import Rates, forward_bytes, kv_bytes
 from adaskip.sublayer_times import GAIN, PlanTimes, SublayerTimes, replacement_name
+from adaskip.summary import kept_tokens
 from adaskip.window_track import ROOM
 
 Line = dict[str, Any]
@@ -61,7 +62,9 @@ def checked_kv(model: PreTrainedModel, case: Case, run: CaseRun, context: int, b
         RunError: the cache holds something else.
     """
     held = context + len(run.plans) - 1
-    tokens_of = dict.fromkeys(range(model.config.num_hidden_layers), held)
+    config = model.config.get_text_config(decoder=True)
+    tokens_of = dict.fromkeys(range(config.num_hidden_layers), held)
+    windowed = {layer for plan in run.plans for layer in plan.windows}
     # Attention that SkipDecode leaves out later has kept what it had when it last ran; a static
     # cache has room for all tokens from the first one that is kept.
     plans = run.plans[:1] if case.cache == "static" else run.plans
@@ -70,6 +73,10 @@ def checked_kv(model: PreTrainedModel, case: Case, run: CaseRun, context: int, b
             tokens_of[layer] = context + number - 1 if number else 0
         for layer, window in plan.windows.items():
             tokens_of[layer] = _window_room(window, held, static=case.cache == "static")
+    static = case.cache == "static"
+    for layer, tokens in tokens_of.items():
+        if layer not in windowed:
+            tokens_of[layer] = kept_tokens(config, layer, tokens, static=static)
     one = kv_bytes(model.config, EMPTY_PLAN, 1, batch, model.dtype.itemsize) // len(tokens_of)
     formula = one * sum(tokens_of.values())
     if formula != run.times.kv_bytes:
