@@ -68,6 +68,19 @@ def check_plan(policy: SkipPolicy, plan: object, n_layers: int, config: Pretrain
         check_window(layer, window, config)
 
 
+def inputs_of(call: dict[str, Any]) -> Tensor:
+    """The ids [batch, tokens] or embeddings [batch, tokens, hidden] of a forward.
+
+    Raises:
+        UnsupportedCallError: there are none.
+    """
+    ids, embeddings = call.get("input_ids"), call.get("inputs_embeds")
+    found: Tensor | None = embeddings if ids is None else ids
+    if found is None:
+        raise UnsupportedCallError("The model was called with neither input_ids nor inputs_embeds.")
+    return found
+
+
 def check_window(layer: int, window: Window, config: PretrainedConfig) -> None:
     """Refuses a window that the model's own masks do not allow."""
     limit = config.max_position_embeddings

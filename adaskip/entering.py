@@ -7,15 +7,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaskip import calls, supported
 from adaskip.blocks import execution_device
-from adaskip.errors import AdaskipError, UnsupportedCallError, UnsupportedModelError, unknown_name
+from adaskip.errors import AdaskipError, UnsupportedModelError, unknown_name
 from adaskip.evaluating import evaluating
 from adaskip.plan import SCOPES, Scope, SkipPlan
 from adaskip.policy import FixedSkipping, SkipPolicy
@@ -25,8 +24,6 @@ from adaskip.switchboard import Switchboard
 
 logger = logging.getLogger(__name__)
 
-# Base models inside a `skipping()` now; a second one would wrap the first one's forwards.
-_ACTIVE: WeakSet[nn.Module] = WeakSet()
 # Policies bound to a session now, by id: most policies are dataclasses that cannot be hashed.
 _BOUND: set[int] = set()
 
@@ -57,22 +54,24 @@ def skipping(
         UnsupportedModelError: the architecture is not supported, the model is wrapped, another
             tool has patched its layers, or with nothing skipped it computes something else.
         UnsupportedCallError: the model is inside a `skipping()` already; or, from a forward, it is
-            called in a way in which skipping would be silently wrong.
+            called in a way in which skipping would be silently wrong; or, when the block is left,
+            a `generate()` goes on in another thread.
         CacheHoleError: from a forward, if attention is to run that the request skipped before.
         AdaskipError: unknown scope, no policy, or a budget that does not fit the model.
     """
     if scope not in SCOPES:
         raise unknown_name("scope", str(scope), SCOPES)
+    if not isinstance(recorders, Sequence):
+        raise AdaskipError(
+            f"recorders is a {type(recorders).__name__}; give a sequence, e.g. [recorder]."
+        )
     block = supported.check_model(model)
     policy = as_policy(policy)
     decoder: Any = model.base_model
-    if decoder in _ACTIVE:
-        raise UnsupportedCallError(
-            "The model is inside skipping() already; leave that block first, or use one policy."
-        )
-    supported.check_layers(decoder.layers, model.config.model_type, block)
-    policy.check_model(model)
     with ExitStack() as undo:
+        undo.enter_context(supported.alone(decoder))
+        supported.check_layers(decoder.layers, model.config.model_type, block)
+        policy.check_model(model)
         policy = undo.enter_context(_bound(policy, scope, len(decoder.layers)))
         calls.refuse_bare_model(model, policy, scope)
         board = Switchboard(decoder.layers, block, model.dtype)
@@ -89,9 +88,9 @@ def skipping(
             "Inside skipping(): %s of %d layers, scope %s, %r",
             *(type(model).__name__, len(decoder.layers), scope, policy),
         )
-        _ACTIVE.add(decoder)
-        undo.callback(_ACTIVE.discard, decoder)
+        undo.callback(session.close)
         yield session
+        session.refuse_unfinished()
 
 
 @contextmanager

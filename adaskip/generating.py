@@ -52,11 +52,35 @@ class Turn:
         return None if self.ended is None else ~self.ended[:, None].expand(-1, tokens)
 
 
-class Turns(threading.local):
-    """The calls of `generate()` this thread is in, the innermost last."""
+class OpenCalls:
+    """Counts the calls of `generate()` that all threads are in."""
 
     def __init__(self) -> None:
+        self.n_open = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts one until it ends."""
+        with self._lock:
+            self.n_open += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.n_open -= 1
+
+
+class Turns(threading.local):
+    """The calls of `generate()` this thread is in, the innermost last.
+
+    Args:
+        calls: counts those of all threads.
+    """
+
+    def __init__(self, calls: OpenCalls) -> None:
         self._stack: list[Turn] = []
+        self.calls = calls
 
     @property
     def current(self) -> Turn | None:
@@ -105,7 +129,7 @@ def listen(
         )
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        with turns.within(Turn()):
+        with turns.calls.counted(), turns.within(Turn()):
             return whole.original(*args, **kwargs)
 
     def prefill(input_ids: Any, generation_config: Any, model_kwargs: Any, **kwargs: Any) -> Any:

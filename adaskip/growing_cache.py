@@ -58,7 +58,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def _moved(self, old: Tensor | None, states: Tensor, past: int) -> Tensor:
         """A tensor with room for the new states, holding the old ones."""
         *outer, tokens, width = states.shape
-        buffer = states.new_empty((*outer, past + tokens + self._room, width))
+        # Also under inference mode, so that the cache can go on outside of it.
+        with torch.inference_mode(mode=False):
+            buffer = states.new_empty((*outer, past + tokens + self._room, width))
         if old is not None and past:
             buffer[..., :past, :] = old
         return buffer

@@ -197,8 +197,18 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
         return self
 
     def __or__(self, other: SkipPlan) -> SkipPlan:
-        """Both plans together; where both skip a sublayer, the replacement of `other` counts."""
-        return SkipPlan({**self, **other})
+        """Both plans together; where both skip a sublayer, the replacement of `other` counts.
+
+        Raises:
+            PlanError: they were made for two models.
+        """
+        made_for = {plan.fingerprint for plan in (self, other) if plan.fingerprint}
+        if len(made_for) > 1 and not same_model(*made_for):
+            raise PlanError(
+                "Plans of two models cannot be joined: one was made for "
+                f"{' and the other for '.join(map(fingerprint_name, sorted(made_for)))}."
+            )
+        return SkipPlan({**self, **other}, fingerprint=next(iter(made_for), ""))
 
     @property
     def facts(self) -> dict[str, str | float | None]:

@@ -79,6 +79,7 @@ class Requests:
         self._branched = branched
         self._forgotten = forgotten
         self._count = 0
+        self._is_open = True
 
     def of(self, cache: Cache) -> Request | None:
         """The request of this cache; None if no forward of any session has seen it.
@@ -94,7 +95,8 @@ class Requests:
         self._count += 1
         if found.session == self._session:
             self._branched(request.number, found.number)
-        setattr(cache, _ATTRIBUTE, self._watched(request))
+        self._watch(request)
+        setattr(cache, _ATTRIBUTE, request)
         return request
 
     def look(
@@ -113,14 +115,16 @@ class Requests:
             request = self._new(cache)
         phase = _phase(request, past, tokens, said)
         if phase is Phase.PREFILL and request.decoded:
-            # Another prompt on the cache of an earlier answer.
-            request = self._new(cache)
+            # Another prompt on the cache of an earlier answer, whose windows hold what they held.
+            request = replace(self._new(cache), windows=request.windows)
         return request, Step(phase, request.number, request.index, tokens, request.decoded)
 
     def advance(self, cache: Cache | None, request: Request, step: Step, past: int) -> None:
         """Counts the forward that `look` described."""
         if request.number == self._count:
             self._count += 1
+            # Not before: one that is refused leaves its number to the next.
+            self._watch(request)
         if cache is not None:
             setattr(cache, _ATTRIBUTE, request)
         request.index += 1
@@ -132,11 +136,18 @@ class Requests:
 
     def _new(self, cache: Cache | None) -> Request:
         owner = None if cache is None else weakref.ref(cache)
-        return self._watched(Request(self._count, self._session, owner))
+        return Request(self._count, self._session, owner)
 
-    def _watched(self, request: Request) -> Request:
-        weakref.finalize(request, self._forgotten, request.number).atexit = False
-        return request
+    def _watch(self, request: Request) -> None:
+        weakref.finalize(request, self._forget, request.number).atexit = False
+
+    def _forget(self, number: int) -> None:
+        if self._is_open:
+            self._forgotten(number)
+
+    def close(self) -> None:
+        """Lets caches that outlive the session forget nothing of the next one's requests."""
+        self._is_open = False
 
 
 def is_ambiguous(request: Request, past: int, tokens: int) -> bool:

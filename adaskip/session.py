@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache
 
 from adaskip import calls, kvcache, supported
 from adaskip.blocks import BlockSpec
-from adaskip.generating import Turn, Turns, listen
+from adaskip.errors import UnsupportedCallError
+from adaskip.generating import OpenCalls, Turn, Turns, listen
 from adaskip.padding import real_before, real_in_call
 from adaskip.patching import Patch, patch_forward
 from adaskip.plan import EMPTY_PLAN, Phase, Scope, SkipPlan, Step
@@ -59,7 +60,7 @@ class Session:
         self.policy = policy
         self._scope = scope
         self._recorders = recorders
-        self._turns = Turns()
+        self._turns = Turns(OpenCalls())
         self._turnstile = Turnstile()
         self._decoder: Any = model.base_model
         self._board = board
@@ -73,8 +74,26 @@ class Session:
         self._tally = Tally(config, self._n_layers, model.dtype.itemsize)
         self._requests = _told(policy, self._tally)
         self._rows = self._past = 0
+        # The request of the forward that is computed now, and what was known of it before.
+        self._counted: tuple[Request, dict[str, Any]] | None = None
         self._signature = list(inspect.signature(type(self._decoder).forward).parameters)[1:]
         self._watching: list[Recorder] = []
+
+    def close(self) -> None:
+        """Ends the session: what caches of it do later concerns no other one."""
+        self._requests.close()
+
+    def refuse_unfinished(self) -> None:
+        """Refuses to leave the block while a `generate()` of it goes on.
+
+        Raises:
+            UnsupportedCallError: one does, in another thread; the rest of it is dense.
+        """
+        if self._turns.calls.n_open:
+            raise UnsupportedCallError(
+                "A generate() went on in another thread when the block was left, so that the rest "
+                "of its answer is dense; join the thread inside the block."
+            )
 
     def summary(self) -> Summary:
         """What was skipped and replaced so far, by phase, and the KV memory held against dense."""
@@ -113,12 +132,14 @@ class Session:
                 end(self, cache)
                 return output
             self._turnstile.enter(compiled=False)
+            failed = True
             try:
                 cache = self._before(call)
                 output = patch.original(**call)
                 self._after(cache)
+                failed = False
             finally:
-                self._leave()
+                self._leave(failed=failed)
             return output
 
         patch = patch_forward(self._decoder, forward)
@@ -126,17 +147,25 @@ class Session:
 
     def _begin_compiled(self, call: dict[str, Any]) -> Cache | None:
         self._turnstile.enter(compiled=True)
-        return self._before(call)
+        try:
+            return self._before(call)
+        except BaseException:
+            self._leave(failed=True)
+            raise
 
     def _end_compiled(self, cache: Cache | None) -> None:
         self._after(cache)
         self._leave()
 
-    def _leave(self) -> None:
+    def _leave(self, *, failed: bool = False) -> None:
         """Lets go of what the forward needed, and lets other threads in."""
         if self._board.recording is not None:
             self._board.record_to(None)
-        self._board.windows.end()
+        self._board.windows.end(failed=failed)
+        if failed and self._counted is not None:
+            request, held = self._counted
+            vars(request).update(held)
+        self._counted = None
         self._turnstile.leave()
 
     def _before(self, call: dict[str, Any]) -> Cache | None:
@@ -144,7 +173,7 @@ class Session:
         config = self._decoder.config
         calls.refuse_checkpointing(self._decoder)
         cache = calls.cache_of(call, config)
-        inputs = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+        inputs = calls.inputs_of(call)
         tokens = inputs.shape[1]
         turn = self._turns.current
         said = None if turn is None else turn.phase
@@ -157,7 +186,7 @@ class Session:
             kvcache.refuse_short(cache, self._n_layers)
             self._check_order(request, step, past, said)
         plan = self._plan(request, step)
-        changed = plan != self.plan
+        changed = plan != self._board.plan
         if changed:
             calls.check_plan(self.policy, plan, self._n_layers, config)
             calls.refuse_partial(plan, self._block, self._absent)
@@ -171,6 +200,7 @@ class Session:
             self._prepare(cache, request, plan, earlier, past)
         if changed:
             self._board.set(plan)
+        self._counted = request, dict(vars(request))
         self._requests.advance(cache, request, step, past)
         if step.phase is Phase.PREFILL:
             request.prefill_plan |= plan

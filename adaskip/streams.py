@@ -34,12 +34,14 @@ class Sublayers:
 
     Raises:
         UnsupportedModelError: the architecture is not supported, or the model is patched.
+        UnsupportedCallError: the model is inside `skipping()`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         block = supported.check_model(model)
         self.model = model
         decoder: Any = model.base_model
+        supported.refuse_inside(decoder)
         self.decoder = decoder
         self._attention = block.attn.body
         layers: list[nn.Module] = list(decoder.layers)

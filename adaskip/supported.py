@@ -7,9 +7,12 @@ that formula: its class is the family's own, and nobody else has replaced its fo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
+from weakref import WeakSet
 
 import transformers
 from torch import nn
@@ -18,7 +21,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 
 from adaskip import patching
 from adaskip.blocks import BlockSpec, block_spec, lacks
-from adaskip.errors import UnsupportedModelError
+from adaskip.errors import UnsupportedCallError, UnsupportedModelError
 from adaskip.plan import KINDS, Sublayer
 
 # Those whose models take the KV cache by the name that is looked for here; as in pyproject.toml.
@@ -26,6 +29,35 @@ TRANSFORMERS = "transformers>=5.4,<5.24"
 # Where torch.compile, DistributedDataParallel, PEFT and a pipeline keep the model, in the order in
 # which to look: they pass on what they do not have to what they wrap.
 _WRAPPED = ("_orig_mod", "module", "base_model.model", "model")
+# Base models inside a `skipping()` now; a second one would wrap the first one's forwards.
+_ACTIVE: WeakSet[nn.Module] = WeakSet()
+_ENTERING = threading.Lock()
+
+
+@contextmanager
+def alone(decoder: nn.Module) -> Iterator[None]:
+    """Claims a base model for one `skipping()`.
+
+    Raises:
+        UnsupportedCallError: it is inside one already.
+    """
+    with _ENTERING:
+        refuse_inside(decoder, "leave that block first, or use one policy")
+        _ACTIVE.add(decoder)
+    try:
+        yield
+    finally:
+        _ACTIVE.discard(decoder)
+
+
+def refuse_inside(decoder: nn.Module, advice: str = "do this outside of the block") -> None:
+    """Refuses what would compute, or time, a plan in place of the model.
+
+    Raises:
+        UnsupportedCallError: the base model is inside a `skipping()`.
+    """
+    if decoder in _ACTIVE:
+        raise UnsupportedCallError(f"The model is inside skipping() already; {advice}.")
 
 
 def check_model(model: object) -> BlockSpec:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adaskip.blocks import BlockSpec, execution_device
 from adaskip.patching import Patch, patch_forward
-from adaskip.plan import SkipPlan, Sublayer
+from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer
 from adaskip.recorders import StepRecording
 from adaskip.replacements import Linear, Replacement, Window
 from adaskip.sublayers import Switches, layer_forward
@@ -28,6 +28,7 @@ class Switchboard:
         layers: of the model.
         devices: of each layer.
         windows: of the attention that has one.
+        plan: that the switches are set to; None where setting them has failed.
         recording: where statistics of the coming forward go; None if nobody wants any.
     """
 
@@ -36,6 +37,7 @@ class Switchboard:
         self.devices = [execution_device(layer) for layer in self.layers]
         self._switches = [Switches() for _ in self.layers]
         self.windows = Windows(self.layers, block, self._switches, self.devices)
+        self.plan: SkipPlan | None = EMPTY_PLAN
         self.recording: StepRecording | None = None
         self._block = block
         self._dtype = dtype
@@ -55,6 +57,7 @@ class Switchboard:
 
     def set(self, plan: SkipPlan) -> None:
         """Switches every layer to the plan, and takes its replacements to the devices."""
+        self.plan = None
         gains = {s.position: gain for s, gain in plan.gains.items() if gain is not None}
         if gains:
             self._copy_gains([gains.get(p, 1.0) for p in range(2 * len(self.layers))])
@@ -65,6 +68,7 @@ class Switchboard:
             switch.run_attn, switch.run_ffn = index not in skipped, ffn not in plan
             switch.attn_replacement = self._placed(attn, plan.get(attn))
             switch.ffn_replacement = self._placed(ffn, plan.get(ffn))
+        self.plan = plan
 
     def _placed(self, sublayer: Sublayer, replacement: Replacement) -> Tensor | Linear | None:
         """What takes a sublayer's place, on its device."""
@@ -80,12 +84,12 @@ class Switchboard:
 
     def _copy_gains(self, values: list[float]) -> None:
         """Writes the gains into the tensors that compiled graphs read."""
-        host = torch.tensor(values)
+        host = torch.tensor(values, device="cpu", dtype=torch.float32)
         for device in set(self.devices):
             if device not in self._gains or torch.is_grad_enabled():
                 # A backward pass still to come needs the numbers of its own forward.
                 with torch.inference_mode(mode=False):
-                    self._gains[device] = torch.ones(len(values), device=device)
+                    self._gains[device] = torch.ones_like(host, device=device)
             # From pinned memory, a copy does not wait for the device.
             source = host.pin_memory() if device.type == "cuda" else host
             self._gains[device].copy_(source, non_blocking=True)

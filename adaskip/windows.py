@@ -43,6 +43,8 @@ class Windows:
         self._devices = devices
         self._windowed: frozenset[int] = frozenset()
         self._open: list[WindowCacheLayer] = []
+        # What the tracks of the forward held before it.
+        self._before: dict[WindowTrack, dict[str, object]] = {}
 
     def place(self, plan: SkipPlan) -> None:
         """Makes the layers of a plan that have a window compute one, and no other layer."""
@@ -102,6 +104,7 @@ class Windows:
         for layer, window in plan.windows.items():
             track = request.windows[window, self._devices[layer]]
             if track not in steps:
+                self._before[track] = dict(vars(track))
                 steps[track] = track.advance(real, tokens, decoding=decoding)
             self._switches[layer].window = steps[track]
             held = None if cache is None else cache.layers[layer]
@@ -109,8 +112,16 @@ class Windows:
                 held.is_open = True
                 self._open.append(held)
 
-    def end(self) -> None:
-        """Lets go of what a forward needed."""
+    def end(self, *, failed: bool = False) -> None:
+        """Lets go of what a forward needed.
+
+        Args:
+            failed: whether the tracks are to forget its tokens; their tensors never change.
+        """
+        for track, held in self._before.items():
+            if failed:
+                vars(track).update(held)
+        self._before.clear()
         while self._open:
             self._open.pop().is_open = False
         for layer in self._windowed:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adaskip.entering import as_policy
 from adaskip.export import comparing, refusing
 from adaskip.export.formats import KINDS
 from adaskip.export.metadata import about, source_name
@@ -65,7 +66,9 @@ def export_checkpoint(
     refusing.check_folder(target)
     refusing.check_model(model, format)
     n_layers = model.config.num_hidden_layers
-    wanted = refusing.plan_of(plan, n_layers)
+    policy = as_policy(plan)
+    policy.check_model(model)
+    wanted = refusing.plan_of(policy, n_layers)
     wanted.check(n_layers, model.config.hidden_size)
     wanted.check_model(model)
     left = surviving(wanted, n_layers)

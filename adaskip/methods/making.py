@@ -181,6 +181,8 @@ def _of_policy(
     if importance is None and takes(name, LEARNED):
         prompts = [torch.as_tensor(prompt, dtype=torch.long).reshape(1, -1) for prompt, _ in rows]
         importance = learn_importance(model, prompts)
+    elif importance is not None:
+        importance.check_model(model)
 
     def learned() -> Importance:
         assert importance is not None  # noqa: S101 - asked for only where a policy learns

@@ -29,6 +29,7 @@ from adaskip.profiling.timing import (
     time_request,
 )
 from adaskip.sublayer_times import VERSION, SublayerTimes
+from adaskip.supported import refuse_inside
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ def measure_sublayers(
     """
     if min(context, batch, repeats, n_steps) < 1:
         raise AdaskipError("Context, batch, repeats and steps must be 1 or more each.")
+    # Its times would be kept as the model's own.
+    refuse_inside(model.base_model)
     ids = random_prompt(model, context, batch)
     plain = partial(time_request, model, ids, n_steps, make_cache=make_cache)
     clock = ClockedRequests(model, ids, n_steps, make_cache)

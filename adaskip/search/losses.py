@@ -232,6 +232,11 @@ class Losses:
 
     def _stream(self, number: int, prompt: Ids, answer: Ids) -> _Stream:
         vocab_size = self.sublayers.model.config.get_text_config(decoder=True).vocab_size
+        if isinstance(prompt, str) or isinstance(answer, str):
+            raise AdaskipError(
+                "A calibration row is of texts; give the ids of both, e.g. "
+                "(tokenizer(prompt).input_ids, tokenizer(answer).input_ids)."
+            )
         parts = [torch.as_tensor(part, dtype=torch.long).flatten() for part in (prompt, answer)]
         if not all(map(len, parts)):
             raise AdaskipError(

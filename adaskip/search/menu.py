@@ -84,6 +84,8 @@ class Dishes:
             raise AdaskipError(
                 f"replacements is {self.names!r}; give a sequence of {', '.join(MENU)}."
             )
+        if isinstance(self.windows, int):
+            raise AdaskipError(f"windows is {self.windows}; give sizes, e.g. ({self.windows},).")
         if "window" in self.names and not self.windows:
             raise AdaskipError("No window to choose: give sizes in tokens, e.g. windows=(128,).")
         for size in self.windows:
@@ -117,6 +119,11 @@ class Menu:
 
     def __init__(self, model: PreTrainedModel, dishes: Dishes, times: PlanTimes) -> None:
         n_layers, context = times.dense.n_layers, times.dense.context
+        own = model.config.get_text_config(decoder=True).num_hidden_layers
+        if n_layers != own:
+            raise AdaskipError(
+                f"The times are of {n_layers} layers, this model has {own}; measure its own."
+            )
         sorts: list[tuple[str, Window | None]] = []
         if GAIN in dishes.names:
             sorts.append((GAIN, None))
