@@ -23,7 +23,7 @@ from adaskip.plan import Phase, whole_layers
 from adaskip.policies import FixedSkipping
 from adaskip.runs.generation import generate_greedy
 from adaskip.runs.loaded import LoadedModel
-from adaskip.runs.perplexity import Loss, shared_perplexity
+from adaskip.runs.perplexity import Loss, perplexity_of, shared_perplexity
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.store import Store, locked
 from adaskip.tasks.prompts import postprocess
@@ -75,7 +75,10 @@ def skip_layers(config: RunConfig, open_model: OpenModel, *, scores: bool) -> di
     return {
         "choices": [{"side": c.side, "layers": sorted(c.layers)} for c in made],
         "tasks": {
-            task: [each | {"perplexity": _perplexity(each)} for each in measured]
+            task: [
+                each | {"perplexity": perplexity_of(each["nll"], each["tokens"])}
+                for each in measured
+            ]
             for task, measured in found.items()
         },
         "similarity": [round(value, 7) for value in similarity],
@@ -162,7 +165,3 @@ def _score(
 
     values = team().spread(rows, generate)
     return round(100 * math.fsum(values) / len(values), 2)
-
-
-def _perplexity(measured: Mapping[str, float]) -> float:
-    return math.exp(min(measured["nll"] / measured["tokens"], 700.0))

@@ -132,11 +132,16 @@ def hardware(device: torch.device) -> str:
     """The device's name, with the number of threads for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
+    """The model of the CPU."""
+    name = platform.processor() or platform.machine() or "cpu"
     with suppress(OSError):
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         name = found[1].strip() if found else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    return name
 
 
 def identity(model: PreTrainedModel) -> list[str]:

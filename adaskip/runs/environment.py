@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import subprocess
@@ -61,13 +60,9 @@ def installed_version(name: str) -> str | None:
 
 def cpu_name() -> str:
     """The processor's model and how many of its threads there are."""
-    name = platform.processor() or platform.machine() or "cpu"
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name} × {os.cpu_count()}"
+    from adaskip.profiling.calibration import processor_name
+
+    return f"{processor_name()} × {os.cpu_count()}"
 
 
 def git_commit() -> str | None:
