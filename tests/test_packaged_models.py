@@ -9,7 +9,15 @@ import torch
 from packaged_models import needs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adaskip import SkipPlan, Sublayer, Window, export_checkpoint, learn_importance, skipping
+from adaskip import (
+    Importance,
+    SkipPlan,
+    Sublayer,
+    Window,
+    export_checkpoint,
+    learn_importance,
+    skipping,
+)
 from adaskip.errors import AdaskipError
 from adaskip.models.loading import load_model, load_tokenizer, model_spec
 
@@ -81,6 +89,14 @@ def test_importance_of_gemma3_is_learned_and_its_full_attentions_take_windows(ge
         skipping(model, sliding),
     ):
         model(**inputs)
+
+
+@needs("gemma3")
+def test_the_shipped_profile_of_gemma3_is_this_models(gemma3: Loaded):
+    shipped = Importance.load("gemma3")
+    shipped.check_model(gemma3[0])
+    other = learn_importance(gemma3[0], [TEXT], tokenizer=gemma3[1])
+    assert len({*shipped.ranking()[:10]} & {*other.ranking()[:10]}) >= 6
 
 
 @needs("gemma3")

@@ -136,7 +136,7 @@ def test_the_shipped_profile_is_this_models(
 
 
 def test_a_profile_that_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ProfileError, match=r"profile at smolm2; shipped are .*: smollm2"):
+    with pytest.raises(ProfileError, match=r"profile at smolm2; shipped are .*: gemma3, .*smollm2"):
         Importance.load("smolm2")
     # A file of the name comes first.
     monkeypatch.chdir(tmp_path)
