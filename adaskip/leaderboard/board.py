@@ -80,7 +80,7 @@ class Board:
     @property
     def times(self) -> Store[TimesRow]:
         """Times of each point, and of the dense model."""
-        return self._store("times", TimesRow, rounds=self.file.rounds)
+        return self._store("times", TimesRow)
 
     def scores(self, task: str) -> Store[ScoreRow]:
         """Scores of a task, of each point and of the dense model."""

@@ -39,7 +39,7 @@ def collect(file: LeaderboardFile, boards: Iterable[Board]) -> Report:
         RunError: a file is damaged, or was made with other settings.
     """
     tables = [table for table in map(table_of, boards) if table is not None]
-    return Report(file.task, file.reference_tokens, str(file.phase), file.rounds, tuple(tables))
+    return Report(file.task, file.reference_tokens, str(file.phase), tuple(tables))
 
 
 def table_of(board: Board) -> Table | None:
@@ -70,6 +70,7 @@ def table_of(board: Board) -> Table | None:
         context=board.context,
         headline=board.file.contexts[board.context].headline or board.file.headline,
         perplexity=math.exp(nll / n_tokens),
+        rounds=len(dense.ttft) if dense else 0,
         seconds=middle(dense.ttft if dense else []),
         per_token=middle(dense.per_token if dense else []),
         references=references,

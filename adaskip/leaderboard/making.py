@@ -122,7 +122,7 @@ class Maker:
             store.path.unlink(missing_ok=True)
         taken = {row.id: row for row in store.rows() if row.id in plans}
         n_taken = min((len(row.ttft) for row in taken.values()), default=0)
-        if n_taken == n_rounds:
+        if n_taken >= n_rounds:
             return
         here = environment(str(self._model.device))
         if not _same_place(store.record().get("environment", here), here):

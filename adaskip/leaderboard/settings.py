@@ -178,7 +178,8 @@ class LeaderboardFile(_Settings):
         calibration_tokens: of each of their contexts.
         rank: of the linear maps of searches; None for full ones.
         phase: whose time counts.
-        rounds: in which times are taken, every plan and the dense model in each.
+        rounds: in which times are taken, every plan and the dense model in each; more of them go on
+            from those that were taken.
         methods: names of `adaskip.methods`; SEARCH may be followed by its menu.
         headline: the acceleration at which README tells of methods.
         contexts: by prompt tokens.

@@ -163,6 +163,7 @@ class Table:
         context: prompt tokens.
         headline: the acceleration at which README tells of it.
         perplexity: of the references under the dense model.
+        rounds: in which times were taken.
         seconds: its time to first token, median; None before times were taken.
         per_token: its time per token, likewise.
         references: by row.
@@ -177,6 +178,7 @@ class Table:
     context: int
     headline: float
     perplexity: float
+    rounds: int
     seconds: float | None
     per_token: float | None
     references: Mapping[str, Reference]
@@ -212,14 +214,12 @@ class Report:
         task: whose references are scored.
         reference_tokens: of each reference.
         phase: whose time plans were asked for.
-        rounds: in which times are taken.
         tables: by model and context length.
     """
 
     task: str
     reference_tokens: int
     phase: str
-    rounds: int
     tables: tuple[Table, ...]
 
     @property
