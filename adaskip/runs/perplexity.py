@@ -57,7 +57,7 @@ class Loss(Stored):
     tokens: int
 
 
-def perplexity_of(nll: float, tokens: int) -> float:
+def perplexity_of(nll: float, tokens: float) -> float:
     """`exp(nll / tokens)`; infinity where that is beyond a float."""
     try:
         return math.exp(nll / tokens)
