@@ -261,7 +261,7 @@ def test_an_unknown_run_cannot_be_scored(
     assert "error: the following arguments are required: --name/--model" in capsys.readouterr().err
 
 
-def start(place: Workplace, n_rows: int = 200) -> subprocess.Popen[str]:
+def start(place: Workplace, n_rows: int = 600) -> subprocess.Popen[str]:
     """Starts a run of many rows and waits for the first of them."""
     save_data(place.data, n_rows)
     options = [*EE, *place.options, "--tasks", "trec"]

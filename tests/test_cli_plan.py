@@ -210,4 +210,4 @@ def test_plans_are_explored_when_made_and_later(
     assert all(drop["sensitivity"]["attn"][layer] is None for layer in range(4))
     assert [name for name, _ in sleb["sensitivity"]["ffn"]] == ["nothing, nor of its layer"] * 4
     assert plan_main(["--show", files[0], files[0]]) == 2
-    assert "Two files have the same name" in capsys.readouterr().err
+    assert "have the same name, which is all that tells plans apart" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_what_was_measured_is_printed_in_short(
         {"context": 16, "batch": 1, "cases": [case]},
         {"context": 32, "batch": 8, "error": "out of memory", "cases": []},
     ]
-    (tmp_path / "llama-try.json").write_text(json.dumps({"points": points}))
+    (tmp_path / "llama-try.json").write_text(json.dumps({"schema": 1, "points": points}))
     options = ["--try_on_cpu", "--results_dir", str(tmp_path), "--parts", "vicuna-8k"]
     assert gpu_main(options) == 1
     printed = capsys.readouterr().out
