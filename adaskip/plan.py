@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from adaskip.errors import AdaskipError, PlanError
 from adaskip.fingerprint import fingerprint_name, model_fingerprint, same_model
 from adaskip.numbers import is_finite, is_whole
+from adaskip.plan_file import PlanContent, damaged, read_plan, write_plan
 from adaskip.replacements import Linear, Replacement, Window
-from adaskip.shipped import find_plan
-from adaskip.version import __version__
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
-PLAN_VERSION = 1
 # What a plan's `about` calls how it came to be: `adaskip/search/course.py`.
 COURSE = "course"
-# In which linear maps may be kept.
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Where a plan file's metadata has its JSON.
-_KEY = "adaskip.plan"
 
 Kind = Literal["attn", "ffn"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -269,56 +257,23 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
             AdaskipError: linear maps cannot be kept in this precision.
             OSError: it cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
-        rows = []
-        for sublayer, replacement in self.items():
-            row: dict[str, Any] = {"layer": sublayer.layer, "kind": sublayer.kind}
-            if isinstance(replacement, Window):
-                row["window"] = [replacement.size, replacement.sinks]
-            elif isinstance(replacement, Linear):
-                row["factors"] = len(replacement.factors)
-                names = _tensor_names(sublayer, len(replacement.factors))
-                kept = replacement if dtype is None else _narrowed(sublayer, replacement, dtype)
-                tensors |= dict(zip(names, kept.tensors, strict=True))
-            else:
-                row["gain"] = replacement
-            rows.append(row)
-        content = {
-            "version": PLAN_VERSION,
-            "adaskip": __version__,
-            "fingerprint": self.fingerprint,
-            "about": dict(self.about),
-            "sublayers": rows,
-        }
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            # Through bytes: save_file() makes a file that nobody else may read.
-            temporary.write_bytes(save(whole, metadata={_KEY: json.dumps(content)}))
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_plan(PlanContent(self, self.fingerprint, self.about), path, dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
         """Reads a plan file.
 
         Args:
-            path: a file; or the name of a shipped plan, e.g. "smollm2/1.3@4000".
+            path: a file; or the name of a shipped plan, e.g. "smollm2/1.2@1000".
 
         Raises:
             PlanError: it is missing, damaged, or of another version.
         """
-        found = find_plan(path)
+        held = read_plan(path, Sublayer)
         try:
-            with safe_open(found, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise PlanError(f"The plan {path} cannot be read: {error}.") from error
-        return _from_file(metadata, tensors, path)
+            return cls(held.replacements, fingerprint=held.fingerprint, about=held.about)
+        except AdaskipError as error:
+            raise damaged(path, error) from error
 
     def layers(self, kind: Kind) -> tuple[int, ...]:
         """The layers whose sublayer of this kind is not computed, ascending; windows are."""
@@ -344,61 +299,6 @@ def _restored(
     replacements: Mapping[Sublayer, Replacement], fingerprint: str, about: Mapping[str, Any]
 ) -> SkipPlan:
     return SkipPlan(replacements, fingerprint=fingerprint, about=about)
-
-
-def _narrowed(sublayer: Sublayer, linear: Linear, dtype: torch.dtype) -> Linear:
-    """A linear map as a plan file keeps it."""
-    if dtype not in _DTYPES:
-        raise AdaskipError(
-            f"A plan's linear maps cannot be kept in {dtype}; give one of "
-            f"{', '.join(map(str, _DTYPES))}."
-        )
-    made = [tensor.to("cpu", dtype) for tensor in linear.tensors]
-    if not all(bool(tensor.isfinite().all()) for tensor in made):
-        raise AdaskipError(
-            f"The linear map of {sublayer} has numbers too large for {dtype}; keep it in "
-            "torch.bfloat16, or in the precision it has."
-        )
-    return Linear.of(made[:-1], made[-1])
-
-
-def _tensor_names(sublayer: Sublayer, n_factors: int) -> list[str]:
-    """What the tensors of a linear map are called in a plan file."""
-    return [*(f"{sublayer}.weight.{i}" for i in range(n_factors)), f"{sublayer}.bias"]
-
-
-def _from_file(
-    metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: object
-) -> SkipPlan:
-    """The plan in an opened file, every value checked."""
-    try:
-        content = json.loads(metadata[_KEY])
-        version = content["version"]
-    except (KeyError, TypeError, ValueError):
-        raise PlanError(f"{path} is not a plan: it holds none in its metadata.") from None
-    if version != PLAN_VERSION:
-        raise PlanError(
-            f"The plan {path} has version {version!r}; this adaskip reads version {PLAN_VERSION}. "
-            "Make the plan anew."
-        )
-    try:
-        made: dict[Sublayer, Replacement] = {}
-        for row in content["sublayers"]:
-            sublayer = Sublayer(row["layer"], row["kind"])
-            if "factors" in row:
-                *factors, bias = (tensors[n] for n in _tensor_names(sublayer, row["factors"]))
-                made[sublayer] = Linear.of(factors, bias)
-            elif "window" in row:
-                made[sublayer] = Window(*row["window"])
-            else:
-                made[sublayer] = row["gain"]
-        fingerprint, about = content["fingerprint"], content["about"]
-        if not isinstance(fingerprint, str) or not isinstance(about, dict):
-            raise AdaskipError("its fingerprint is no text, or what it is about no mapping")
-        return SkipPlan(made, fingerprint=fingerprint, about=about)
-    except (KeyError, TypeError, IndexError, AdaskipError) as error:
-        reason = str(error).rstrip(".") if isinstance(error, AdaskipError) else repr(error)
-        raise PlanError(f"The plan {path} is damaged: {reason}. Make it anew.") from error
 
 
 EMPTY_PLAN = SkipPlan()

@@ -1,4 +1,4 @@
-"""Plans that come with the package, by name: `SkipPlan.load("smollm2/1.3@4000")`."""
+"""Plans that come with the package, by name: `SkipPlan.load("smollm2/1.2@1000")`."""
 
 from __future__ import annotations
 

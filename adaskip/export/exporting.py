@@ -70,7 +70,6 @@ def export_checkpoint(
     policy.check_model(model)
     wanted = refusing.plan_of(policy, n_layers)
     wanted.check(n_layers, model.config.hidden_size)
-    wanted.check_model(model)
     left = surviving(wanted, n_layers)
     kind = KINDS[format](model, tokenizer, left, tokenizer_gguf)
     expected = comparing.samples(model, wanted, comparing.texts_of(model, tokenizer))
