@@ -13,7 +13,7 @@ from leaderboard_fixtures import FILE, file, filled, whole
 from tiny_loaded import TinyLoaded, tiny_rows
 from typing_extensions import override
 
-from adaskip import PlanError, SkipPlan, Sublayer, shipped
+from adaskip import AdaskipError, PlanError, SkipPlan, Sublayer, shipped
 from adaskip.cli.leaderboard import leaderboard_main
 from adaskip.configuration import config_path
 from adaskip.leaderboard import making
@@ -115,6 +115,22 @@ def test_every_part_is_made_once(
         maker.make("losses")
     with pytest.raises(AssertionError, match="a second time"):
         maker.make("plans")
+
+
+def test_a_menu_says_the_rank_of_its_maps(
+    make: Callable[..., tuple[Board, Maker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def search(*args: Any, **settings: Any) -> Any:
+        asked.append((settings.get("replacements"), settings["rank"]))
+        raise AdaskipError("nothing can reach it")
+
+    monkeypatch.setattr(making, "search_plan", search)
+    board, maker = make(methods=["SEARCH", "SEARCH gain linear", "SEARCH linear16 window"])
+    maker.make("plans")
+    assert asked == [(None, None), (["gain", "linear"], None), (["linear", "window"], 16)]
+    assert [board.recipe(point)["rank"] for point in board.points] == [None, None, 16]
 
 
 def test_a_plan_made_anew_makes_what_was_measured_invalid(
@@ -339,6 +355,8 @@ def test_shipped_plans_tell_what_was_measured(
         (json.dumps(FILE | {"contexts": {"40": {"accelerations": [1.0]}}}), "greater than 1"),
         (json.dumps(FILE | {"methods": ["SLEP"]}), "Unknown method 'SLEP'. Did you mean 'SLEB'"),
         (json.dumps(FILE | {"methods": ["SEARCH gian"]}), "Unknown replacement 'gian'"),
+        (json.dumps(FILE | {"methods": ["SEARCH window64"]}), "Unknown replacement 'window64'"),
+        (json.dumps(FILE | {"methods": ["SEARCH linear0"]}), "Unknown replacement 'linear0'"),
         (json.dumps(FILE | {"methods": ["EE gain"]}), "which SEARCH alone takes"),
         (json.dumps(FILE | {"scores": {"sample_qu": {"rows": 1}}}), "Unknown task 'sample_qu'"),
         (

@@ -100,7 +100,7 @@ class Board:
             "reference_tokens": self.file.reference_tokens,
             "phase": str(self.file.phase),
             "planned_at": self.planned_at,
-            "rank": self.file.rank,
+            "rank": point.rank,
         }
 
     def plan_of(self, point: Point, row: PlanRow | None) -> SkipPlan | None:

@@ -167,7 +167,7 @@ class Maker:
         try:
             if method == SEARCH:
                 settings |= {"replacements": point.menu} if point.menu else {}
-                plan = search_plan(self._model, rows, rank=board.file.rank, **settings)
+                plan = search_plan(self._model, rows, rank=point.rank, **settings)
             else:
                 plan = make_plan(self._model, rows, method, **settings)
         except AdaskipError as error:

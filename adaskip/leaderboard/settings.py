@@ -29,7 +29,8 @@ class Point:
     """A method asked for an acceleration.
 
     Attributes:
-        method: as in the file; with a menu, "SEARCH gain window".
+        method: as in the file; with a menu, "SEARCH gain window", or "SEARCH linear64" for maps of
+            that rank.
         acceleration: that it is asked for, by predicted time.
         task: whose warm-up rows it is made from; None is the file's.
         seed: of the choice of those rows; None is that of all runs.
@@ -55,7 +56,13 @@ class Point:
     @property
     def menu(self) -> list[Any]:
         """What a search may put in a sublayer's place, in the search's words; empty for all."""
-        return self.method.split()[1:]
+        return [_dish(word)[0] for word in self.method.split()[1:]]
+
+    @property
+    def rank(self) -> int | None:
+        """Of a search's linear maps; None for full ones."""
+        ranks = (_dish(word)[1] for word in self.method.split()[1:])
+        return next((rank for rank in ranks if rank is not None), None)
 
 
 @dataclass(frozen=True)
@@ -176,11 +183,11 @@ class LeaderboardFile(_Settings):
         reference_tokens: of each reference, from the first.
         calibration_rows: of the warm-up split.
         calibration_tokens: of each of their contexts.
-        rank: of the linear maps of searches; None for full ones.
         phase: whose time counts.
         rounds: in which times are taken, every plan and the dense model in each; more of them go on
             from those that were taken.
-        methods: names of `adaskip.methods`; SEARCH may be followed by its menu.
+        methods: names of `adaskip.methods`; SEARCH may be followed by its menu, in which "linear64"
+            are linear maps of rank 64.
         headline: the acceleration at which README tells of methods.
         contexts: by prompt tokens.
         scores: by task.
@@ -194,7 +201,6 @@ class LeaderboardFile(_Settings):
     reference_tokens: PositiveInt
     calibration_rows: PositiveInt
     calibration_tokens: PositiveInt
-    rank: PositiveInt | None = None
     phase: Phase
     rounds: PositiveInt
     methods: Names
@@ -275,5 +281,13 @@ def _check_method(method: str) -> None:
     if menu and name != SEARCH:
         raise AdaskipError(f"The method {method!r} has a menu, which {SEARCH} alone takes.")
     for word in menu:
-        if word not in MENU:
+        dish, rank = _dish(word)
+        if dish not in MENU or (rank is not None and (dish != "linear" or rank < 1)):
             raise unknown_name("replacement", word, MENU)
+
+
+def _dish(word: str) -> tuple[str, int | None]:
+    """A word of a menu without its number, and that number."""
+    name = word.rstrip("0123456789")
+    number = word.removeprefix(name)
+    return name, int(number) if number else None
