@@ -108,7 +108,7 @@ def test_a_sweep_of_two_processes_goes_on_after_a_failure(place: Workplace) -> N
 def test_figures_of_two_processes_are_those_of_one(
     place: Workplace, capsys: pytest.CaptureFixture[str], script: str
 ) -> None:
-    options = ["--model", "llama", "--limit", "5", "--tasks", "gov_report", "--device", "cpu"]
+    options = ["--model", "llama", "--limit", "3", "--tasks", "gov_report", "--device", "cpu"]
     options += ["--model_path", str(place.checkpoint), "--data_dir", str(place.data)]
     options += ["--max_length", "96"]
     if "ob0" in script:
