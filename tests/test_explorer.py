@@ -39,6 +39,7 @@ def plan(name: str = "SEARCH") -> SkipPlan:
     about: dict[str, Any] = {"method": name, "phase": "prefill", "context": 4000}
     about |= {"predicted acceleration": 1.2, "predicted kv share": 5 / 6, "loss": 0.02}
     about |= {"measured acceleration": 1.17, "measured from": 1.1, "measured to": 1.25}
+    about |= {"gap": 0.18460093495}
     return SkipPlan({A4: 0.97, F2: 0.98}, about={**about, COURSE: course().as_text()})
 
 
@@ -71,6 +72,7 @@ def replaced(window: Browser) -> dict[str, str]:
 @browser
 def test_the_slider_shows_what_each_budget_replaces(window: Browser, explorer: Path) -> None:
     window.open(explorer)
+    assert text(window, "#facts").endswith("context 4000 gap 0.185")
     # It opens with the plan itself, which has been measured.
     assert replaced(window) == {"attn4": "gain", "ffn2": "gain"}
     tiles = text(window, ".tiles")

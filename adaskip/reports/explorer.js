@@ -262,7 +262,9 @@ function choose(index) {
   const facts = plan.model ? { model: plan.model, ...plan.facts } : plan.facts;
   $("facts").replaceChildren(...Object.entries(facts).map(([name, fact]) => {
     const part = document.createElement("div");
-    part.append(element("dt", name), element("dd", fact));
+    // Whole numbers stay whole: tokens, seeds.
+    const whole = typeof fact !== "number" || Number.isInteger(fact);
+    part.append(element("dt", name), element("dd", whole ? fact : short(fact)));
     return part;
   }));
   $("budget").max = plan.stops.length;
