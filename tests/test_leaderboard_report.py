@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from chromium import Window, browser, opened
 from leaderboard_fixtures import filled, whole
@@ -15,6 +16,7 @@ from adaskip.leaderboard.axes import same_axes
 from adaskip.leaderboard.collecting import collect, table_of
 from adaskip.leaderboard.comparing import at_speed, beside
 from adaskip.leaderboard.values import REPORT_FILE, read_report
+from adaskip.reports.leaderboard_figures import STEPS, bent
 from adaskip.reports.leaderboard_report import PAGE, render, write_report
 from adaskip.reports.leaderboard_tables import as_text
 
@@ -207,3 +209,13 @@ def test_the_page_refers_to_nothing_outside_itself(results: Path) -> None:
     assert {address.split(":")[0].split("#")[0] for address in addresses} <= {"", "data"}
     assert "default-src 'none'" in text
     assert len(text) < 2_000_000
+
+
+def test_lines_of_a_figure_are_what_the_table_says_between_plans() -> None:
+    plans = [(1.0, 0.0), (1.2, 0.1), (1.3, 0.9)]
+    speeds, gaps = bent(plans)
+    assert np.interp([1.0, 1.05, 1.2, 1.25, 1.3], speeds, gaps) == pytest.approx(
+        [0, 0.025, 0.1, 0.5, 0.9]
+    )
+    assert [(speeds[i], gaps[i]) for i in (0, STEPS, 2 * STEPS)] == plans
+    assert [len(axis) for axis in bent([(1.0, 0.0)])] == [1, 1]
