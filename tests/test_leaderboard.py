@@ -357,6 +357,7 @@ def test_shipped_plans_tell_what_was_measured(
         (json.dumps(FILE | {"methods": ["SEARCH gian"]}), "Unknown replacement 'gian'"),
         (json.dumps(FILE | {"methods": ["SEARCH window64"]}), "Unknown replacement 'window64'"),
         (json.dumps(FILE | {"methods": ["SEARCH linear0"]}), "Unknown replacement 'linear0'"),
+        (json.dumps(FILE | {"methods": ["SEARCH linear linear64"]}), "names a replacement twice"),
         (json.dumps(FILE | {"methods": ["EE gain"]}), "which SEARCH alone takes"),
         (json.dumps(FILE | {"scores": {"sample_qu": {"rows": 1}}}), "Unknown task 'sample_qu'"),
         (

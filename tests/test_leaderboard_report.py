@@ -16,7 +16,7 @@ from adaskip.leaderboard.axes import same_axes
 from adaskip.leaderboard.collecting import collect, table_of
 from adaskip.leaderboard.comparing import at_speed, beside
 from adaskip.leaderboard.values import REPORT_FILE, read_report
-from adaskip.reports.leaderboard_figures import STEPS, bent
+from adaskip.reports import leaderboard_figures
 from adaskip.reports.leaderboard_report import PAGE, render, write_report
 from adaskip.reports.leaderboard_tables import as_text
 
@@ -211,11 +211,20 @@ def test_the_page_refers_to_nothing_outside_itself(results: Path) -> None:
     assert len(text) < 2_000_000
 
 
-def test_lines_of_a_figure_are_what_the_table_says_between_plans() -> None:
-    plans = [(1.0, 0.0), (1.2, 0.1), (1.3, 0.9)]
-    speeds, gaps = bent(plans)
-    assert np.interp([1.0, 1.05, 1.2, 1.25, 1.3], speeds, gaps) == pytest.approx(
-        [0, 0.025, 0.1, 0.5, 0.9]
-    )
-    assert [(speeds[i], gaps[i]) for i in (0, STEPS, 2 * STEPS)] == plans
-    assert [len(axis) for axis in bent([(1.0, 0.0)])] == [1, 1]
+def test_lines_of_a_figure_are_what_the_table_says_between_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(leaderboard_figures, "as_png", lambda figure: drawn.append(figure) or b"")
+    table = table_of(filled(tmp_path))
+    assert table is not None
+    leaderboard_figures.draw_front(table)
+    lines = {line.get_label(): line for line in drawn[0].axes[0].get_lines()}
+    for method in table.methods:
+        own = sorted((e.speed, e.gap) for e in table.entries if e.method == method)
+        speeds, gaps = np.array([(1.0, 0.0), *own]).T
+        # Straight in nats, on an axis that is not: at many speeds, not at the plans' alone.
+        told = lines[method].get_xdata()
+        assert len(told) > 10 * len(own)
+        assert lines[method].get_ydata() == pytest.approx(np.interp(told, speeds, gaps))
+        assert told[:: lines[method].get_markevery()] == pytest.approx(speeds)

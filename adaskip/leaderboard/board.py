@@ -62,11 +62,6 @@ class Board:
         return self.file.contexts[self.context].rows or self.file.rows
 
     @property
-    def planned_at(self) -> int:
-        """Prompt tokens at which predicted times count."""
-        return self.file.contexts[self.context].planned_at or self.context
-
-    @property
     def plans(self) -> Store[PlanRow]:
         """What was made of each point."""
         return self._store("plans", PlanRow)
@@ -99,7 +94,7 @@ class Board:
             "calibration": str(self.file.calibration(self.context, point)),
             "reference_tokens": self.file.reference_tokens,
             "phase": str(self.file.phase),
-            "planned_at": self.planned_at,
+            "planned_at": self.context,
             "rank": point.rank,
         }
 

@@ -158,7 +158,7 @@ class Maker:
         settings: dict[str, Any] = {
             "acceleration": point.acceleration,
             "phase": board.file.phase,
-            "context": board.planned_at,
+            "context": board.context,
             "source": recipe["calibration"],
             "record": self._record(point),
             "progress": self.progress,

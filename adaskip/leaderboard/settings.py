@@ -93,7 +93,6 @@ class ContextSettings(_Settings):
         accelerations: of the phase, each method is asked for, by predicted time.
         methods: to compare; None are the file's.
         models: that are compared there; None are the file's.
-        planned_at: prompt tokens at which predicted times count; None are the context's own.
         rows: of the test split; None are the file's.
         calibration_rows: None are the file's.
         calibration_tokens: None are the file's.
@@ -103,7 +102,6 @@ class ContextSettings(_Settings):
     accelerations: Annotated[list[Acceleration], Field(min_length=1)]
     methods: Names | None = None
     models: Names | None = None
-    planned_at: PositiveInt | None = None
     rows: PositiveInt | None = None
     calibration_rows: PositiveInt | None = None
     calibration_tokens: PositiveInt | None = None
@@ -284,6 +282,8 @@ def _check_method(method: str) -> None:
         dish, rank = _dish(word)
         if dish not in MENU or (rank is not None and (dish != "linear" or rank < 1)):
             raise unknown_name("replacement", word, MENU)
+    if len({_dish(word)[0] for word in menu}) < len(menu):
+        raise AdaskipError(f"The method {method!r} names a replacement twice; name each once.")
 
 
 def _dish(word: str) -> tuple[str, int | None]:

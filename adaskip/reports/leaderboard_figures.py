@@ -13,7 +13,7 @@ from adaskip.reports.figures import COLOURS, MARKERS, as_png, canvas
 from adaskip.runs.runconfig import DENSE
 
 # Points of a line from one plan to the next.
-STEPS = 40
+_STEPS = 40
 
 
 def draw_front(table: Table) -> bytes:
@@ -24,7 +24,7 @@ def draw_front(table: Table) -> bytes:
     figure, panels = canvas(1, 1, width=9, height=5)
     panel = panels[0][0]
     front = sorted([(1.0, 0.0), *((e.speed, e.gap) for e in table.entries if e.front)])
-    panel.plot(*bent(front), color="0.85", linewidth=7, label="not beaten")
+    panel.plot(*_bent(front), color="0.85", linewidth=7, label="not beaten")
     for number, method in enumerate(table.methods):
         own = sorted((e.speed, e.gap) for e in table.entries if e.method == method)
         _line(panel, [(1.0, 0.0), *own], number, method)
@@ -70,9 +70,9 @@ def draw_axes(axes: Sequence[Axis]) -> bytes:
 def _line(panel: Any, at: Sequence[tuple[float, float]], number: int, method: str) -> None:
     searched = method.startswith("SEARCH")
     panel.plot(
-        *bent(at),
+        *_bent(at),
         color=COLOURS[number % len(COLOURS)],
-        markevery=STEPS,
+        markevery=_STEPS,
         marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
         linestyle="-" if searched else ":",
         linewidth=2 if searched else 1.3,
@@ -80,13 +80,13 @@ def _line(panel: Any, at: Sequence[tuple[float, float]], number: int, method: st
     )
 
 
-def bent(at: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+def _bent(at: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
     """Points of the lines between plans, which are straight in nats: bent on the axis of gaps.
 
     What is read off between two plans is then what the table says of that speed.
     """
     speeds, gaps = np.array(at).T
-    where = np.linspace(0, len(at) - 1, STEPS * (len(at) - 1) + 1)
+    where = np.linspace(0, len(at) - 1, _STEPS * (len(at) - 1) + 1)
     plans = np.arange(len(at))
     return np.interp(where, plans, speeds), np.interp(where, plans, gaps)
 
