@@ -12,7 +12,9 @@ LM_EVAL := .venv-lm-eval
 VLLM := .venv-vllm
 CORE_TESTS := families policies phases turns shared_state entering recorders golden engines models \
 	export export_refusals
-PYTEST := python -m pytest -q -n 2 --dist loadfile --timeout 600
+PYTEST := python -m pytest -q --timeout 600
+# A file's tests stay in one process, which shares their models.
+TWO := -n 2 --dist loadfile
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 
 .PHONY: demo test lint types unit models oldest quantized docs llamacpp lm-eval serving vllm observations leaderboard speed gpu paper clean
@@ -30,10 +32,10 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) $(TWO)
 
 oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/$(PYTEST) $(CORE_TESTS:%=tests/test_%.py)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/$(PYTEST) $(TWO) $(CORE_TESTS:%=tests/test_%.py)
 
 quantized: $(QUANTIZED)/.installed
 	OMP_NUM_THREADS=1 $(QUANTIZED)/bin/$(PYTEST) tests/test_quantized.py

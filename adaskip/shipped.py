@@ -11,7 +11,7 @@ from adaskip.errors import PlanError, did_you_mean
 _SHIPPED = Path(__file__).parent / "plans"
 SUFFIX = ".safetensors"
 # Bytes of all of them together.
-LIMIT = 2_000_000
+LIMIT = 4_000_000
 
 
 def shipped_plans() -> tuple[str, ...]:
