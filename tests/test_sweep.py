@@ -50,6 +50,7 @@ def test_the_demo_is_a_sweep_at_equal_shares() -> None:
     policies = [cell.config.policy for cell in plan.cells]
     assert set(policies) == {"dense", "EE", "SD", "US", "ADA", "PLAN"}
     assert policies.count("PLAN") == policies.count("ADA")
+    assert {cell.config.plan for cell in plan.cells} == {None, "smollm2/1.2@1000"}
     for config in (cell.config for cell in plan.cells if cell.config.policy != "PLAN"):
         halves = config.skip_sub_layer_num or 2 * (config.skip_full_layer_num or 0)
         assert halves == (0 if config.policy == "dense" else 8)
