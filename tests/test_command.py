@@ -180,7 +180,7 @@ def test_a_missing_extra_is_named_before_anything_is_done(
 def test_a_shipped_sweep_is_found_from_anywhere(
     capsys: pytest.CaptureFixture[str], given: str
 ) -> None:
-    assert "19 cells" in said(capsys, "sweep", given, "--dry_run", "--results_dir", "nowhere")
+    assert "23 cells" in said(capsys, "sweep", given, "--dry_run", "--results_dir", "nowhere")
 
 
 def test_a_run_of_any_model_and_its_score(
