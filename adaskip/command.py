@@ -7,7 +7,8 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,6 +17,8 @@ from typing_extensions import override
 from adaskip.errors import AdaskipError, did_you_mean
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+# As of a program that the closed pipe ends.
+UNREAD = 141
 _EXAMPLE = "example: "
 
 
@@ -90,7 +93,19 @@ def launched_as_main() -> bool:
 def say(text: str, end: str = "\n") -> None:
     """Prints a result, or a part of one: the command lines' one outlet."""
     if launched_as_main():
-        print(text, end=end, flush=True)  # noqa: T201 - what the user asked for goes to stdout
+        with _while_somebody_reads():
+            print(text, end=end, flush=True)  # noqa: T201 - what the user asked for goes to stdout
+
+
+@contextmanager
+def _while_somebody_reads() -> Iterator[None]:
+    """Ends the program without a word where the output's reader, such as `head`, has gone."""
+    try:
+        yield
+    except BrokenPipeError:
+        # Or Python complains at its end, when it writes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(UNREAD)
 
 
 def guarded(action: Callable[[], int]) -> int:
@@ -112,3 +127,6 @@ def guarded(action: Callable[[], int]) -> int:
         message = "interrupted: finished rows are kept; the same command continues."
         print(message, file=sys.stderr)  # noqa: T201 - see say()
         return INTERRUPTED
+    finally:
+        with _while_somebody_reads():
+            sys.stdout.flush()  # argparse's help

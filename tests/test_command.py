@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -25,7 +26,7 @@ from adaskip import (
 )
 from adaskip.cli import main
 from adaskip.cli.main import COMMANDS, command, overview, run
-from adaskip.command import BAD_INPUT, guarded
+from adaskip.command import BAD_INPUT, UNREAD, guarded
 from adaskip.models.spec import model_spec
 from adaskip.runs.conversation import Conversation
 
@@ -109,6 +110,18 @@ def test_help_that_cannot_be_had_lightly_is_slow_and_right(tmp_path: Path) -> No
         check=True,
     )
     assert done.stdout.strip() == f"['--help'] {torch.__version__}"
+
+
+@pytest.mark.parametrize("options", [(), ("run", "--help")])
+def test_output_that_nobody_reads_to_its_end_is_no_error(options: tuple[str, ...]) -> None:
+    """As in `python -m adaskip --help | head -1`."""
+    unread, pipe = os.pipe()
+    os.close(unread)
+    program = [sys.executable, "-m", "adaskip", *options]
+    done = subprocess.run(program, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE)
+    os.close(pipe)
+    # argparse takes no notice where it writes much.
+    assert (done.stderr, done.returncode) in [(b"", UNREAD), (b"", 0 if options else UNREAD)]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

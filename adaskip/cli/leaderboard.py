@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from adaskip.command import Command, say
-from adaskip.configuration import config_path
 from adaskip.errors import AdaskipError
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.collecting import collect
@@ -21,7 +20,7 @@ from adaskip.reports.leaderboard_report import write_report
 from adaskip.runs.files import write_text
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.store import locked
-from adaskip.runs.yamlfile import read_yaml
+from adaskip.runs.yamlfile import read_yaml, shipped_or_given
 
 REPORT = "report"
 ALL = (*PARTS, REPORT)
@@ -40,7 +39,8 @@ def leaderboard_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _act(given: argparse.Namespace) -> int:
-    file = read_yaml(given.config or config_path("leaderboard.yaml"), LeaderboardFile)
+    path = shipped_or_given(given.config, "leaderboard", "contexts")
+    file = read_yaml(path, LeaderboardFile)
     file.check()
     folder: Path = given.results_dir
     # What can be wrong at the end is refused before the hours that it takes to get there.
@@ -127,7 +127,12 @@ def _text_of(path: Path) -> str:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="YAML (default: configs/leaderboard.yaml)")
+    add(
+        "--config",
+        default="leaderboard",
+        metavar="FILE",
+        help="YAML, or the name of a shipped one: leaderboard (default, hours), quick (minutes)",
+    )
     add(
         "--results_dir",
         type=Path,
@@ -152,5 +157,5 @@ LEADERBOARD = Command(
     "Methods beside each other at equal measured time; goes on where it was.",
     _options,
     _act,
-    "--models smollm2 --contexts 1000 --parts plans losses report",
+    "--config quick --results_dir results/quick",
 )

@@ -10,7 +10,6 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from adaskip.configuration import config_names, config_path, read_config
 from adaskip.errors import AdaskipError, did_you_mean, unknown_name
 from adaskip.models.spec import model_names
 from adaskip.plan import SCOPES, Scope
@@ -18,7 +17,7 @@ from adaskip.policies.factory import takes
 from adaskip.runs.loaded import warmup_task
 from adaskip.runs.reference_quality import PerplexitySettings
 from adaskip.runs.runconfig import DENSE, RunConfig, budget_flag, check_file_name, refuse_unused
-from adaskip.runs.yamlfile import read_yaml
+from adaskip.runs.yamlfile import read_yaml, shipped_or_given
 from adaskip.tasks.spec import task_spec
 
 T = TypeVar("T")
@@ -121,14 +120,7 @@ def sweep_path(given: str) -> Path:
     Raises:
         AdaskipError: it is a name, and of none.
     """
-    path = Path(given)
-    shipped = [name for name in config_names() if "policies" in read_config(f"{name}.yaml")]
-    if path.exists() or str(path.parent) not in (".", "configs"):
-        return path
-    # Also configs/demo.yaml, where there is no such folder.
-    if path.stem not in shipped:
-        raise unknown_name("sweep", given, shipped)
-    return config_path(f"{path.stem}.yaml")
+    return shipped_or_given(given, "sweep", "policies")
 
 
 def read_sweep(path: Path, folder: Path | None = None, **settings: Any) -> Sweep:

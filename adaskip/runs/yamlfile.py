@@ -1,4 +1,4 @@
-"""Reads a YAML file that a user writes, checked by a pydantic model."""
+"""Finds and reads a YAML file that a user writes, checked by a pydantic model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,32 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from adaskip.configuration import config_names, config_path, read_config
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.runs.rows import first_problem
 
 M = TypeVar("M", bound=BaseModel)
+
+
+def shipped_or_given(given: str, what: str, key: str) -> Path:
+    """The path of a user's file, or of one that is shipped and known by its name.
+
+    Args:
+        given: a path, or a name with or without `.yaml`.
+        what: it is, in an error.
+        key: that shipped files of its kind have, and no others.
+
+    Raises:
+        AdaskipError: it is a name, and of none.
+    """
+    path = Path(given)
+    if path.exists() or str(path.parent) not in (".", "configs"):
+        return path
+    # Also configs/demo.yaml, where there is no such folder.
+    shipped = [name for name in config_names() if key in read_config(f"{name}.yaml")]
+    if path.stem not in shipped:
+        raise unknown_name(what, given, shipped)
+    return config_path(f"{path.stem}.yaml")
 
 
 def read_yaml(path: Path, kind: type[M]) -> M:
