@@ -13,8 +13,8 @@ VLLM := .venv-vllm
 CORE_TESTS := families policies phases turns shared_state entering recorders golden engines models \
 	export export_refusals
 PYTEST := python -m pytest -q --timeout 600
-# A file's tests stay in one process, which shares their models.
-TWO := -n 2 --dist loadfile
+# A file's tests stay in one process, which shares their models; files begin in the order of conftest.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 REQUIREMENTS := requirements.txt requirements-dev.txt requirements-no-deps.txt
 
 .PHONY: demo test lint types unit models oldest quantized docs llamacpp lm-eval serving vllm observations leaderboard speed gpu paper clean

@@ -48,6 +48,14 @@ _EXTRA: dict[str, dict[str, Any]] = {
 
 torch.set_num_threads(1)
 
+# Minutes in few tests: they begin, so that no process waits for one at the end.
+_LONG = ("test_quickstart.py", "test_kill.py", "test_cli.py", "test_scale.py", "test_smollm2.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, all others in their order."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
 
 def tiny_model(
     family: str, attention: str = "sdpa", seed: int = 0, **changes: Any

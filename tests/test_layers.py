@@ -17,7 +17,7 @@ LIBRARY = ("core", "policies", "profiling", "search", "methods", "models", "expo
 HARNESS = ("tasks", "runs", "observing", "speedtest", "leaderboard", "reports", "cli")
 ORDER = (*LIBRARY, *HARNESS)
 # Modules beside the packages that do not belong to the core.
-BESIDE = {"metrics": "tasks", "tables": "tasks", "sweep": "cli"}
+BESIDE = {"metrics": "tasks", "tables": "tasks", "sweep": "cli", "__main__": "cli"}
 
 
 def sources() -> dict[str, Path]:
