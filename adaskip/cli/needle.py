@@ -92,5 +92,5 @@ NEEDLE = Command(
     "How deep in how long a context a needle is found: dense and policies side by side.",
     _options,
     _act,
-    "--model smollm2 --policy ADA --skip_sub_layer_num 8 --limit 2",
+    "--model smollm2 --policy ADA --skip_sub_layer_num 8 --contexts 500 1000 --limit 2",
 )
