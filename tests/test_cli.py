@@ -265,8 +265,11 @@ def start(place: Workplace, n_rows: int = 600) -> subprocess.Popen[str]:
     """Starts a run of many rows and waits for the first of them."""
     save_data(place.data, n_rows)
     options = [*EE, *place.options, "--tasks", "trec"]
+    # Programs that a shell starts in the background ignore Ctrl-C, and so do their children.
     code = (
-        "import sys; from adaskip.cli.run import run_main\nsys.exit(run_main('prefill', 'llama'))"
+        "import signal, sys\nfrom adaskip.cli.run import run_main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.exit(run_main('prefill', 'llama'))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *options],
