@@ -59,7 +59,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """A tensor with room for the new states, holding the old ones."""
         *outer, tokens, width = states.shape
         # Also under inference mode, so that the cache can go on outside of it.
-        with torch.inference_mode(mode=False):
+        with torch.inference_mode(False):
             buffer = states.new_empty((*outer, past + tokens + self._room, width))
         if old is not None and past:
             buffer[..., :past, :] = old

@@ -68,7 +68,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.position.fill_(length)
         elif self.is_compileable:
             # A Python int would be baked into a compiled graph, which then recompiles every step.
-            with torch.inference_mode(mode=False):
+            with torch.inference_mode(False):
                 self.position = torch.tensor(length, device=device)
             torch._dynamo.mark_static_address(self.position)
 

@@ -78,7 +78,7 @@ class Switchboard:
         if not isinstance(replacement, Linear):
             return self._gains[device][sublayer.position]
         if (replacement, device) not in self._linears:
-            with torch.inference_mode(mode=False):
+            with torch.inference_mode(False):
                 self._linears[replacement, device] = replacement.to(device, self._dtype)
         return self._linears[replacement, device]
 
@@ -88,7 +88,7 @@ class Switchboard:
         for device in set(self.devices):
             if device not in self._gains or torch.is_grad_enabled():
                 # A backward pass still to come needs the numbers of its own forward.
-                with torch.inference_mode(mode=False):
+                with torch.inference_mode(False):
                     self._gains[device] = torch.ones_like(host, device=device)
             # From pinned memory, a copy does not wait for the device.
             source = host.pin_memory() if device.type == "cuda" else host

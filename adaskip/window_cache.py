@@ -88,6 +88,8 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         super().reset()
         self._spare = self._held or self._spare
         self._held = None
+        for buffer in self._spare or ():
+            self._fix(buffer)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuses to forget tokens.
@@ -159,13 +161,17 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         if buffer is not None and buffer.shape[2] == room:
             return buffer
         shape = (*new.shape[:2], room, new.shape[3])
-        with torch.inference_mode(mode=False):
+        with torch.inference_mode(False):
             grown = torch.zeros(shape, dtype=new.dtype, device=new.device)
-        if self.is_compileable:
-            torch._dynamo.mark_static_address(grown)
+        self._fix(grown)
         if buffer is not None:
             grown[:, :, : buffer.shape[2]] = buffer
         return grown
+
+    def _fix(self, buffer: Tensor) -> None:
+        """Tells compiled graphs that a buffer stays where it is; not from within one."""
+        if self.is_compileable and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(buffer)
 
 
 def sinks_among(new: Tensor, step: BlockStep) -> Tensor:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import N_LAYERS, prompt, tiny_model
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
 
 from adaskip import (
     AdaSkip,
@@ -18,9 +19,11 @@ from adaskip import (
     SkipPlan,
     SkipPolicy,
     Sublayer,
+    Window,
     learn_importance,
     skipping,
 )
+from adaskip.profiling.timing import growing_cache, time_request
 
 
 @pytest.fixture
@@ -100,3 +103,31 @@ def test_one_graph_per_plan_of_linear_maps(model: PreTrainedModel) -> None:
 @pytest.mark.slow
 def test_inductor_gives_the_same_tokens(model: PreTrainedModel) -> None:
     assert new_graphs(model, plan(1.1), backend="inductor") == 2
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_compiled_prefill_is_the_same(model: PreTrainedModel, static: bool) -> None:
+    linear = Linear((torch.randn(32, 4) / 9, torch.randn(4, 32) / 9), torch.zeros(32))
+    plans = [
+        SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): 1.1}),
+        SkipPlan({Sublayer(0, "attn"): linear, Sublayer(2, "attn"): Window(5, 2)}),
+    ]
+    compiled = torch.compile(model.__call__, backend="eager", dynamic=False)
+    ids = prompt(20)
+    for chosen in plans:
+        kept = StaticCache(config=model.config, max_cache_len=26)
+
+        def cache(own: PreTrainedModel, kept: StaticCache = kept) -> Cache:
+            kept.reset()  # type: ignore[no-untyped-call]
+            return kept if static else growing_cache(own)
+
+        with skipping(model, chosen):
+            expected = time_request(model, ids, 4).tokens
+            graphs = []
+            for _ in range(3):
+                found = time_request(model, ids, 4, make_cache=cache, prefill=compiled)
+                assert torch.equal(found.tokens, expected)
+                graphs.append(counters["stats"]["unique_graphs"])
+        # What a window held is used again from the second request on.
+        assert graphs[0] > 0
+        assert graphs[1] == graphs[2]

@@ -33,7 +33,7 @@ from adaskip.growing_cache import kv_tensors
 from adaskip.models.loading import random_model
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.timing import growing_cache, time_request
-from adaskip.speedtest.cases import compiled_call
+from adaskip.speedtest.cases import compiled_call, compiled_prefill
 from adaskip.window_flash import takes_flash
 
 pytestmark = [
@@ -181,6 +181,25 @@ def test_compiled_decoding_chooses_the_same_tokens(
         eager = time_request(model, ids, 12)
         compiled = time_request(model, ids, 12, make_cache=static, decode=compiled_call(model))
     assert torch.equal(eager.tokens, compiled.tokens)
+
+
+@pytest.mark.parametrize("name", ["plan", "replaced"])
+def test_a_compiled_prefill_chooses_the_same_tokens(
+    model: PreTrainedModel, policies: dict[str, SkipPolicy], name: str
+) -> None:
+    ids = random_prompt(model, 40)
+    cache = StaticCache(config=model.config, max_cache_len=56)
+
+    def static(_: PreTrainedModel) -> StaticCache:
+        cache.reset()  # type: ignore[no-untyped-call]
+        return cache
+
+    prefill, decode = compiled_prefill(model), compiled_call(model)
+    with skipping(model, policies[name]):
+        eager = time_request(model, ids, 12)
+        for _ in range(3):
+            found = time_request(model, ids, 12, make_cache=static, prefill=prefill, decode=decode)
+            assert torch.equal(eager.tokens, found.tokens)
 
 
 def test_decoding_with_grouped_queries_is_the_same(model: PreTrainedModel) -> None:

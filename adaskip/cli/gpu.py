@@ -25,7 +25,7 @@ from adaskip.tables import markdown_table, number
 _SKIP, _WINDOW, _LINEAR = PLANS = ("skip-16", "window-1024-in-24", "linear-64-in-24")
 _LAYERS, _HIDDEN, _WINDOW_SIZE, _RANK = 32, 4096, 1024, 64
 _EAGER = ("--policies", "EE", "ADA", "--rounds", "5", "--minutes", "1", "--budgets")
-_ALL, _ONE = (*_EAGER, "8", "12", "16"), (*_EAGER, "16")
+_ALL, _ONE = (*_EAGER, "8", "12", "16"), (*_EAGER, "16", "--minutes", "0.5")
 # By name: the script, its options, and the plans it measures besides.
 _SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "llama-8k": ("run_llama_speed", ("--contexts", "8192", *_ALL), (_WINDOW, _LINEAR)),
@@ -35,6 +35,22 @@ _SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         (_SKIP, _WINDOW),
     ),
     "llama-32k": ("run_llama_speed", ("--contexts", "32768", *_ONE), (_WINDOW,)),
+    "compiled-llama-32k": (
+        "compiled",
+        (
+            "--model",
+            "llama",
+            "--contexts",
+            "32768",
+            "--rounds",
+            "5",
+            "--new_tokens",
+            "16",
+            "--prefill",
+            "--no-ideal",
+        ),
+        (_WINDOW,),
+    ),
     "vicuna-8k": ("run_vicuna_speed", ("--contexts", "8192", *_ONE), ()),
     "internlm-8k": ("run_internlm_speed", ("--contexts", "8192", *_ONE), ()),
     # 34 GB of keys and values beside 16 GB of weights and as many of activations.
@@ -60,7 +76,7 @@ _SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "llama-128k": (
         "run_llama_speed",
-        ("--contexts", "131072", *_ONE, "--rounds", "1"),
+        ("--contexts", "131072", *_ONE, "--policies", "ADA", "--rounds", "1"),
         (_WINDOW,),
     ),
     "overhead-llama-8k": ("overhead", ("--model", "llama", "--contexts", "8192"), ()),
