@@ -46,6 +46,7 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         self._spare: tuple[Tensor, Tensor] | None = None
         if isinstance(former, WindowCacheLayer):
             self._spare = former._held or former._spare
+            track.take_over(former.track)
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]

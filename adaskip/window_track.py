@@ -29,6 +29,8 @@ ROOM = 64
 class DecodeStep:
     """What one forward of one token needs; tensors on the device.
 
+    With a cache that is compiled they are the same tensors in every step.
+
     Attributes:
         mask: whether a place of the buffer is seen: bool [rows, 1, 1, sinks + ring].
         place: of the token in the buffer: [1].
@@ -99,6 +101,12 @@ class WindowTrack:
         self._decoded = 0
         self._padded = False
         self._filling = True
+        # What compiled graphs read stays where it is, from request to request: a CUDA graph is
+        # recorded anew when it moves. It is right for the next token after so many.
+        self._fixed: DecodeStep | None = None
+        self._fixed_for: int | None = None
+        # Tokens of which nothing else has been told.
+        self._behind = 0
         # One row as long as all rows of the batch are alike.
         self._n_real = torch.zeros(1, 1, dtype=torch.long, device=device)
         self._sinks = torch.zeros(1, window.sinks, dtype=torch.bool, device=device)
@@ -112,6 +120,12 @@ class WindowTrack:
             tokens: new tokens per sequence.
             decoding: whether it is known that every row has its prompt.
         """
+        known = self._fixed_for == self._length and not torch.is_grad_enabled()
+        if tokens == 1 and known and real is None and not self._padded:
+            self._decoded += decoding
+            return self._next_fixed()
+        if self._behind:
+            self._catch_up()
         # Every row has a real token before its first decode step, so after as many steps as there
         # are sinks it has them all; where the device alone knows, they are always looked for.
         self._padded |= real is not None
@@ -132,7 +146,15 @@ class WindowTrack:
         of_sink = is_sink[:, None] & (rank[:, None] == numbers[:, None])
         step = (self._one if tokens == 1 else self._several)(real & ~is_sink, is_sink, of_sink)
         self._length += tokens
+        # With gradients, a backward pass still to come needs the tensors of its own forward.
+        if self._static and isinstance(step, DecodeStep) and not torch.is_grad_enabled():
+            step = self._fix(step)
         return step
+
+    def take_over(self, former: WindowTrack) -> None:
+        """Goes on with the tensors that compiled graphs read in the cache's last request."""
+        if self._fixed is None and (former.window, former._device) == (self.window, self._device):
+            self._fixed, former._fixed, former._fixed_for = former._fixed, None, None
 
     def move(self, argument: Tensor | int) -> None:
         """Selects rows, or repeats each, as `moved`."""
@@ -141,6 +163,50 @@ class WindowTrack:
             # A single row stands for all of them.
             if len(rows) > 1:
                 setattr(self, name, moved(rows, argument))
+
+    def _fix(self, step: DecodeStep) -> DecodeStep:
+        """A decode step with the same numbers in tensors that stay where they are."""
+        fixed, new = self._fixed, (step.mask, step.place, step.fill)
+        if fixed is None or fixed.mask.shape != step.mask.shape:
+            with torch.inference_mode(False):
+                copies = [None if tensor is None else tensor.clone() for tensor in new]
+            for tensor in copies:
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
+            mask, place, fill = copies
+            assert mask is not None and place is not None  # noqa: S101, PT018 - steps have them
+            self._fixed = fixed = DecodeStep(mask, place, fill, step.room)
+        else:
+            for old, tensor in zip((fixed.mask, fixed.place, fixed.fill), new, strict=True):
+                if old is not None and tensor is not None:
+                    old.copy_(tensor)
+        self._fixed_for = self._length
+        return fixed
+
+    def _next_fixed(self) -> DecodeStep:
+        """The next token of rows that are all alike: the device is told what is new of it."""
+        fixed, number, sinks = self._fixed, self._length, self.window.sinks
+        assert fixed is not None  # noqa: S101 - there is one where it was brought to a token
+        place = sinks + number % self.window.size
+        fixed.mask[..., number if number < sinks else place] = True
+        fixed.place.fill_(place)
+        if fixed.fill is not None and number <= sinks:
+            fixed.fill.zero_()
+            fixed.fill[:, :, number : number + 1] = number < sinks
+        self._behind += 1
+        self._length += 1
+        self._fixed_for = self._length
+        return fixed
+
+    def _catch_up(self) -> None:
+        """Takes in the tokens of which only the tensors that stay have been told."""
+        length, sinks, size = self._length, self.window.sinks, self.window.size
+        self._n_real = torch.full((1, 1), length, device=self._device)
+        self._sinks = (torch.arange(sinks, device=self._device) < length)[None]
+        held = torch.arange(max(sinks, length - size), length, device=self._device) % size
+        ring = torch.zeros(1, size, dtype=torch.bool, device=self._device)
+        self._ring = ring.index_fill(1, held, value=True)
+        self._behind = 0
 
     def _room(self, tokens: int) -> int:
         """Places of the ring."""

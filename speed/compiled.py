@@ -11,6 +11,6 @@ from adaskip.cli.starting import begin
 if __name__ == "__main__":
     begin()  # before torch is loaded
     from adaskip.cli.speed import speed_main
-    from adaskip.speedtest.compiled import CompiledRequests
+    from adaskip.speedtest.compiled import CompiledDecoding
 
-    sys.exit(speed_main(CompiledRequests()))
+    sys.exit(speed_main(CompiledDecoding()))

@@ -15,7 +15,7 @@ from adaskip.cli.gpu import PARTS, gpu_main
 from adaskip.cli.speed import with_options
 from adaskip.plan import SkipPlan
 from adaskip.speedtest.benchmark import SpeedTest
-from adaskip.speedtest.compiled import CompiledRequests
+from adaskip.speedtest.compiled import CompiledDecoding
 from adaskip.speedtest.measurement import Measurement
 from adaskip.speedtest.overhead import Overhead
 
@@ -47,7 +47,7 @@ def test_every_part_is_a_command_with_options_it_knows(
     for _, script, *given in commands[1:]:
         assert Path(script).is_file()
         name = Path(script).stem
-        study: dict[str, Measurement] = {"overhead": Overhead(), "compiled": CompiledRequests()}
+        study: dict[str, Measurement] = {"overhead": Overhead(), "compiled": CompiledDecoding()}
         made = with_options(study.get(name) or SpeedTest(model_name=name.split("_")[1]), given)
         made.check()
         for plan in getattr(made, "plans", ()):

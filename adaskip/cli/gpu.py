@@ -35,22 +35,6 @@ _SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         (_SKIP, _WINDOW),
     ),
     "llama-32k": ("run_llama_speed", ("--contexts", "32768", *_ONE), (_WINDOW,)),
-    "compiled-llama-32k": (
-        "compiled",
-        (
-            "--model",
-            "llama",
-            "--contexts",
-            "32768",
-            "--rounds",
-            "5",
-            "--new_tokens",
-            "16",
-            "--prefill",
-            "--no-ideal",
-        ),
-        (_WINDOW,),
-    ),
     "vicuna-8k": ("run_vicuna_speed", ("--contexts", "8192", *_ONE), ()),
     "internlm-8k": ("run_internlm_speed", ("--contexts", "8192", *_ONE), ()),
     # 34 GB of keys and values beside 16 GB of weights and as many of activations.

@@ -138,7 +138,6 @@ def time_request(
     n_steps: int,
     *,
     make_cache: MakeCache = growing_cache,
-    prefill: Callable[..., Any] | None = None,
     decode: Callable[..., Any] | None = None,
     after_forward: Callable[[], None] | None = None,
 ) -> RequestTimes:
@@ -149,8 +148,7 @@ def time_request(
         input_ids: the prompts, unpadded: [batch, tokens], on the model's device.
         n_steps: decode steps, 1 or more.
         make_cache: makes the request's empty cache.
-        prefill: called for the prompts in place of the model, e.g. a compiled one.
-        decode: called for decode steps, likewise.
+        decode: called for decode steps in place of the model, e.g. a compiled one.
         after_forward: called after each forward; it must not touch the device.
     """
     cache = make_cache(model)
@@ -166,6 +164,6 @@ def time_request(
         return len(taken) <= n_steps
 
     step = partial(choose, decode or model)
-    times = run_phases(input_ids.device, lambda: choose(prefill or model, input_ids), step, go_on)
+    times = run_phases(input_ids.device, lambda: choose(model, input_ids), step, go_on)
     held = sum(tensor.nbytes for tensor in kv_tensors(cache))
     return RequestTimes(times.ttft, times.decode / n_steps, held, torch.cat(taken, dim=1))

@@ -201,34 +201,27 @@ def _serving(record: Mapping[str, Any]) -> str:
 
 
 def _compiled(record: Mapping[str, Any]) -> str:
-    """Compiled requests under plans beside the dense model's."""
-    points = record["points"]
-    rates = next((point["rates"] for point in points if point["rates"]), None)
-    phases = points[0]["rows"][0]["phases"] if points else []
-    header = ["case", "tokens", "batch", "attn+ffn", "windows"]
-    for unit in ("TTFT ms", "ms/token")[-len(phases) :]:
-        header += [unit, "speedup", "ideal", *(["roofline ratio"] if rates else [])]
+    """Compiled decoding under plans beside the dense model's."""
+    rates = next((point["rates"] for point in record["points"] if point["rates"]), None)
+    header = ["case", "tokens", "batch", "attn+ffn", "windows", "ms/token", "speedup", "ideal"]
+    header += ["KV MB", "peak GB", *(["roofline ratio"] if rates else [])]
     cells = []
-    for point in points:
+    for point in record["points"]:
         for row in point["rows"]:
+            own, peak = row[str(Phase.DECODE)], row["peak_bytes"]
             line = [row["label"], str(point["context"]), str(point["batch"])]
             line += [f"{row['skipped_attn']}+{row['skipped_ffn']}", str(row["windows"])]
-            for phase in phases:
-                own = row[phase]
-                line += [_milliseconds(own), Ratio(**own["speedup"]).text(3)]
-                line += [number(own["ideal_speedup"], 3)]
-                line += [number(own["roofline_ratio"])] if rates else []
-            peak = row["peak_bytes"]
-            memory = [row["kv_bytes"] / 1e6, None if peak is None else peak / 1e9]
-            cells.append([*line, *map(number, memory)])
-    about = f"Static cache, compiled {' and '.join(phases)}; speedups are over `dense`."
+            line += [_milliseconds(own), Ratio(**own["speedup"]).text(3)]
+            line += [number(row["ideal_speedup"], 3), number(row["kv_bytes"] / 1e6)]
+            line += [number(None if peak is None else peak / 1e9)]
+            cells.append([*line, *([number(row["roofline_ratio"])] if rates else [])])
+    about = "Static cache, compiled decode steps; speedups are over `dense`."
     if rates:
         about += (
-            " Roofline ratio: measured time / the time that the bytes, or the operations of a "
-            f"prefill, need at the measured {rates['bytes_per_second'] / 1e12:.2f} TB/s and "
-            f"{rates['operations_per_second'] / 1e12:.0f} TFLOP/s."
+            f" Roofline ratio: measured time / the time that the step's bytes need at the measured "
+            f"{rates['bytes_per_second'] / 1e12:.2f} TB/s."
         )
-    return f"{about}\n\n{markdown_table([*header, 'KV MB', 'peak GB'], cells)}"
+    return f"{about}\n\n{markdown_table(header, cells)}"
 
 
 _TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {

@@ -207,22 +207,8 @@ def compile_config(device: torch.device | str) -> CompileConfig:
 
 def compiled_call(model: PreTrainedModel) -> Callable[..., Any]:
     """The model compiled for decode steps, with room for a graph per set of skipped sublayers."""
-    _make_room_for_graphs()
-    call: Callable[..., Any] = model.get_compiled_call(compile_config(model.device))
-    return call
-
-
-def compiled_prefill(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model compiled for prompts of one length; a graph per set of skipped sublayers.
-
-    No CUDA graphs: long prompts do not wait for launches.
-    """
-    _make_room_for_graphs()
-    call: Callable[..., Any] = torch.compile(model.__call__, dynamic=False)
-    return call
-
-
-def _make_room_for_graphs() -> None:
     import torch._dynamo.config as settings
 
     settings.recompile_limit = max(settings.recompile_limit, _MAX_GRAPHS)
+    call: Callable[..., Any] = model.get_compiled_call(compile_config(model.device))
+    return call
