@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
 
 from adaskip.errors import AdaskipError, PlanError
 from adaskip.fingerprint import fingerprint_name, model_fingerprint, same_model
@@ -16,7 +19,6 @@ from adaskip.plan_file import PlanContent, damaged, read_plan, write_plan
 from adaskip.replacements import Linear, Replacement, Window
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 # What a plan's `about` calls how it came to be: `adaskip/search/course.py`.
@@ -212,6 +214,19 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
     def windows(self) -> Mapping[int, Window]:
         """The layers whose attention sees a window."""
         return {s.layer: r for s, r in self.items() if isinstance(r, Window)}
+
+    @property
+    def digest(self) -> str:
+        """A hash of the model and of all that the plan computes, whatever it says of itself."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for sublayer, replacement in self.items():
+            told = "Linear" if isinstance(replacement, Linear) else repr(replacement)
+            digest.update(f"{sublayer} {told}".encode())
+            for tensor in replacement.tensors if isinstance(replacement, Linear) else ():
+                whole = tensor.detach().cpu().contiguous()
+                digest.update(f"{whole.dtype} {tuple(whole.shape)}".encode())
+                digest.update(whole.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def check(self, n_layers: int, hidden: int | None = None) -> None:
         """Checks that the plan fits a model of `n_layers` layers, `hidden` wide.

@@ -20,7 +20,6 @@ from adaskip.leaderboard import making
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.collecting import collect
 from adaskip.leaderboard.making import PARTS, Maker
-from adaskip.leaderboard.rows import plan_digest
 from adaskip.leaderboard.settings import LeaderboardFile
 from adaskip.leaderboard.shipping import ship
 from adaskip.leaderboard.values import REPORT_FILE, read_report
@@ -274,7 +273,7 @@ def test_digests_tell_plans_apart_by_what_they_compute() -> None:
         {attention: each}
         for each in (None, 1.0, 1.5, Window(8), Window(9), linear(1.0), linear(2.0))
     ]
-    found = [plan_digest(SkipPlan(plan)) for plan in plans]
+    found = [SkipPlan(plan).digest for plan in plans]
     found += [plan_digest(SkipPlan()), plan_digest(SkipPlan({Sublayer(0, "attn"): 1.0}))]
     assert len(set(found)) == len(found)
     assert plan_digest(SkipPlan(plans[5], about={"loss": 1.0})) == found[5]
@@ -325,7 +324,7 @@ def test_shipped_plans_tell_what_was_measured(
     for store in (board.plans, board.losses, board.times):
         content = json.loads(store.path.read_text(encoding="utf-8"))
         rows = [r for r in content["rows"] if r["id"] in ("dense", "ADA 1.2")]
-        rows[-1]["plan_digest"] = plan_digest(plan)
+        rows[-1]["plan_digest"] = plan.digest
         store.path.write_text(json.dumps(content | {"rows": rows}), encoding="utf-8")
     report = collect(given, boards)
     folder = tmp_path / "plans-of-the-package"

@@ -19,7 +19,6 @@ from adaskip.leaderboard.rows import (
     PlanValues,
     ScoreRow,
     TimesRow,
-    plan_digest,
 )
 from adaskip.leaderboard.settings import LeaderboardFile, Point
 from adaskip.plan import EMPTY_PLAN, SkipPlan
@@ -104,7 +103,7 @@ class Board:
         if row is None or row.error is not None or not path.exists():
             return None
         plan = SkipPlan.load(path)
-        return plan if plan_digest(plan) == row.plan_digest else None
+        return plan if plan.digest == row.plan_digest else None
 
     def found(self) -> dict[str, SkipPlan]:
         """The plans that exist by their points' names, the dense model's first.
@@ -128,7 +127,7 @@ class Board:
     def missing(self, store: Store[V], plans: Mapping[str, SkipPlan]) -> dict[str, SkipPlan]:
         """Those of some plans of which a store has nothing, or something of an earlier plan."""
         kept = {row.id: row.plan_digest for row in store.rows()}
-        return {name: p for name, p in plans.items() if kept.get(name) != plan_digest(p)}
+        return {name: p for name, p in plans.items() if kept.get(name) != p.digest}
 
     def known(self, store: Store[V]) -> dict[str, V]:
         """What a store has of the plans that there are now, by their points' names."""

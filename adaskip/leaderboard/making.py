@@ -19,7 +19,7 @@ import torch
 from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.leaderboard.board import Board
-from adaskip.leaderboard.rows import LossRow, PlanRow, ScoreRow, TimesRow, plan_digest
+from adaskip.leaderboard.rows import LossRow, PlanRow, ScoreRow, TimesRow
 from adaskip.leaderboard.settings import Point
 from adaskip.methods import make_plan
 from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer
@@ -92,7 +92,7 @@ class Maker:
             )
             losses = zip(self._items, found.rows, strict=True)
             rows = {row: [loss.nll, loss.tokens] for row, loss in losses}
-            store.append([LossRow(id=name, plan_digest=plan_digest(plan), rows=rows)])
+            store.append([LossRow(id=name, plan_digest=plan.digest, rows=rows)])
         if store.rows() and "characters" not in store.record():
             store.note(**self._lengths())
 
@@ -106,7 +106,7 @@ class Maker:
                 if name == DENSE or asked.methods is None or self._method(name) in asked.methods
             }
             for name, plan in self.board.missing(store, wanted).items():
-                digest = plan_digest(plan)
+                digest = plan.digest
                 config = self._run_config(task, name)
                 scores = score_run(run(config, self._loaded)).tasks[task].row_scores
                 store.append([ScoreRow(id=name, plan_digest=digest, rows=scores)])
@@ -145,7 +145,7 @@ class Maker:
                 before = taken.get(name)
                 taken[name] = TimesRow(
                     id=name,
-                    plan_digest=plan_digest(plan),
+                    plan_digest=plan.digest,
                     ttft=[*(before.ttft if before else []), ttft],
                     per_token=[*(before.per_token if before else []), per_token],
                     kv_bytes=each[name][0].kv_bytes,
@@ -178,7 +178,7 @@ class Maker:
         return PlanRow(
             id=point.name,
             recipe=recipe,
-            plan_digest=plan_digest(plan),
+            plan_digest=plan.digest,
             about=plan.facts,
             replaced={str(sublayer): _told(plan, sublayer) for sublayer in plan},
         )

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-import torch
 from pydantic import Field
 
-from adaskip.plan import EMPTY_PLAN, SkipPlan
-from adaskip.replacements import Replacement
+from adaskip.plan import EMPTY_PLAN
 from adaskip.runs.rows import Stored
 
-
-def plan_digest(plan: SkipPlan) -> str:
-    """Tells plans apart by all that they compute, whatever they say of themselves."""
-    digest = hashlib.sha256(plan.fingerprint.encode())
-    for sublayer, replacement in plan.items():
-        digest.update(f"{sublayer} {_told(replacement)}".encode())
-        for tensor in getattr(replacement, "tensors", ()):
-            whole = tensor.detach().cpu().contiguous()
-            digest.update(f"{whole.dtype} {tuple(whole.shape)}".encode())
-            digest.update(whole.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _told(replacement: Replacement) -> str:
-    """What a replacement is besides its tensors."""
-    return type(replacement).__name__ if hasattr(replacement, "tensors") else repr(replacement)
-
-
-DENSE_DIGEST = plan_digest(EMPTY_PLAN)
+DENSE_DIGEST = EMPTY_PLAN.digest
 
 
 class PlanRow(Stored):

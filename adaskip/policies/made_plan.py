@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -13,7 +12,7 @@ from typing_extensions import override
 from adaskip.errors import AdaskipError, PlanError
 from adaskip.plan import SkipPlan, Step
 from adaskip.policy import SkipPolicy, register
-from adaskip.shipped import find_plan, plan_label
+from adaskip.shipped import plan_label
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class PlanFile:
 
     Attributes:
         path: the file, or the name of a shipped plan.
-        name: tells files apart, also those of one name: its own, and a hash of what is in it.
+        name: tells plans apart, also those of one name: the file's, and a hash of what it computes.
         plan: what is in it.
     """
 
@@ -38,11 +37,7 @@ class PlanFile:
             PlanError: it is missing, damaged, or of another version.
         """
         plan = SkipPlan.load(path)
-        try:
-            digest = hashlib.sha256(find_plan(path).read_bytes()).hexdigest()[:8]
-        except OSError as error:
-            raise PlanError(f"The plan {path} cannot be read: {error}.") from error
-        return cls(path, f"{plan_label(path)}-{digest}", plan)
+        return cls(path, f"{plan_label(path)}-{plan.digest[:8]}", plan)
 
 
 def read_plans(paths: Iterable[str]) -> dict[str, PlanFile]:
