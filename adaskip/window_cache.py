@@ -90,7 +90,7 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         self._spare = self._held or self._spare
         self._held = None
         for buffer in self._spare or ():
-            self._fix(buffer)
+            self._pin(buffer)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuses to forget tokens.
@@ -164,12 +164,12 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         shape = (*new.shape[:2], room, new.shape[3])
         with torch.inference_mode(False):
             grown = torch.zeros(shape, dtype=new.dtype, device=new.device)
-        self._fix(grown)
+        self._pin(grown)
         if buffer is not None:
             grown[:, :, : buffer.shape[2]] = buffer
         return grown
 
-    def _fix(self, buffer: Tensor) -> None:
+    def _pin(self, buffer: Tensor) -> None:
         """Tells compiled graphs that a buffer stays where it is; not from within one."""
         if self.is_compileable and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(buffer)

@@ -105,8 +105,8 @@ class WindowTrack:
         # recorded anew when it moves. It is right for the next token after so many.
         self._fixed: DecodeStep | None = None
         self._fixed_for: int | None = None
-        # Tokens of which nothing else has been told.
-        self._behind = 0
+        # Whether nothing else has been told of the last tokens.
+        self._is_behind = False
         # One row as long as all rows of the batch are alike.
         self._n_real = torch.zeros(1, 1, dtype=torch.long, device=device)
         self._sinks = torch.zeros(1, window.sinks, dtype=torch.bool, device=device)
@@ -124,7 +124,7 @@ class WindowTrack:
         if tokens == 1 and known and real is None and not self._padded:
             self._decoded += decoding
             return self._next_fixed()
-        if self._behind:
+        if self._is_behind:
             self._catch_up()
         # Every row has a real token before its first decode step, so after as many steps as there
         # are sinks it has them all; where the device alone knows, they are always looked for.
@@ -166,20 +166,16 @@ class WindowTrack:
 
     def _fix(self, step: DecodeStep) -> DecodeStep:
         """A decode step with the same numbers in tensors that stay where they are."""
-        fixed, new = self._fixed, (step.mask, step.place, step.fill)
+        fixed = self._fixed
         if fixed is None or fixed.mask.shape != step.mask.shape:
-            with torch.inference_mode(False):
-                copies = [None if tensor is None else tensor.clone() for tensor in new]
-            for tensor in copies:
-                if tensor is not None:
-                    torch._dynamo.mark_static_address(tensor)
-            mask, place, fill = copies
-            assert mask is not None and place is not None  # noqa: S101, PT018 - steps have them
-            self._fixed = fixed = DecodeStep(mask, place, fill, step.room)
+            fill = None if step.fill is None else _staying(step.fill)
+            fixed = DecodeStep(_staying(step.mask), _staying(step.place), fill, step.room)
+            self._fixed = fixed
         else:
-            for old, tensor in zip((fixed.mask, fixed.place, fixed.fill), new, strict=True):
-                if old is not None and tensor is not None:
-                    old.copy_(tensor)
+            fixed.mask.copy_(step.mask)
+            fixed.place.copy_(step.place)
+            if fixed.fill is not None and step.fill is not None:
+                fixed.fill.copy_(step.fill)
         self._fixed_for = self._length
         return fixed
 
@@ -193,7 +189,7 @@ class WindowTrack:
         if fixed.fill is not None and number <= sinks:
             fixed.fill.zero_()
             fixed.fill[:, :, number : number + 1] = number < sinks
-        self._behind += 1
+        self._is_behind = True
         self._length += 1
         self._fixed_for = self._length
         return fixed
@@ -206,7 +202,7 @@ class WindowTrack:
         held = torch.arange(max(sinks, length - size), length, device=self._device) % size
         ring = torch.zeros(1, size, dtype=torch.bool, device=self._device)
         self._ring = ring.index_fill(1, held, value=True)
-        self._behind = 0
+        self._is_behind = False
 
     def _room(self, tokens: int) -> int:
         """Places of the ring."""
@@ -274,6 +270,14 @@ def _blocks_mask(keys: Tensor, own: Tensor, since: Tensor, before: int, size: in
     mask = (keys[:, :, None] & band) | (own & (key == query))
     time = torch.arange(n_blocks * block, device=keys.device).view(n_blocks, block, 1)
     return torch.cat([since[:, None, None] <= time, mask], dim=-1)
+
+
+def _staying(tensor: Tensor) -> Tensor:
+    """A copy that compiled graphs may take to stay where it is, inference mode or not."""
+    with torch.inference_mode(False):
+        copy = tensor.clone()
+    torch._dynamo.mark_static_address(copy)
+    return copy
 
 
 def moved(rows: Tensor, argument: Tensor | int) -> Tensor:

@@ -204,8 +204,8 @@ def test_compiled_windows_are_recorded_once(
         with grouped_decoding(model), skipping(model, FixedSkipping(plan)):
             time_request(model, ids, 24, make_cache=lambda _: cache, decode=compiled_call(model))
         counts.append(len(recorded))
-    assert counts[0] > 0
-    assert counts[1] == counts[2]
+    # The first request records all there is; what it reads lies where it lay in those that follow.
+    assert 0 < counts[0] == counts[1] == counts[2]
 
 
 def test_decoding_with_grouped_queries_is_the_same(model: PreTrainedModel) -> None:

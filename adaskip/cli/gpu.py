@@ -24,8 +24,9 @@ from adaskip.tables import markdown_table, number
 # three attentions of four.
 _SKIP, _WINDOW, _LINEAR = PLANS = ("skip-16", "window-1024-in-24", "linear-64-in-24")
 _LAYERS, _HIDDEN, _WINDOW_SIZE, _RANK = 32, 4096, 1024, 64
-_EAGER = ("--policies", "EE", "ADA", "--rounds", "5", "--minutes", "1", "--budgets")
-_ALL, _ONE = (*_EAGER, "8", "12", "16"), (*_EAGER, "16", "--minutes", "0.5")
+_EAGER = ("--policies", "EE", "ADA", "--rounds", "5")
+_ALL = (*_EAGER, "--minutes", "1", "--budgets", "8", "12", "16")
+_ONE = (*_EAGER, "--minutes", "0.5", "--budgets", "16")
 # By name: the script, its options, and the plans it measures besides.
 _SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "llama-8k": ("run_llama_speed", ("--contexts", "8192", *_ALL), (_WINDOW, _LINEAR)),
@@ -60,7 +61,7 @@ _SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "llama-128k": (
         "run_llama_speed",
-        ("--contexts", "131072", *_ONE, "--policies", "ADA", "--rounds", "1"),
+        ("--contexts", "131072", "--policies", "ADA", "--rounds", "1", "--budgets", "16"),
         (_WINDOW,),
     ),
     "overhead-llama-8k": ("overhead", ("--model", "llama", "--contexts", "8192"), ()),
