@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Environments of their own that share everything else: the oldest transformers that pyproject.toml
 # admits, with the core tests; the packages that quantize, llama.cpp, and lm-eval, with theirs.
+# vLLM's shares nothing.
 OLDEST_TRANSFORMERS := 5.4.0
 OLDEST := .venv-oldest
 QUANTIZED := .venv-quantized
