@@ -208,6 +208,12 @@ def test_times_go_on_round_by_round(
     kept = {row.id: row for row in board.times.rows()}
     assert {len(row.ttft) for row in kept.values()} == {3}
     assert kept["dense"].ttft[:1] == [*first]
+    # A context may have more rounds than the file.
+    board, maker = make(contexts={40: {"accelerations": [1.05], "rounds": 4}})
+    maker.make("times")
+    more = {row.id: row for row in board.times.rows()}
+    assert {len(row.ttft) for row in more.values()} == {4}
+    assert more["dense"].ttft[:3] == kept["dense"].ttft
 
 
 def test_times_of_another_machine_are_taken_anew(

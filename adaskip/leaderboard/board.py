@@ -61,6 +61,11 @@ class Board:
         return self.file.contexts[self.context].rows or self.file.rows
 
     @property
+    def n_rounds(self) -> int:
+        """Rounds in which times are taken."""
+        return self.file.contexts[self.context].rounds or self.file.rounds
+
+    @property
     def plans(self) -> Store[PlanRow]:
         """What was made of each point."""
         return self._store("plans", PlanRow)

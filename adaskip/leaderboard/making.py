@@ -117,7 +117,7 @@ class Maker:
         Times compare only within a round, so that a plan more means all of them anew.
         """
         board, plans = self.board, self.board.found()
-        store, n_rounds = board.times, board.file.rounds
+        store, n_rounds = board.times, board.n_rounds
         if board.missing(store, plans):
             store.path.unlink(missing_ok=True)
         taken = {row.id: row for row in store.rows() if row.id in plans}

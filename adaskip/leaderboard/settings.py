@@ -94,6 +94,7 @@ class ContextSettings(_Settings):
         methods: to compare; None are the file's.
         models: that are compared there; None are the file's.
         rows: of the test split; None are the file's.
+        rounds: in which times are taken; None are the file's.
         calibration_rows: None are the file's.
         calibration_tokens: None are the file's.
         headline: the acceleration at which README tells of it; None is the file's.
@@ -103,6 +104,7 @@ class ContextSettings(_Settings):
     methods: Names | None = None
     models: Names | None = None
     rows: PositiveInt | None = None
+    rounds: PositiveInt | None = None
     calibration_rows: PositiveInt | None = None
     calibration_tokens: PositiveInt | None = None
     headline: Acceleration | None = None

@@ -54,12 +54,12 @@ def search_plan(
     """The plan that reaches an acceleration at the least loss it finds.
 
     What replaces a sublayer is chosen one by one, by the loss it adds per progress towards the
-    budget (seconds saved and, under a `kv_share`, keys and values freed): the divergence `KL(dense
-    || plan)` over the answer tokens of the calibration rows, with what was learned on the stream of
-    the plan so far; no row is judged by a linear map that was fitted on it. Losses are looked at on
-    every fourth row first, and again only when their option comes to the top. Afterwards options
-    are exchanged for others while that helps; last, gains and linear maps are learned anew, in
-    depth order, on the streams that the whole plan produces, if that helps.
+    budget (seconds saved and, under a `kv_share`, keys and values freed): the divergence
+    `KL(dense || plan)` over the answer tokens of the calibration rows, with what was learned on the
+    stream of the plan so far; no row is judged by a linear map that was fitted on it. Losses are
+    looked at on every fourth row first, and again only when their option comes to the top.
+    Afterwards options are exchanged for others while that helps; last, gains and linear maps are
+    learned anew, in depth order, on the streams that the whole plan produces, if that helps.
 
     Args:
         model: a causal language model of a supported family, outside of `skipping()`.
