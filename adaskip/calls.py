@@ -89,6 +89,12 @@ def check_window(layer: int, window: Window, config: PretrainedConfig) -> None:
             f"The plan's Window of attn{layer} holds {window.size} + {window.sinks} tokens, more "
             f"than the model's {limit} positions; give a smaller one."
         )
+    n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if window.of_heads not in (None, n_heads):
+        raise AdaskipError(
+            f"The plan's Window of attn{layer} is of heads {window.heads} of {window.of_heads}, "
+            f"but the model has {n_heads} key-value heads; choose among those."
+        )
     kinds = getattr(config, "layer_types", None)
     own = getattr(config, "sliding_window", None)
     if own is not None and (kinds is None or kinds[layer] != "full_attention"):

@@ -102,7 +102,13 @@ def kv_tensors(cache: Any) -> list[Tensor]:
     """The keys and values a cache holds now, as they are used (room not included)."""
     return [
         tensor
-        for layer in cache.layers
+        for layer in _parts(cache)
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
         if isinstance(tensor, torch.Tensor) and tensor.numel()
     ]
+
+
+def _parts(cache: Any) -> list[Any]:
+    """The layers of a cache, and what they have for heads apart."""
+    parts = [part for layer in cache.layers for part in (layer, getattr(layer, "rest", None))]
+    return [part for part in parts if part is not None]

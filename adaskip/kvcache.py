@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache
 
 from adaskip.errors import CacheHoleError, UnsupportedCallError
 from adaskip.skipped_cache import SkippedCacheLayer, hole_error
-from adaskip.window_cache import WindowCacheLayer
-from adaskip.window_track import WindowStep, WindowTrack
+from adaskip.window_cache import TrackedWindow, WindowCacheLayer
+from adaskip.window_track import WindowTrack
 
 
 def past_length(cache: Cache) -> int | None:
@@ -61,7 +61,7 @@ def prepare(
     layers: Iterable[int],
     length: int,
     devices: Sequence[Any],
-    windows: Mapping[int, tuple[WindowTrack, WindowStep | None]] = MappingProxyType({}),
+    windows: Mapping[int, TrackedWindow] = MappingProxyType({}),
 ) -> None:
     """Puts in what stands in for the given attention layers, and takes all else out.
 
@@ -70,8 +70,8 @@ def prepare(
         layers: the layers whose attention is skipped from now on.
         length: tokens the cache has seen.
         devices: the device of each layer.
-        windows: per layer whose attention has a window from now on, its track, and the step in
-            which the track took in the `length` tokens; None if they are in such a layer already.
+        windows: of each layer whose attention has one from now on; without a history where the
+            `length` tokens are in such a layer already.
 
     Raises:
         CacheHoleError: attention that was skipped earlier in this request is not in `layers`, or
@@ -97,24 +97,27 @@ def prepare(
                 placeholder.kept = 0
             cache.layers[index] = placeholder
     leading: set[WindowTrack] = set()
-    for index, (track, history) in sorted(windows.items()):
+    for index, window in sorted(windows.items()):
         layer = cache.layers[index]
         if not isinstance(layer, WindowCacheLayer):
             former = stand_ins.get(index)
-            layer = _windowed(cache, index, length, devices[index], track, history, former)
+            layer = _windowed(cache, index, length, devices[index], window, former)
             cache.layers[index] = layer
-        layer.leads = track not in leading
-        leading.add(track)
+        layer.leads = window.track not in leading
+        leading.add(window.track)
     _link(cache)
 
 
 def _refuse_holes(
-    stand_ins: Mapping[int, SkippedCacheLayer], skipped: set[int], windows: Mapping[int, Any]
+    stand_ins: Mapping[int, SkippedCacheLayer],
+    skipped: set[int],
+    windows: Mapping[int, TrackedWindow],
 ) -> None:
     """Refuses to run attention on keys and values that do not exist."""
     for index, stand_in in stand_ins.items():
         if isinstance(stand_in, WindowCacheLayer):
-            same = index in windows and windows[index][0] is stand_in.track
+            window = windows.get(index)
+            same = window is not None and window[::2] == (stand_in.track, stand_in.split)
             if stand_in.length and not same and index not in skipped:
                 raise CacheHoleError(
                     f"Attention of layer {index} had a window of {stand_in.track.window.size} "
@@ -130,14 +133,14 @@ def _windowed(
     index: int,
     length: int,
     device: torch.device,
-    track: WindowTrack,
-    history: WindowStep | None,
+    window: TrackedWindow,
     former: SkippedCacheLayer | None,
 ) -> WindowCacheLayer:
     """The cache layer of a window, holding what it may still see of an ordinary one."""
     replaced: Any = cache.layers[index]
+    track, history, split = window
     if length == 0:
-        return WindowCacheLayer(replaced, index, length, device, track, former)
+        return WindowCacheLayer(replaced, index, length, device, track, split, former)
     if history is None:
         raise CacheHoleError(
             f"Attention of layer {index} gets its window later in this request than others of the "
@@ -150,24 +153,29 @@ def _windowed(
             f"{type(replaced).__name__}. Use transformers' DynamicCache or StaticCache, or windows "
             "from the prompt on (scope 'e2e' or 'prefill')."
         )
-    key, value = (states[..., :length, :] for states in (replaced.keys, replaced.values))
+    states = [states[..., :length, :] for states in (replaced.keys, replaced.values)]
     if not replaced.is_compileable:
         # What has left the window is not needed any more.
         new_layer: Any = cache.layer_class_to_replicate or type(replaced)
         replaced = new_layer()
-    layer = WindowCacheLayer(replaced, index, length, device, track, former)
-    layer.put(key, value, history)
+    layer = WindowCacheLayer(replaced, index, length, device, track, split, former)
+    if split is not None:
+        layer.rest.update(*map(split.rest, states))
+        states = [*map(split.windowed, states)]
+    layer.put(states[0], states[1], history)
     return layer
 
 
 def _link(cache: Cache) -> None:
     """Tells every placeholder which layer is fetched in its place."""
     stays = getattr(cache, "only_non_sliding", False)
-    following = None
+    following: Any = None
     # Twice around: behind the last layer comes the first.
     for layer in reversed([*cache.layers, *cache.layers]):
         if isinstance(layer, SkippedCacheLayer):
             layer.following = following
+            if getattr(layer, "rest", None) is not None:
+                following = layer
         elif not (stays and getattr(layer, "is_sliding", False)):
             following = layer
 

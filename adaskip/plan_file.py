@@ -19,7 +19,8 @@ from adaskip.replacements import Linear, Replacement, Window
 from adaskip.shipped import find_plan
 from adaskip.version import __version__
 
-PLAN_VERSION = 1
+# Plans are written in the oldest version that can say them: the second has windows of some heads.
+VERSIONS = (1, 2)
 # In which linear maps may be kept.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Where a plan file's metadata has its JSON.
@@ -70,10 +71,14 @@ def write_plan(
     """
     tensors: dict[str, Tensor] = {}
     rows = []
+    version = VERSIONS[0]
     for sublayer, replacement in content.replacements.items():
         row: dict[str, Any] = {"layer": sublayer.layer, "kind": sublayer.kind}
         if isinstance(replacement, Window):
             row["window"] = [replacement.size, replacement.sinks]
+            if replacement.heads is not None:
+                row["window"] += [replacement.heads, replacement.of_heads]
+                version = VERSIONS[1]
         elif isinstance(replacement, Linear):
             row["factors"] = len(replacement.factors)
             kept = replacement if dtype is None else _narrowed(sublayer, replacement, dtype)
@@ -83,7 +88,7 @@ def write_plan(
             row["gain"] = replacement
         rows.append(row)
     told = {
-        "version": PLAN_VERSION,
+        "version": version,
         "adaskip": __version__,
         "fingerprint": content.fingerprint,
         "about": dict(content.about),
@@ -122,10 +127,10 @@ def read_plan(path: str | os.PathLike[str], sublayer_of: Callable[[Any, Any], P]
         version = told["version"]
     except (KeyError, TypeError, ValueError):
         raise PlanError(f"{path} is not a plan: it holds none in its metadata.") from None
-    if version != PLAN_VERSION:
+    if version not in VERSIONS:
         raise PlanError(
-            f"The plan {path} has version {version!r}; this adaskip reads version {PLAN_VERSION}. "
-            "Make the plan anew."
+            f"The plan {path} has version {version!r}; this adaskip reads versions "
+            f"{' and '.join(map(str, VERSIONS))}. Make the plan anew."
         )
     try:
         made: dict[P, Replacement] = {}

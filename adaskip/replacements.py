@@ -101,22 +101,29 @@ class Window:
     """Attention over the last `size` tokens and the first `sinks` ones, in the place of all.
 
     Token t of a sequence sees tokens t - size + 1 to t, itself included, and the first `sinks`
-    real tokens. Keys keep their own positions.
+    real tokens. Keys keep their own positions. A window may be of some key-value heads alone: the
+    others, and the query heads that read them, see all tokens.
 
     Attributes:
         size: tokens, 1 or more.
         sinks: tokens, 0 or more.
+        heads: the key-value heads that have it, ascending; None for all of them.
+        of_heads: how many key-value heads the attention has, where `heads` says which; else None.
 
     Raises:
-        AdaskipError: one of them is no such number.
+        AdaskipError: one of them is no such number, or the heads are none, all of them or others.
 
-    Source: StreamingLLM (arXiv 2309.17453) for all layers; here for single ones.
+    Source: StreamingLLM (arXiv 2309.17453) for all layers; here for single ones, or for single
+    heads as in DuoAttention (2410.10819).
     """
 
     size: int
     sinks: int = 4
+    heads: tuple[int, ...] | None = None
+    of_heads: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_heads()
         for name, least in (("size", 1), ("sinks", 0)):
             value = getattr(self, name)
             if not is_whole(value) or value < least:
@@ -125,9 +132,42 @@ class Window:
                 )
             object.__setattr__(self, name, int(value))
 
-    def held(self, tokens: int) -> int:
-        """Tokens whose keys and values are kept of a context of so many tokens."""
-        return min(tokens, self.size + self.sinks)
+    def __repr__(self) -> str:
+        of = "" if self.heads is None else f", heads={self.heads}, of_heads={self.of_heads}"
+        return f"Window(size={self.size}, sinks={self.sinks}{of})"
+
+    @property
+    def whole(self) -> Window:
+        """The window of the same shape that all heads have."""
+        return self if self.heads is None else Window(self.size, self.sinks)
+
+    @property
+    def share(self) -> float:
+        """Of the key-value heads those that have it."""
+        return 1.0 if not self.heads or not self.of_heads else len(self.heads) / self.of_heads
+
+    def held(self, tokens: int) -> float:
+        """Tokens whose keys and values are kept of a context of so many tokens, mean of heads."""
+        seen = min(tokens, self.size + self.sinks)
+        return seen if self.heads is None else tokens - self.share * (tokens - seen)
+
+    def _check_heads(self) -> None:
+        heads, of_heads = self.heads, self.of_heads
+        if heads is None and of_heads is None:
+            return
+        if not is_whole(of_heads) or isinstance(heads, int | str) or not heads:
+            raise AdaskipError(
+                f"A Window of some heads says which, and of how many: heads=(0, 2), of_heads=3; "
+                f"not heads={heads!r}, of_heads={of_heads!r}."
+            )
+        given = sorted({int(head) if is_whole(head) else -1 for head in heads})
+        if given[0] < 0 or given[-1] >= of_heads or len(given) >= of_heads:
+            raise AdaskipError(
+                f"A Window's heads are some of 0 to {of_heads - 1}, not {tuple(heads)}; leave "
+                "them out where all have it."
+            )
+        object.__setattr__(self, "heads", tuple(given))
+        object.__setattr__(self, "of_heads", int(of_heads))
 
 
 # None leaves the residual stream as it is, a number scales it.

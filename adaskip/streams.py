@@ -76,14 +76,14 @@ class Sublayers:
         """The residual stream after an attention over a window."""
         given = calls[sublayer.layer]
         real = real_tokens(given.get("attention_mask"), 0, x.shape[1])
-        step = WindowTrack(window, x.device).advance(real, x.shape[1])
+        step = WindowTrack(window.whole, x.device).advance(real, x.shape[1])
         attention: nn.Module = getattr(self.decoder.layers[sublayer.layer], self._attention)
-        window_attention.switch(attention, windowed=True)
+        window_attention.switch(attention, window)
         try:
             given = window_attention.windowed(given, step, sublayer.layer)
             return self._functions[sublayer.position](x, given)
         finally:
-            window_attention.switch(attention, windowed=False)
+            window_attention.switch(attention, None)
 
     def begin(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Calls]:
         """The stream before the first layer, and what each layer is given; no layer is run."""

@@ -100,11 +100,23 @@ class PlanTimes:
     dense: SublayerTimes
     replaced: Mapping[str, float] = field(default_factory=dict)
 
-    def saved(self, sublayer: Sublayer, name: str) -> float:
+    def saved(self, sublayer: Sublayer, replacement: Replacement) -> float:
         """Seconds that one replacement saves, less than 0 if it takes more than the sublayer.
+
+        A window of some heads saves their share of what one of all heads does.
 
         Raises:
             AdaskipError: it was not measured.
+        """
+        if isinstance(replacement, Window) and replacement.heads is not None:
+            return replacement.share * self.saved(sublayer, replacement.whole)
+        return self.saved_by(sublayer, replacement_name(replacement))
+
+    def saved_by(self, sublayer: Sublayer, name: str) -> float:
+        """`saved`, of what was measured under a name.
+
+        Raises:
+            AdaskipError: it was not.
         """
         if name == GAIN:
             return self.dense.seconds[sublayer]
@@ -116,7 +128,7 @@ class PlanTimes:
 
     def speedup(self, plan: Mapping[Sublayer, Replacement]) -> float:
         """The predicted ratio of dense time to that of a plan."""
-        saved = sum(self.saved(s, replacement_name(r)) for s, r in plan.items())
+        saved = sum(self.saved(s, r) for s, r in plan.items())
         return self.dense.total / (self.dense.total - saved)
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,12 +152,20 @@ class PlanTimes:
 
 
 def replacement_name(replacement: Replacement) -> str:
-    """How times call what takes a sublayer's place: "gain", "linear", "linear 64", "window 128"."""
+    """How times call what takes a sublayer's place: "gain", "linear", "linear 64", "window 128".
+
+    A window of some heads says which: "window 128 of heads 0 2".
+    """
     if isinstance(replacement, Linear):
         low_rank = len(replacement.factors) == 2
         return f"linear {replacement.factors[0].shape[1]}" if low_rank else "linear"
     if isinstance(replacement, Window):
-        return f"window {replacement.size}"
+        heads = (
+            ""
+            if replacement.heads is None
+            else f" of heads {' '.join(map(str, replacement.heads))}"
+        )
+        return f"window {replacement.size}{heads}"
     return GAIN
 
 

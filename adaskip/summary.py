@@ -191,12 +191,12 @@ class Tally:
             {phase: _averaged(self._phases[phase]) for phase in Phase if phase in self._phases},
             self._n_requests,
             largest.rows * largest.tokens,
-            held * per_token,
+            round(held * per_token),
             dense * per_token,
         )
 
-    def _held(self, count: _RequestCount, layer: int) -> int:
-        """Tokens per sequence whose keys and values a layer holds."""
+    def _held(self, count: _RequestCount, layer: int) -> float:
+        """Tokens per sequence whose keys and values a layer holds, mean of its heads."""
         computed = sum(n for (skipped, _), n in count.by_attention.items() if layer not in skipped)
         _, windows = next(reversed(count.by_attention), (frozenset(), ()))
         window = dict(windows).get(layer)

@@ -8,15 +8,20 @@ computes blocks: a prompt costs what its windows hold, never the square of its l
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from adaskip.replacements import Window
 from adaskip.window_cache import WindowCacheLayer, sinks_among
 from adaskip.window_flash import flash_windows, takes_flash
+from adaskip.window_heads import HeadSplit
 from adaskip.window_track import BlockStep, DecodeStep, WindowStep
 
 NAME = "adaskip_window"
@@ -28,15 +33,19 @@ class WindowedConfig:
     """An attention module's configuration with another attention function; else the same.
 
     Copies of it are the configuration itself: a copied module is as it was.
+
+    Attributes:
+        stock: the configuration.
+        split: the heads that have the window; None for all of them.
     """
 
     _attn_implementation = NAME
 
-    def __init__(self, config: Any) -> None:
-        self.stock = config
+    def __init__(self, config: Any, split: HeadSplit | None) -> None:
+        self.stock, self.split = config, split
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "stock":
+        if name.startswith("__") or name in ("stock", "split"):
             raise AttributeError(name)
         return getattr(self.stock, name)
 
@@ -54,22 +63,28 @@ def _itself(config: Any) -> Any:
     return config
 
 
-def switch(attention: nn.Module, *, windowed: bool) -> None:
-    """Gives an attention module our attention function, or its own back."""
+def switch(attention: nn.Module, window: Window | None) -> None:
+    """Gives an attention module our attention function for a window; for None its own back."""
     config: Any = attention.config
-    if windowed and not isinstance(config, WindowedConfig):
+    stock = config.stock if isinstance(config, WindowedConfig) else config
+    if window is None:
+        attention.config = stock
+    else:
         AttentionInterface.register(NAME, window_attention_forward)
-        attention.config = WindowedConfig(config)  # type: ignore[assignment]
-    elif not windowed and isinstance(config, WindowedConfig):
-        attention.config = config.stock
+        attention.config = WindowedConfig(stock, HeadSplit.of(window))  # type: ignore[assignment]
 
 
 def windowed(kwargs: dict[str, Any], step: WindowStep, layer: int) -> dict[str, Any]:
     """What an attention is given in the place of what its layer was given."""
     cache = kwargs.get("past_key_values")
     held = None if cache is None else cache.layers[layer]
-    # The step has the mask.
-    return kwargs | {"attention_mask": None, "window_step": step, "window_cache": held}
+    # The step has the window's mask; the one that was given is for heads that see all tokens.
+    return kwargs | {
+        "attention_mask": None,
+        "window_step": step,
+        "window_cache": held,
+        "rest_mask": kwargs.get("attention_mask"),
+    }
 
 
 def window_attention_forward(
@@ -81,12 +96,13 @@ def window_attention_forward(
     *,
     window_step: WindowStep,
     window_cache: WindowCacheLayer | None,
+    rest_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a window.
+    """Attention over a window, in all heads or in some.
 
     Args:
         module: the attention module.
@@ -96,6 +112,7 @@ def window_attention_forward(
         attention_mask: none; the step has it.
         window_step: which keys are seen.
         window_cache: those of earlier tokens; None if there is no cache.
+        rest_mask: as the module's own attention function takes it, for heads without a window.
         scaling: of the inner products.
         dropout: probability.
         softcap: of the scores, where the family has one.
@@ -105,11 +122,56 @@ def window_attention_forward(
         [batch, tokens, heads, head_dim], and no weights.
     """
     settings = _Settings(scaling, dropout, softcap)
-    if isinstance(window_step, DecodeStep):
-        return _decode(query, key, value, window_step, window_cache, settings), None
-    if softcap is None and not dropout and takes_flash(query, window_step):
-        return _flash(query, key, value, window_step, window_cache, scaling), None
-    return _blocks(query, key, value, window_step, window_cache, settings), None
+    config: Any = module.config
+    split: HeadSplit | None = config.split
+    if split is None:
+        return _windowed(query, key, value, window_step, window_cache, settings), None
+    split.check(key)
+    queries, keys, values = (split.windowed(states) for states in (query, key, value))
+    found = _windowed(queries, keys, values, window_step, window_cache, settings)
+    # Those of all tokens, where there is a cache.
+    held = None if window_cache is None else window_cache.take_rest()
+    keys, values = held or (split.rest(key), split.rest(value))
+    capped = {} if softcap is None else {"softcap": softcap}
+    whole, *_ = _stock_function(module)(
+        module,
+        split.rest(query),
+        keys,
+        values,
+        rest_mask,
+        scaling=scaling,
+        dropout=dropout,
+        **capped,
+        **kwargs,
+    )
+    return split.joined(found, whole), None
+
+
+def _stock_function(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    """The attention function of a module outside of `skipping()`, as its forward looks it up."""
+    config: Any = module.config
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    found: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+        config.stock._attn_implementation, eager
+    )
+    return found
+
+
+def _windowed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: WindowStep,
+    held: WindowCacheLayer | None,
+    settings: _Settings,
+) -> Tensor:
+    """Attention of heads that all have a window: [batch, tokens, heads, head_dim]."""
+    if isinstance(step, DecodeStep):
+        return _decode(query, key, value, step, held, settings)
+    plain = settings.softcap is None and not settings.dropout
+    if plain and takes_flash(query, step):
+        return _flash(query, key, value, step, held, settings.scaling)
+    return _blocks(query, key, value, step, held, settings)
 
 
 class _Settings:

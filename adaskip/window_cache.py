@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adaskip.errors import UnsupportedCallError
 from adaskip.skipped_cache import SkippedCacheLayer
+from adaskip.window_heads import HeadSplit
 from adaskip.window_track import BlockStep, DecodeStep, WindowStep, WindowTrack, moved
+
+
+class TrackedWindow(NamedTuple):
+    """What a layer's window is to hold.
+
+    Attributes:
+        track: says which places hold what.
+        history: the step in which a new track took in an earlier context; None without one.
+        split: the heads that have the window; None for all of them.
+    """
+
+    track: WindowTrack
+    history: WindowStep | None
+    split: HeadSplit | None
 
 
 class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
@@ -19,6 +35,8 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
 
     Attributes:
         track: says which places hold what; shared by the layers with the same window.
+        split: the heads that have the window; None for all of them.
+        rest: a layer like the replaced one that has the other heads, with all tokens; or None.
         leads: whether it is the one that moves the track along when rows are moved.
         is_open: whether a forward is under way in which its attention sees a window.
     """
@@ -33,19 +51,29 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         length: int,
         device: torch.device,
         track: WindowTrack,
+        split: HeadSplit | None = None,
         former: SkippedCacheLayer | None = None,
     ) -> None:
         super().__init__(replaced, index, length, device, former)
         self.kept = 0
         self.track = track
+        self.split = split
+        self.rest: Any = None if split is None else _emptied(replaced)
         self.leads = False
         self.is_open = False
         # [batch, heads, sinks + ring, width] each; None before the first token.
         self._held: tuple[Tensor, Tensor] | None = None
         # Those of the cache's last request, used again if they fit.
         self._spare: tuple[Tensor, Tensor] | None = None
+        # What the heads without a window are to see in the forward that is under way.
+        self._rest_states: tuple[Tensor, Tensor] | None = None
         if isinstance(former, WindowCacheLayer):
-            self._spare = former._held or former._spare
+            if former.split == split:
+                self._spare = former._held or former._spare
+                if split is not None and self.is_compileable and length == 0:
+                    # Its tensors stay where compiled graphs read them.
+                    self.rest = former.rest
+                    self.rest.reset()
             track.take_over(former.track)
 
     @property
@@ -58,15 +86,32 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         """Likewise."""
         return self.replaced.values if self._held is None else self._held[1]
 
+    @property
+    def max_batch_size(self) -> int:
+        """Batch size of what holds all tokens, which transformers before 5.17 compares."""
+        return (
+            super().max_batch_size if self.rest is None else getattr(self.rest, "max_batch_size", 0)
+        )
+
     def update(self, *states: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The new keys and values as they are: the attention function puts them away.
+
+        Those of heads that have no window are put away here, as the replaced layer would.
 
         Raises:
             CacheHoleError: an attention that sees more than the window asks for them.
         """
-        if self.is_open:
-            return states[0], states[1]
-        return super().update(*states, **kwargs)
+        if not self.is_open:
+            return super().update(*states, **kwargs)
+        if self.split is not None:
+            others = [self.split.rest(states[0]), self.split.rest(states[1])]
+            self._rest_states = self.rest.update(*others, *states[2:], **kwargs)
+        return states[0], states[1]
+
+    def take_rest(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of all tokens, of the heads without a window; once in a forward."""
+        taken, self._rest_states = self._rest_states, None
+        return taken
 
     def earlier(self, step: BlockStep) -> tuple[Tensor, Tensor] | None:
         """Keys and values of the earlier tokens that are seen, in order; None before the first."""
@@ -87,6 +132,8 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Empties it; the next request brings a layer of its own."""
         super().reset()
+        if self.rest is not None:
+            self.rest.reset()
         self._spare = self._held or self._spare
         self._held = None
         for buffer in self._spare or ():
@@ -107,13 +154,22 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
             )
 
     def prefetch(self) -> None:
-        """Fetches nothing: a window is never moved off the device."""
+        """Fetches what heads without a window hold: a window is never moved off the device."""
+        if self.rest is not None:
+            self.rest.prefetch()
+
+    def offload(self) -> None:
+        """Moves what heads without a window hold off the device."""
+        if self.rest is not None:
+            self.rest.offload()
 
     def _move(self, name: str, argument: Any) -> None:
         if self._held is None:
             super()._move(name, argument)
         else:
             self._held = moved(self._held[0], argument), moved(self._held[1], argument)
+            if self.rest is not None:
+                getattr(self.rest, name)(argument)
             if self.leads:
                 self.track.move(argument)
 
@@ -173,6 +229,16 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         """Tells compiled graphs that a buffer stays where it is; not from within one."""
         if self.is_compileable and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(buffer)
+
+
+def _emptied(layer: Any) -> Any:
+    """A cache layer of the same sort that has no tensors yet, nor shares any."""
+    made = copy.copy(layer)
+    made.is_initialized = False
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            setattr(made, name, None if name in ("keys", "values") else torch.zeros_like(value))
+    return made
 
 
 def sinks_among(new: Tensor, step: BlockStep) -> Tensor:

@@ -11,13 +11,12 @@ from transformers.cache_utils import Cache
 from adaskip import window_attention
 from adaskip.blocks import BlockSpec
 from adaskip.plan import SkipPlan
+from adaskip.replacements import Window
 from adaskip.requests import Request
 from adaskip.sublayers import Switches
-from adaskip.window_cache import WindowCacheLayer
+from adaskip.window_cache import TrackedWindow, WindowCacheLayer
+from adaskip.window_heads import HeadSplit
 from adaskip.window_track import WindowStep, WindowTrack
-
-# Per layer the track of its window, and the step in which a new track took in an earlier context.
-Tracked = dict[int, tuple[WindowTrack, WindowStep | None]]
 
 
 class Windows:
@@ -41,17 +40,18 @@ class Windows:
         self._body = block.attn.body
         self._switches = switches
         self._devices = devices
-        self._windowed: frozenset[int] = frozenset()
+        self._windowed: dict[int, Window] = {}
         self._open: list[WindowCacheLayer] = []
         # What the tracks of the forward held before it.
         self._before: dict[WindowTrack, dict[str, object]] = {}
 
     def place(self, plan: SkipPlan) -> None:
         """Makes the layers of a plan that have a window compute one, and no other layer."""
-        wanted = frozenset(plan.windows)
-        for index in wanted ^ self._windowed:
-            attention: nn.Module = getattr(self._layers[index], self._body)
-            window_attention.switch(attention, windowed=index in wanted)
+        wanted = dict(plan.windows)
+        for index in {*wanted, *self._windowed}:
+            if wanted.get(index) != self._windowed.get(index):
+                attention: nn.Module = getattr(self._layers[index], self._body)
+                window_attention.switch(attention, wanted.get(index))
         self._windowed = wanted
 
     def take_back(self) -> None:
@@ -66,8 +66,8 @@ class Windows:
         past: int,
         *,
         static: bool,
-    ) -> Tracked:
-        """The track of each layer that has a window.
+    ) -> dict[int, TrackedWindow]:
+        """What the cache is told of each layer that has a window.
 
         Args:
             request: whose tracks they are.
@@ -79,13 +79,15 @@ class Windows:
         """
         known = dict(request.windows) if past else {}
         new: dict[WindowTrack, WindowStep | None] = {}
-        found: Tracked = {}
+        found: dict[int, TrackedWindow] = {}
         for layer, window in plan.windows.items():
-            key = (window, self._devices[layer])
+            # Which heads have it makes no difference to what it sees.
+            key = (window.whole, self._devices[layer])
             if key not in known:
                 known[key] = track = WindowTrack(*key, static=static)
                 new[track] = track.advance(history, past) if past else None
-            found[layer] = (known[key], new.get(known[key]))
+            split = HeadSplit.of(window)
+            found[layer] = TrackedWindow(known[key], new.get(known[key]), split)
         request.windows = known
         return found
 
@@ -102,7 +104,7 @@ class Windows:
         """Takes the coming forward's tokens in, and tells the layers what to see."""
         steps: dict[WindowTrack, WindowStep] = {}
         for layer, window in plan.windows.items():
-            track = request.windows[window, self._devices[layer]]
+            track = request.windows[window.whole, self._devices[layer]]
             if track not in steps:
                 self._before[track] = dict(vars(track))
                 steps[track] = track.advance(real, tokens, decoding=decoding)

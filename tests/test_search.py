@@ -284,10 +284,16 @@ class Additive:
         pass
 
 
+def no_heads(sublayer: Sublayer, window: Window, of_heads: int) -> tuple[int, ...]:
+    raise AssertionError(f"heads of {sublayer} looked at: {window}, {of_heads}")
+
+
 def chosen(lost: dict[str, float], seconds: float, tries: int) -> tuple[set[str], Additive]:
     """What is chosen of a menu of gains and windows whose losses add up."""
     plan_times = PlanTimes(times(), {"window 8": 1.2, "window 16": 1.5})
-    menu = Menu(tiny_model("llama"), Dishes(["gain", "window"], (8, 16), None), plan_times)
+    menu = Menu(
+        tiny_model("llama"), Dishes(["gain", "window"], (8, 16), None), plan_times, no_heads
+    )
     rows = Additive({str(option): 9.0 for option in menu} | lost, {})
     choice = Choice(cast(Any, rows), menu, Budget(seconds))
     fill(choice)
@@ -373,7 +379,9 @@ def test_exchange_looks_at_all_that_is_chosen_only_when_nothing_else_is_promised
 
 def test_exchange_may_leave_what_nobody_looked_at() -> None:
     plan_times = PlanTimes(times(), {"window 8": 1.2, "window 16": 1.5})
-    menu = Menu(tiny_model("llama"), Dishes(["gain", "window"], (8, 16), None), plan_times)
+    menu = Menu(
+        tiny_model("llama"), Dishes(["gain", "window"], (8, 16), None), plan_times, no_heads
+    )
     options = {str(option): option for option in menu}
     lost = {"attn0 window 16": 0.3, "attn0 gain": 0.9, "ffn1 gain": 0.1}
     rows = Additive(dict.fromkeys(options, 9.0) | lost, {})
@@ -385,7 +393,7 @@ def test_exchange_may_leave_what_nobody_looked_at() -> None:
 
 
 def test_a_move_that_all_rows_refuse_promises_nothing_afterwards() -> None:
-    menu = Menu(tiny_model("llama"), Dishes(["gain"], (), None), PlanTimes(times()))
+    menu = Menu(tiny_model("llama"), Dishes(["gain"], (), None), PlanTimes(times()), no_heads)
     gains = {str(option.sublayer): option for option in menu}
     lost = {"ffn0": 1.0, "ffn1": 0.9, "ffn2": 0.2, "ffn3": 0.7}
     told = {str(option): lost.get(s, 9.0) for s, option in gains.items()}
@@ -397,3 +405,63 @@ def test_a_move_that_all_rows_refuse_promises_nothing_afterwards() -> None:
     # The third FFN seems best on few rows; that it is not, all rows have to say only once.
     assert set(rows.plan.values()) == {"ffn1 gain", "ffn3 gain"}
     assert rows.looked.count("ffn2 gain few") == rows.looked.count("ffn2 gain") == 1
+
+
+@pytest.fixture
+def three_heads() -> PreTrainedModel:
+    return tiny_model("llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+
+
+def test_heads_are_ordered_by_what_a_window_changes(three_heads: PreTrainedModel) -> None:
+    attn = three_heads.model.layers[1].self_attn
+    with torch.no_grad():
+        # Head 1 gives nothing, head 2 little.
+        for head, scale in ((1, 0.0), (2, 0.1)):
+            attn.v_proj.weight[head * 8 : head * 8 + 8] *= scale
+    with measuring(three_heads):
+        losses = Losses(Sublayers(three_heads), ROWS)
+        run = losses.n_run
+        assert losses.heads_by_harm(Sublayer(1, "attn"), Window(8), 3) == (1, 2, 0)
+        assert losses.n_run - run == 3 * len(ROWS)
+
+
+def test_a_search_gives_windows_to_some_heads(three_heads: PreTrainedModel) -> None:
+    plan_times = PlanTimes(times(), {"window 8": 0.5})
+    options: Any = {"times": plan_times, "windows": [8], "exchanges": 0}
+    plan = search_plan(three_heads, ROWS, acceleration=1.3, replacements=["heads"], **options)
+    assert {(w.size, w.of_heads) for w in plan.windows.values()} == {(8, 3)}
+    numbers = [len(window.heads or ()) for window in plan.windows.values()]
+    assert set(numbers) <= {1, 2}
+    saved = sum(numbers) / 3 * 1.5
+    assert plan.about["predicted acceleration"] == pytest.approx(15 / (15 - saved))
+    held = 1 - sum(numbers) / 3 * (1 - 12 / 40) / N_LAYERS
+    assert plan.about["predicted kv share"] == pytest.approx(held)
+    assert plan.about["loss"] == pytest.approx(divergence(three_heads, plan), rel=1e-3)
+    assert plan.about["replacements"] == "heads 8"
+
+
+def test_one_head_has_no_windows_of_some() -> None:
+    one = tiny_model("llama", num_key_value_heads=1)
+    with pytest.raises(AdaskipError, match="the best is 1.00"):
+        search_plan(one, ROWS, replacements=["heads"], times=MENU_TIMES, windows=[8, 16])
+
+
+def test_more_heads_leave_one_two_or_four_whole() -> None:
+    big = tiny_model("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=8)
+    plan_times = PlanTimes(times(), {"window 8": 1.2, "window 16": 1.5})
+    order = (7, 6, 5, 4, 3, 2, 1, 0)
+    dishes = Dishes(["window", "heads"], (8, 16), None)
+    menu = Menu(big, dishes, plan_times, lambda *_: order)
+    found = {option.sort: option for option in menu.options[Sublayer(2, "attn")]}
+    windows = {sort: option.window for sort, option in found.items()}
+    assert windows == {
+        "window 16 of 4 heads": Window(16, 4, (4, 5, 6, 7), 8),
+        "window 16 of 6 heads": Window(16, 4, (2, 3, 4, 5, 6, 7), 8),
+        "window 16 of 7 heads": Window(16, 4, (1, 2, 3, 4, 5, 6, 7), 8),
+        "window 16": Window(16),
+        "window 8": Window(8),
+    }
+    assert found["window 16 of 6 heads"].saved == pytest.approx(0.5 * 6 / 8)
+    assert found["window 16 of 6 heads"].freed == pytest.approx((1 - 20 / 40) * 6 / 8 / N_LAYERS)
+    assert str(found["window 16 of 4 heads"]) == "attn2 window 16 of heads 4 5 6 7"
+    assert not menu.options[Sublayer(2, "ffn")]

@@ -34,6 +34,8 @@ from adaskip.window_track import BLOCK
 
 # The prompt of the matrix has 29 tokens, the answer 12: one window is passed in prefill, one later.
 NARROW, WIDE = Window(7, sinks=3), Window(33, sinks=2)
+# The models have two key-value heads, each of which two query heads read.
+SOME = Window(7, sinks=3, heads=(1,), of_heads=2)
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 
 # What lets some layer of a family see all that is before it.
@@ -50,9 +52,12 @@ def full_layers(model: PreTrainedModel) -> list[int]:
     return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
 
 
-def windows_for(model: PreTrainedModel) -> dict[int, Window]:
+def windows_for(model: PreTrainedModel, first: Window = NARROW) -> dict[int, Window]:
     layers = full_layers(model)
-    return {layers[0]: NARROW, layers[-1]: WIDE if len(layers) > 1 else NARROW}
+    return {layers[-1]: WIDE, layers[0]: first}
+
+
+both_sorts = pytest.mark.parametrize("first", [NARROW, SOME], ids=["all heads", "one head"])
 
 
 def plan_of(windows: Mapping[int, Window]) -> SkipPlan:
@@ -89,8 +94,14 @@ def narrowed(module: nn.Module, kwargs: dict[str, Any], window: Window) -> dict[
     seen = (key > query - window.size) | ((real.cumsum(-1) - 1) < window.sinks)[:, None]
     # Padding sees itself, as in the library.
     seen = (seen & (key <= query) & real[:, None]) | (key == query)
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    return kwargs | {"attention_mask": mask[:, None]}
+    by_head = seen[:, None]
+    if window.heads is not None:
+        whole = ((key <= query) & real[:, None]) | (key == query)
+        heads = range(module.config.num_attention_heads)
+        group = len(heads) // module.config.num_key_value_heads
+        by_head = torch.stack([seen if h // group in window.heads else whole for h in heads], dim=1)
+    mask = torch.zeros(by_head.shape).masked_fill(~by_head, torch.finfo(torch.float32).min)
+    return kwargs | {"attention_mask": mask}
 
 
 @pytest.fixture(scope="module", params=DISTINCT, ids=["-".join(cell) for cell in DISTINCT])
@@ -104,9 +115,10 @@ def model() -> PreTrainedModel:
     return tiny_model("llama")
 
 
+@both_sorts
 @pytest.mark.parametrize("mode", GENERATE)
-def test_windows_in_every_mode(cell: PreTrainedModel, mode: str) -> None:
-    windows = windows_for(cell)
+def test_windows_in_every_mode(cell: PreTrainedModel, mode: str, first: Window) -> None:
+    windows = windows_for(cell, first)
     plan = plan_of(windows) | SkipPlan({Sublayer(1, "ffn"): 1.25})
     stock = masked(cell, windows)
     ids = prompt(29, batch=2)
@@ -121,9 +133,10 @@ def test_windows_in_every_mode(cell: PreTrainedModel, mode: str) -> None:
     assert not torch.equal(actual[0], dense[0]) or mode == "sampling"
 
 
+@both_sorts
 @pytest.mark.parametrize("mode", ["greedy", "beam search", "chunked prefill", "static cache"])
-def test_windows_of_padded_rows(cell: PreTrainedModel, mode: str) -> None:
-    windows = windows_for(cell)
+def test_windows_of_padded_rows(cell: PreTrainedModel, mode: str, first: Window) -> None:
+    windows = windows_for(cell, first)
     ids, mask = prompt(29, batch=3), torch.ones(3, 29, dtype=torch.long)
     for row, n_padding in ((0, 6), (2, 23)):
         ids[row, :n_padding] = mask[row, :n_padding] = 0
@@ -171,16 +184,19 @@ def test_chunks_of_any_size_are_one_prefill(
 
 
 def test_a_window_holds_its_tokens_and_no_more(model: PreTrainedModel) -> None:
-    windows = {1: NARROW, 3: NARROW}
+    windows = {1: NARROW, 3: NARROW, 2: SOME}
     cache = DynamicCache()
-    with skipping(model, plan_of(windows) | SkipPlan({Sublayer(0, "attn"): 1.1})), torch.no_grad():
+    plan = plan_of(windows) | SkipPlan({Sublayer(0, "attn"): 1.1})
+    with skipping(model, plan) as session, torch.no_grad():
         for tokens in (40, 1, 1, 25, 1):
             model(prompt(tokens, batch=2), past_key_values=cache)
             context = cache.get_seq_length()
             heads, width, bytes_per = 2, 8, 4
             per_token = 2 * 2 * heads * width * bytes_per
             held = sum(t.numel() * t.element_size() for t in kv_tensors(cache))
-            assert held == (context + 2 * (7 + 3)) * per_token
+            own = context / 2 + 2.5 * (7 + 3)
+            assert held == own * per_token
+            assert session.summary().kv_bytes == held
     assert context == 68
 
 
@@ -220,8 +236,9 @@ def test_many_blocks_are_computed_part_by_part(
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_a_window_that_begins_with_decoding(cell: PreTrainedModel) -> None:
-    windows = windows_for(cell)
+@both_sorts
+def test_a_window_that_begins_with_decoding(cell: PreTrainedModel, first: Window) -> None:
+    windows = windows_for(cell, first)
     stock = masked(cell, windows)
     ids, mask = prompt(29, batch=2), torch.ones(2, 29, dtype=torch.long)
     ids[0, :6] = mask[0, :6] = 0
@@ -231,19 +248,49 @@ def test_a_window_that_begins_with_decoding(cell: PreTrainedModel) -> None:
         if mode:
             cache = StaticCache(config=cell.config, max_cache_len=64)
         with torch.no_grad():
-            first = cell.generate(
+            answer = cell.generate(
                 ids, max_new_tokens=1, past_key_values=cache, min_new_tokens=1, **kwargs
             )
-            token, grown = first[:, -1:], torch.cat([mask, torch.ones(2, 1).long()], dim=1)
+            token, grown = answer[:, -1:], torch.cat([mask, torch.ones(2, 1).long()], dim=1)
             positions = (grown.cumsum(-1) - 1)[:, -1:]
             expected = stock(
                 token, attention_mask=grown, position_ids=positions, past_key_values=cache
             ).logits
         with skipping(cell, plan_of(windows), scope="decode") as session:
             tokens = cell.generate(ids, max_new_tokens=3, min_new_tokens=3, **kwargs, **mode)
-            assert torch.equal(tokens[:, 29], first[:, 29])
+            assert torch.equal(tokens[:, 29], answer[:, 29])
             assert torch.equal(tokens[:, 30], expected[:, -1].argmax(-1))
             assert session.plan == plan_of(windows)
+
+
+@pytest.mark.parametrize("heads", [(0,), (2,), (0, 1), (1, 2), (0, 2)], ids=str)
+def test_any_heads_in_any_chunks(heads: tuple[int, ...]) -> None:
+    model = tiny_model("llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    windows = {0: Window(16, 2, heads, 3), 1: Window(16, 2), 2: Window(16, 2, (1,), 3)}
+    ids = prompt(90, batch=2)
+    cache, found = DynamicCache(), []
+    with torch.no_grad():
+        expected = masked(model, windows)(ids, use_cache=False).logits
+        with skipping(model, plan_of(windows)) as session:
+            for part in ids.split([1, 40, 1, 30, 18], dim=1):
+                with session.prefill():
+                    found.append(model(part, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=5e-5)
+    held = [sum(t.shape[1] * t.shape[2] for t in kv_tensors(only(cache, n))) for n in range(4)]
+    n_own = len(heads)
+    assert held == [
+        2 * (n_own * 18 + (3 - n_own) * 90),
+        2 * 3 * 18,
+        2 * (18 + 2 * 90),
+        2 * 3 * 90,
+    ]
+
+
+def only(cache: DynamicCache, layer: int) -> Any:
+    """A cache of one layer of another one."""
+    one = copy.copy(cache)
+    one.layers = [cache.layers[layer]]
+    return one
 
 
 def test_decoding_from_a_full_cache_frees_what_no_window_sees(model: PreTrainedModel) -> None:
@@ -257,7 +304,7 @@ def test_decoding_from_a_full_cache_frees_what_no_window_sees(model: PreTrainedM
 
 
 def test_windows_in_bfloat16(model: PreTrainedModel) -> None:
-    windows = {0: NARROW, 2: WIDE}
+    windows = {0: SOME, 2: WIDE}
     ids = prompt(50)
     expected = masked(model, windows)(ids).logits
     with skipping(model.bfloat16(), plan_of(windows)), torch.no_grad():
@@ -268,8 +315,10 @@ def test_windows_in_bfloat16(model: PreTrainedModel) -> None:
 
 def test_one_graph_per_plan_of_windows(model: PreTrainedModel) -> None:
     torch._dynamo.reset()
-    assert new_graphs(model, FixedSkipping(plan_of({0: NARROW, 2: NARROW}))) == 2
-    assert new_graphs(model, FixedSkipping(plan_of({0: NARROW, 2: NARROW}))) == 0
+    # Once one for the language model's head.
+    for windows, n_new in (({0: NARROW, 2: NARROW}, 2), ({0: SOME, 2: NARROW}, 1)):
+        assert new_graphs(model, FixedSkipping(plan_of(windows))) == n_new
+        assert new_graphs(model, FixedSkipping(plan_of(windows))) == 0
     torch._dynamo.reset()
 
 
@@ -288,11 +337,12 @@ def test_leaving_gives_the_stock_attention_back(model: PreTrainedModel) -> None:
     assert torch.equal(inside(ids).logits, dense)
 
 
-def test_gradients_are_those_of_the_mask(model: PreTrainedModel) -> None:
+@both_sorts
+def test_gradients_are_those_of_the_mask(model: PreTrainedModel, first: Window) -> None:
     ids = prompt(40)
     grads = []
-    stock = masked(model, {0: NARROW})
-    for each, plan in ((stock, SkipPlan()), (model, plan_of({0: NARROW}))):
+    stock = masked(model, {0: first})
+    for each, plan in ((stock, SkipPlan()), (model, plan_of({0: first}))):
         with skipping(each, plan):
             each(ids).logits.square().mean().backward()
         grads.append(each.model.layers[0].self_attn.k_proj.weight.grad)
@@ -302,7 +352,7 @@ def test_gradients_are_those_of_the_mask(model: PreTrainedModel) -> None:
 def test_copied_caches_go_on_apart(model: PreTrainedModel) -> None:
     cache = DynamicCache()
     ids, other = prompt(31), prompt(31, seed=5)
-    with skipping(model, plan_of({0: NARROW, 1: NARROW})), torch.no_grad():
+    with skipping(model, plan_of({0: NARROW, 1: SOME})), torch.no_grad():
         model(ids[:, :20], past_key_values=cache)
         twin = copy.deepcopy(cache)
         one = model(ids[:, 20:], past_key_values=cache).logits
@@ -312,8 +362,9 @@ def test_copied_caches_go_on_apart(model: PreTrainedModel) -> None:
         torch.testing.assert_close(model(whole).logits[:, 20:], two, rtol=0, atol=1e-5)
 
 
-def test_the_stream_of_a_window_is_that_of_the_model(cell: PreTrainedModel) -> None:
-    windows = windows_for(cell)
+@both_sorts
+def test_the_stream_of_a_window_is_that_of_the_model(cell: PreTrainedModel, first: Window) -> None:
+    windows = windows_for(cell, first)
     plan = plan_of(windows)
     ids = prompt(50)
     with measuring(cell):
@@ -329,11 +380,12 @@ def test_the_stream_of_a_window_is_that_of_the_model(cell: PreTrainedModel) -> N
 
 
 def test_a_plan_file_keeps_windows(tmp_path: Path) -> None:
-    plan = plan_of({0: NARROW, 2: WIDE}) | SkipPlan({Sublayer(1, "attn"): 1.5})
+    plan = plan_of({0: NARROW, 2: WIDE, 3: SOME}) | SkipPlan({Sublayer(1, "attn"): 1.5})
     plan.save(tmp_path / "plan.safetensors")
     loaded = SkipPlan.load(tmp_path / "plan.safetensors")
     assert loaded == plan
-    assert loaded.windows == {0: NARROW, 2: WIDE}
+    assert loaded.windows == {0: NARROW, 2: WIDE, 3: SOME}
+    assert loaded.digest == plan.digest != (plan | plan_of({3: NARROW})).digest
     assert loaded.layers("attn") == (1,)
     assert loaded.gains == {Sublayer(1, "attn"): 1.5}
 
@@ -347,11 +399,29 @@ def test_windows_that_cannot_be(size: Any, sinks: Any, message: str) -> None:
         Window(size, sinks)
 
 
+@pytest.mark.parametrize(
+    ("heads", "of_heads", "message"),
+    [
+        ((0, 1), 2, "some of 0 to 1, not \\(0, 1\\)"),
+        ((2,), 2, "some of 0 to 1, not \\(2,\\)"),
+        ((-1,), 2, "some of 0 to 1"),
+        ((), 2, "says which, and of how many"),
+        ((1,), None, "says which, and of how many"),
+        (None, 2, "says which, and of how many"),
+        (1, 2, "says which, and of how many"),
+    ],
+)
+def test_heads_that_cannot_be(heads: Any, of_heads: Any, message: str) -> None:
+    with pytest.raises(AdaskipError, match=message):
+        Window(8, 4, heads, of_heads)
+
+
 def test_what_no_model_or_sublayer_takes(model: PreTrainedModel) -> None:
     with pytest.raises(AdaskipError, match="takes the place of attention, not of ffn1"):
         SkipPlan({Sublayer(1, "ffn"): NARROW})
     cases = [
         (model, {0: Window(256, 1)}, "256 \\+ 1 tokens, more than the model's 256 positions"),
+        (model, {0: Window(8, 1, (0,), 3)}, "heads \\(0,\\) of 3, but the model has 2"),
         (tiny_model("mistral"), {1: NARROW}, "sliding window of 24 tokens already"),
         (tiny_model("gemma2", "eager"), {0: NARROW}, "sliding window of 16 tokens already"),
     ]
@@ -390,7 +460,7 @@ def test_what_a_window_dropped_does_not_come_back(model: PreTrainedModel) -> Non
     cache = DynamicCache()
     with skipping(model, plan_of({0: NARROW})), torch.no_grad():
         model(prompt(20), past_key_values=cache)
-    for plan in (SkipPlan(), plan_of({0: WIDE})):
+    for plan in (SkipPlan(), plan_of({0: WIDE}), plan_of({0: SOME})):
         with (
             skipping(model, plan),
             torch.no_grad(),
@@ -407,7 +477,7 @@ def test_a_cache_with_windows_outside_of_the_block(model: PreTrainedModel) -> No
     ids = prompt(20)
     dense = model(ids).logits
     for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=64)):
-        with skipping(model, plan_of({0: NARROW, 2: NARROW})), torch.no_grad():
+        with skipping(model, plan_of({0: NARROW, 2: SOME})), torch.no_grad():
             model(ids, past_key_values=cache)
         with torch.no_grad(), pytest.raises(CacheHoleError, match="cannot run again"):
             model(ids, past_key_values=cache)
@@ -421,14 +491,17 @@ def test_a_cache_with_windows_outside_of_the_block(model: PreTrainedModel) -> No
 
 def test_windows_beneath_the_hooks_of_accelerate(model: PreTrainedModel) -> None:
     ids = prompt(40, batch=2)
-    expected = generated(masked(model, {0: NARROW, 3: WIDE}), ids, do_sample=False)
+    windows = {0: NARROW, 2: SOME, 3: WIDE}
+    expected = generated(masked(model, windows), ids, do_sample=False)
     hooked = cpu_offload(model, execution_device=torch.device("cpu"))
-    with skipping(hooked, plan_of({0: NARROW, 3: WIDE})):
+    with skipping(hooked, plan_of(windows)):
         actual = generated(hooked, ids, do_sample=False)
     assert torch.equal(actual[0], expected[0])
 
 
-@pytest.mark.parametrize("plan", [plan_of({0: NARROW}), SkipPlan({Sublayer(1, "attn"): None})])
+@pytest.mark.parametrize(
+    "plan", [plan_of({0: NARROW}), plan_of({0: SOME}), SkipPlan({Sublayer(1, "attn"): None})]
+)
 def test_a_static_cache_keeps_its_tensors_from_request_to_request(
     model: PreTrainedModel, plan: SkipPlan
 ) -> None:

@@ -55,9 +55,9 @@ class Choice:
         found = []
         for sublayer, options in self.menu.options.items():
             if sublayer.kind == more.sublayer.kind:
-                lost = {o.name: self.lost[o] for o in options if o in self.lost}
-                if lost.get(less.name, 0.0) > 0 and more.name in lost:
-                    found.append(lost[more.name] / lost[less.name])
+                lost = {o.sort: self.lost[o] for o in options if o in self.lost}
+                if lost.get(less.sort, 0.0) > 0 and more.sort in lost:
+                    found.append(lost[more.sort] / lost[less.sort])
         return max(1.0, min(found)) ** 0.5 if len(found) >= _ENOUGH else 1.0
 
     def seen_now(self, sublayer: Sublayer) -> float:

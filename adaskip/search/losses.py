@@ -18,7 +18,7 @@ from adaskip.errors import AdaskipError, unknown_name
 from adaskip.fitting import Moments
 from adaskip.plan import Sublayer, all_sublayers
 from adaskip.recorders import median
-from adaskip.replacements import Replacement
+from adaskip.replacements import Replacement, Window
 from adaskip.search.cross_fitting import CrossFitted, Learned, for_all, for_row
 from adaskip.streams import Calls, Sublayers
 from adaskip.warmup import checked_prompts
@@ -128,6 +128,25 @@ class Losses:
             moments.add(x[_SINKS:], delta[_SINKS:])
             by_row.append(moments)
         return CrossFitted(by_row, rank, _RIDGE)
+
+    def heads_by_harm(self, sublayer: Sublayer, window: Window, of_heads: int) -> tuple[int, ...]:
+        """Key-value heads of an attention, the one first that a window changes least.
+
+        A change is that of the stream behind the attention when one head alone has the window:
+        the mean over tokens of its norm against the stream's. Nothing behind it is computed.
+        """
+        harm = []
+        for head in range(of_heads):
+            alone = {sublayer: Window(window.size, window.sinks, (head,), of_heads)}
+            total = torch.zeros(())
+            for stream in self._streams:
+                x, y = stream.before[sublayer.position : sublayer.position + 2]
+                found = self.sublayers.through(sublayer, x, stream.calls, alone)
+                change = (found - y).float().norm(dim=-1) / y.float().norm(dim=-1)
+                total = total + change.mean().cpu()
+            harm.append(float(total))
+        self.n_run += of_heads * len(self._streams)
+        return tuple(sorted(range(of_heads), key=lambda head: harm[head]))
 
     def pairs(self, sublayer: Sublayer) -> list[tuple[Tensor, Tensor]]:
         """Per row a sublayer's input and what it adds: [tokens, hidden] each."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.plan import Sublayer, all_sublayers
 from adaskip.profiling.plan_times import linear_like, windowable
-from adaskip.replacements import Replacement, Window
+from adaskip.replacements import Linear, Replacement, Window
 from adaskip.sublayer_times import GAIN, PlanTimes, replacement_name
 
-Name = Literal["gain", "linear", "window"]
+# "window" is one of a whole attention, "heads" one of some of its key-value heads.
+Name = Literal["gain", "linear", "window", "heads"]
 MENU: tuple[Name, ...] = get_args(Name)
+WINDOWED: tuple[Name, ...] = ("window", "heads")
+# Which key-value heads of an attention a window harms least: those first.
+HeadsByHarm = Callable[[Sublayer, Window, int], Sequence[int]]
 # An option of the methods that put nothing in a sublayer's place.
 NOTHING = "nothing"
 # Sums of seconds and of shares are compared up to their rounding.
@@ -48,6 +52,14 @@ class Option:
         """Whether it is a gain or a linear map."""
         return self.window is None and self.name != NOTHING
 
+    @property
+    def sort(self) -> str:
+        """What options of other sublayers are like it, whichever heads they are of."""
+        heads = None if self.window is None else self.window.heads
+        if self.window is None or heads is None:
+            return self.name
+        return f"{replacement_name(self.window.whole)} of {len(heads)} heads"
+
     def less_than(self, other: Option) -> bool:
         """Whether it replaces less of the same sublayer: it saves less, or as much and frees less.
 
@@ -61,7 +73,7 @@ class Dishes:
     """What a search may put in a sublayer's place.
 
     Attributes:
-        names: "gain", "linear", "window".
+        names: "gain", "linear", "window", "heads".
         windows: sizes in tokens.
         rank: of linear maps; None for full ones.
     """
@@ -72,7 +84,11 @@ class Dishes:
 
     def __str__(self) -> str:
         """As a plan tells them: `gain, linear 64, window 128 256`."""
-        more = {"linear": [] if self.rank is None else [self.rank], "window": self.windows}
+        more: dict[str, Sequence[int]] = {
+            "linear": [] if self.rank is None else [self.rank],
+            "window": self.windows,
+            "heads": [max(self.windows, default=0)],
+        }
         return ", ".join(" ".join(map(str, [name, *more.get(name, [])])) for name in self.names)
 
     def check(self) -> None:
@@ -86,10 +102,15 @@ class Dishes:
             )
         if isinstance(self.windows, int):
             raise AdaskipError(f"windows is {self.windows}; give sizes, e.g. ({self.windows},).")
-        if "window" in self.names and not self.windows:
+        if self.has_windows and not self.windows:
             raise AdaskipError("No window to choose: give sizes in tokens, e.g. windows=(128,).")
         for size in self.windows:
             Window(size)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether windows may be chosen."""
+        return any(name in self.names for name in WINDOWED)
 
     def samples(self, model: PreTrainedModel) -> list[Replacement]:
         """One replacement of each sort, to be timed.
@@ -98,7 +119,7 @@ class Dishes:
             AdaskipError: a window does not fit the model.
         """
         made: list[Replacement] = []
-        if "window" in self.names:
+        if self.has_windows:
             made += [Window(size) for size in self.windows]
         if "linear" in self.names:
             made.append(linear_like(model, self.rank))
@@ -115,34 +136,41 @@ class Menu:
         model: whose masks say where a window may be.
         dishes: what may be chosen.
         times: of the sublayers and of what may be chosen.
+        by_harm: tells the heads of an attention apart.
     """
 
-    def __init__(self, model: PreTrainedModel, dishes: Dishes, times: PlanTimes) -> None:
+    def __init__(
+        self, model: PreTrainedModel, dishes: Dishes, times: PlanTimes, by_harm: HeadsByHarm
+    ) -> None:
         n_layers, context = times.dense.n_layers, times.dense.context
-        own = model.config.get_text_config(decoder=True).num_hidden_layers
+        config: Any = model.config.get_text_config(decoder=True)
+        own = config.num_hidden_layers
         if n_layers != own:
             raise AdaskipError(
                 f"The times are of {n_layers} layers, this model has {own}; measure its own."
             )
-        sorts: list[tuple[str, Window | None]] = []
-        if GAIN in dishes.names:
-            sorts.append((GAIN, None))
-        for sample in dishes.samples(model):
-            window = sample if isinstance(sample, Window) else None
-            sorts.append((replacement_name(sample), window))
-        allowed = {w: set(windowable(model, w)) for _, w in sorts if w is not None}
+        samples = dishes.samples(model)
+        learned = [GAIN] if GAIN in dishes.names else []
+        learned += [replacement_name(sample) for sample in samples if isinstance(sample, Linear)]
+        windows = [sample for sample in samples if isinstance(sample, Window)]
+        allowed = {window: set(windowable(model, window)) for window in windows}
+        n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         found: dict[Sublayer, tuple[Option, ...]] = {}
         for sublayer in all_sublayers(n_layers):
-            options = []
-            for name, window in sorts:
-                if window is not None and (
-                    sublayer.kind != "attn" or sublayer.layer not in allowed[window]
-                ):
-                    continue
-                held = window.held(context) / context if window else 0.0
-                freed = (1 - held) / n_layers if sublayer.kind == "attn" else 0.0
-                saved = times.saved(sublayer, name)
-                options.append(Option(sublayer, name, window, saved, freed))
+            is_attention = sublayer.kind == "attn"
+            freed = 1 / n_layers if is_attention else 0.0
+            options = [
+                Option(sublayer, name, None, times.saved_by(sublayer, name), freed)
+                for name in learned
+            ]
+            own_windows = [w for w in windows if is_attention and sublayer.layer in allowed[w]]
+            placed = own_windows if "window" in dishes.names else []
+            if "heads" in dishes.names:
+                placed = placed + _of_some_heads(sublayer, own_windows, n_heads, by_harm)
+            for window in placed:
+                saved, share = times.saved(sublayer, window), 1 - window.held(context) / context
+                name = replacement_name(window)
+                options.append(Option(sublayer, name, window, saved, share / n_layers))
             found[sublayer] = tuple(sorted(options, key=lambda o: (o.saved, o.freed)))
         self.options: Mapping[Sublayer, tuple[Option, ...]] = found
 
@@ -156,6 +184,20 @@ class Menu:
     def freeable(self) -> float:
         """The largest share of the keys and values that can be freed."""
         return sum(max([0.0, *(o.freed for o in options)]) for options in self.options.values())
+
+
+def _of_some_heads(
+    sublayer: Sublayer, windows: Sequence[Window], n_heads: int, by_harm: HeadsByHarm
+) -> list[Window]:
+    """The largest window in all heads but the one, two, four, ... that it harms most."""
+    if not windows or n_heads < 2:
+        return []
+    largest = max(windows, key=lambda window: window.size)
+    order = by_harm(sublayer, largest, n_heads)
+    numbers = [2**power for power in range(n_heads.bit_length()) if 2**power < n_heads]
+    return [
+        Window(largest.size, largest.sinks, tuple(order[: n_heads - n]), n_heads) for n in numbers
+    ]
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ def search_plan(
         batch: sequences at which times count.
         kv_share: the largest share of the dense keys and values that may be held at that context;
             None for any.
-        replacements: what may take a sublayer's place, of "gain", "linear" and "window".
+        replacements: what may take a sublayer's place, of "gain", "linear", "window" (of a whole
+            attention) and "heads" (the largest of the windows in all key-value heads but the one,
+            two, four, ... that it harms most, as the stream behind that attention tells).
         windows: sizes of windows, in tokens.
         rank: of linear maps; None for full ones.
         times: of sublayers and replacements, in place of measured ones.
@@ -108,7 +110,7 @@ def search_plan(
         given = PlanTimes(times) if isinstance(times, SublayerTimes) else times
         journal = Journal(record, identity(model, rows))
         plan_times = given or _times(model, asked, samples, journal)
-        menu = Menu(model, dishes, plan_times)
+        menu = Menu(model, dishes, plan_times, losses.heads_by_harm)
         trials = Trials(losses, rank, journal, progress=progress)
         with closing(trials):
             course = Course.begun(losses, plan_times)

@@ -141,6 +141,6 @@ def kv_bytes(config: Any, plan: SkipPlan, tokens: int, batch: int, itemsize: int
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     gone = {*plan.layers("attn"), *plan.windows}
     running = (layer for layer in range(text.num_hidden_layers) if layer not in gone)
-    held = sum(kept_tokens(text, layer, tokens) for layer in running)
+    held: float = sum(kept_tokens(text, layer, tokens) for layer in running)
     held += sum(window.held(tokens) for window in plan.windows.values())
-    return int(2 * batch * heads * width * itemsize * held)
+    return round(float(2 * batch * heads * width * itemsize * held))

@@ -64,7 +64,7 @@ def checked_kv(model: PreTrainedModel, case: Case, run: CaseRun, context: int, b
     held = context + len(run.plans) - 1
     config = model.config.get_text_config(decoder=True)
     tokens_of = dict.fromkeys(range(config.num_hidden_layers), held)
-    windowed = {layer for plan in run.plans for layer in plan.windows}
+    windowed: dict[int, float] = {}
     # Attention that SkipDecode leaves out later has kept what it had when it last ran; a static
     # cache has room for all tokens from the first one that is kept.
     plans = run.plans[:1] if case.cache == "static" else run.plans
@@ -72,13 +72,13 @@ def checked_kv(model: PreTrainedModel, case: Case, run: CaseRun, context: int, b
         for layer in plan.layers("attn"):
             tokens_of[layer] = context + number - 1 if number else 0
         for layer, window in plan.windows.items():
-            tokens_of[layer] = _window_room(window, held, static=case.cache == "static")
+            room = _window_room(window, held, static=case.cache == "static")
+            windowed[layer] = held - window.share * (held - room)
     static = case.cache == "static"
     for layer, tokens in tokens_of.items():
-        if layer not in windowed:
-            tokens_of[layer] = kept_tokens(config, layer, tokens, static=static)
+        tokens_of[layer] = kept_tokens(config, layer, tokens, static=static)
     one = kv_bytes(model.config, EMPTY_PLAN, 1, batch, model.dtype.itemsize) // len(tokens_of)
-    formula = one * sum(tokens_of.values())
+    formula = round(one * sum((tokens_of | windowed).values()))
     if formula != run.times.kv_bytes:
         raise RunError(
             f"{case.label}: the cache holds {run.times.kv_bytes} bytes of keys and values, by "
@@ -102,7 +102,8 @@ def with_replacements(
 ) -> dict[Phase, PlanTimes]:
     """The sublayers' times, with those of what takes places in the cases, measured now."""
     plans = [plan for own in measured.values() for plan in own.first.plans]
-    sorts = {replacement_name(r): r for plan in plans for r in plan.values()}
+    found = [r.whole if isinstance(r, Window) else r for plan in plans for r in plan.values()]
+    sorts = {replacement_name(r): r for r in found}
     sorts.pop(GAIN, None)
     if not sorts:
         return {phase: PlanTimes(times) for phase, times in dense.items()}
