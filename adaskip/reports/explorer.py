@@ -16,6 +16,7 @@ from adaskip.replacements import Linear, Window
 from adaskip.runs.files import write_text
 from adaskip.search.course import Course, named
 from adaskip.search.menu import NOTHING
+from adaskip.sublayer_times import replacement_name
 
 _HERE = Path(__file__).parent
 # What the page's three files become one by.
@@ -104,7 +105,7 @@ def _detail(replacement: float | Linear | Window | None) -> str:
     if replacement is None:
         return NOTHING
     if isinstance(replacement, Window):
-        return f"window {replacement.size}, {replacement.sinks} sinks"
+        return f"{replacement_name(replacement)}, {replacement.sinks} sinks"
     if isinstance(replacement, Linear):
         return f"linear map, rank {min(replacement.factors[0].shape)}"
     return f"gain {replacement:.4g}"

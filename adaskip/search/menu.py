@@ -55,10 +55,11 @@ class Option:
     @property
     def sort(self) -> str:
         """What options of other sublayers are like it, whichever heads they are of."""
-        heads = None if self.window is None else self.window.heads
-        if self.window is None or heads is None:
+        window = self.window
+        if window is None or window.heads is None:
             return self.name
-        return f"{replacement_name(self.window.whole)} of {len(heads)} heads"
+        n_heads = f"{len(window.heads)} of {window.of_heads}"
+        return f"{replacement_name(window.whole)} in {n_heads} heads"
 
     def less_than(self, other: Option) -> bool:
         """Whether it replaces less of the same sublayer: it saves less, or as much and frees less.

@@ -79,8 +79,8 @@ class Trials:
             self._latest = (asked, changed) if counts else ("", None)
         if not self._plan and len(options) == 1:
             [option] = options
-            first, _ = self.alone.get(option.sublayer, (option.name, loss))
-            if first == option.name:
+            first, _ = self.alone.get(option.sublayer, (option.sort, loss))
+            if first == option.sort:
                 # Of all rows, if it comes to that: they are looked at after the few.
                 self.alone[option.sublayer] = first, float(loss)
         return float(loss)
