@@ -17,6 +17,8 @@ from adaskip.sublayer_times import GAIN, PlanTimes, replacement_name
 # "window" is one of a whole attention, "heads" one of some of its key-value heads.
 Name = Literal["gain", "linear", "window", "heads"]
 MENU: tuple[Name, ...] = get_args(Name)
+# Heads are for long prompts: short ones have little attention to save.
+USUAL: tuple[Name, ...] = ("gain", "linear", "window")
 WINDOWED: tuple[Name, ...] = ("window", "heads")
 # Which key-value heads of an attention a window harms least: those first.
 HeadsByHarm = Callable[[Sublayer, Window, int], Sequence[int]]
