@@ -117,7 +117,8 @@ def _refuse_holes(
     for index, stand_in in stand_ins.items():
         if isinstance(stand_in, WindowCacheLayer):
             window = windows.get(index)
-            same = window is not None and window[::2] == (stand_in.track, stand_in.split)
+            held = stand_in.track, stand_in.split
+            same = window is not None and (window.track, window.split) == held
             if stand_in.length and not same and index not in skipped:
                 raise CacheHoleError(
                     f"Attention of layer {index} had a window of {stand_in.track.window.size} "

@@ -155,7 +155,7 @@ class Window:
         heads, of_heads = self.heads, self.of_heads
         if heads is None and of_heads is None:
             return
-        if not is_whole(of_heads) or isinstance(heads, int | str) or not heads:
+        if not is_whole(of_heads) or not isinstance(heads, list | tuple) or not heads:
             raise AdaskipError(
                 f"A Window of some heads says which, and of how many: heads=(0, 2), of_heads=3; "
                 f"not heads={heads!r}, of_heads={of_heads!r}."

@@ -52,12 +52,13 @@ def model() -> PreTrainedModel:
 
 
 def replaced(hidden: int) -> SkipPlan:
-    """A window, a full linear map and one of two factors."""
+    """A window, one of two heads of three, a full linear map and one of two factors."""
     torch.manual_seed(0)
     weight, thin = torch.randn(hidden, hidden) / hidden, torch.randn(2, hidden, 4) / hidden
     return SkipPlan(
         {
             Sublayer(0, "attn"): Window(8, sinks=2),
+            Sublayer(2, "attn"): Window(8, sinks=2, heads=(0, 2), of_heads=3),
             Sublayer(3, "attn"): Linear(weight, torch.zeros(hidden)),
             Sublayer(4, "ffn"): Linear((thin[0], thin[1].T.contiguous()), torch.zeros(hidden)),
         }
@@ -228,7 +229,13 @@ def test_flash_windows_see_what_blocks_see(
 ) -> None:
     own = random_model("smollm2", device="cuda", dtype="bfloat16", n_layers=LAYERS)
     ids = random_prompt(own, sum(chunks), 2)
-    plan = SkipPlan({Sublayer(layer, "attn"): Window(size, sinks) for layer in (0, 2, 3)})
+    plan = SkipPlan(
+        {
+            Sublayer(0, "attn"): Window(size, sinks),
+            Sublayer(2, "attn"): Window(size, sinks, heads=(1,), of_heads=3),
+            Sublayer(3, "attn"): Window(size, sinks),
+        }
+    )
     taken = []
 
     def logits(*, flash: bool) -> torch.Tensor:

@@ -106,7 +106,7 @@ def test_skipping_a_quantized_model_is_leaving_its_sublayers_out(
     for hook in hooks:
         hook.remove()
     assert torch.equal(skipped, by_hand)
-    window = Window(7, sinks=3)
+    window = Window(7, sinks=3, heads=(1,), of_heads=2)
     with torch.no_grad(), skipping(model, SkipPlan({Sublayer(1, "attn"): window})):
         windowed = model(prompt(20)).logits
     hook = model.model.layers[1].self_attn.register_forward_pre_hook(
