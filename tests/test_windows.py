@@ -30,6 +30,7 @@ from adaskip import (
 from adaskip.blocks import block_spec
 from adaskip.growing_cache import kv_tensors
 from adaskip.streams import Sublayers, measuring
+from adaskip.window_heads import HeadSplit
 from adaskip.window_track import BLOCK
 
 # The prompt of the matrix has 29 tokens, the answer 12: one window is passed in prefill, one later.
@@ -397,6 +398,14 @@ def test_a_plan_file_keeps_windows(tmp_path: Path) -> None:
 def test_windows_that_cannot_be(size: Any, sinks: Any, message: str) -> None:
     with pytest.raises(AdaskipError, match=message):
         Window(size, sinks)
+
+
+def test_some_heads_of_a_model_split_over_processes() -> None:
+    split = HeadSplit.of(SOME)
+    assert split is not None
+    split.check(torch.zeros(1, 2, 5, 8))
+    with pytest.raises(UnsupportedCallError, match="numbers all 2 .* this process has 1 of them"):
+        split.check(torch.zeros(1, 1, 5, 8))
 
 
 @pytest.mark.parametrize(
