@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -136,7 +137,8 @@ class Window:
         of = "" if self.heads is None else f", heads={self.heads}, of_heads={self.of_heads}"
         return f"Window(size={self.size}, sinks={self.sinks}{of})"
 
-    @property
+    # Every decode step asks for it.
+    @cached_property
     def whole(self) -> Window:
         """The window of the same shape that all heads have."""
         return self if self.heads is None else Window(self.size, self.sinks)
