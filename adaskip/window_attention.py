@@ -180,16 +180,23 @@ class _Settings:
     def __init__(self, scaling: float | None, dropout: float, softcap: float | None) -> None:
         self.scaling, self.dropout, self.softcap = scaling, dropout, softcap
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(query key^T) value over the keys that are seen: [..., queries, head_dim]."""
         if self.softcap is None:
             return scaled_dot_product_attention(
-                query, key, value, mask, dropout_p=self.dropout, scale=self.scaling
+                query,
+                key,
+                value,
+                mask,
+                dropout_p=self.dropout,
+                scale=self.scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
             )
         scale = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
         scores = (query @ key.transpose(-1, -2)) * scale
         scores = torch.tanh(scores / self.softcap) * self.softcap
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
         return dropout(weights, self.dropout, training=self.dropout > 0) @ value
 
@@ -205,12 +212,15 @@ def _decode(
     """One token per sequence, which sees what is held and itself."""
     batch, heads, _, width = query.shape
     if held is None:
-        keys, values, mask = key, value, torch.ones_like(step.mask[..., :1])
+        # It sees itself.
+        keys, values, mask = key, value, None
     else:
         keys, values = held.put(key, value, step)
         mask = step.mask
-    # The query heads of one key-value head are rows of one product: keys are read once.
-    together = query.reshape(batch, key.shape[1], -1, width)
+    # The query heads of one key-value head are rows of one product: keys are read once. A CPU's
+    # kernel shares out heads, not rows, so that cores would wait where one head has a window.
+    apart = query.device.type == "cpu" and query.dtype == torch.float32 and settings.softcap is None
+    together = query if apart else query.reshape(batch, key.shape[1], -1, width)
     return settings.attend(together, keys, values, mask).reshape(batch, 1, heads, -1)
 
 

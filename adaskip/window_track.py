@@ -32,14 +32,15 @@ class DecodeStep:
     With a cache that is compiled they are the same tensors in every step.
 
     Attributes:
-        mask: whether a place of the buffer is seen: bool [rows, 1, 1, sinks + ring].
+        mask: whether a place of the buffer is seen: bool [rows, 1, 1, sinks + ring]; None where it
+            is known that all are.
         place: of the token in the buffer: [1].
         fill: whether the token is a sink, by sink: bool [rows, 1, sinks, 1]; None if all sinks are
             there.
         room: length of the buffer.
     """
 
-    mask: Tensor
+    mask: Tensor | None
     place: Tensor
     fill: Tensor | None
     room: int
@@ -167,7 +168,8 @@ class WindowTrack:
     def _fix(self, step: DecodeStep) -> DecodeStep:
         """A decode step with the same numbers in tensors that stay where they are."""
         fixed = self._fixed
-        if fixed is None or fixed.mask.shape != step.mask.shape:
+        assert step.mask is not None  # noqa: S101 - a static track's step always has one
+        if fixed is None or fixed.mask is None or fixed.mask.shape != step.mask.shape:
             fill = None if step.fill is None else _staying(step.fill)
             fixed = DecodeStep(_staying(step.mask), _staying(step.place), fill, step.room)
             self._fixed = fixed
@@ -183,6 +185,7 @@ class WindowTrack:
         """The next token of rows that are all alike: the device is told what is new of it."""
         fixed, number, sinks = self._fixed, self._length, self.window.sinks
         assert fixed is not None  # noqa: S101 - there is one where it was brought to a token
+        assert fixed.mask is not None  # noqa: S101 - and it has a mask
         place = sinks + number % self.window.size
         fixed.mask[..., number if number < sinks else place] = True
         fixed.place.fill_(place)
@@ -219,9 +222,13 @@ class WindowTrack:
         self._ring = self._ring.index_copy(1, place - sinks, seen)
         # Padding sees itself: a query that sees nothing would be NaN.
         visible = self._ring.index_copy(1, place - sinks, ~is_sink)
-        mask = torch.cat([self._sinks, visible], dim=1)[:, None, None]
         fill = of_sink[:, None] if self._filling and sinks else None
-        return DecodeStep(mask, place, fill, mask.shape[-1])
+        room = sinks + self._ring.shape[1]
+        # What is compiled keeps its mask; elsewhere attention is cheaper without one.
+        if not (self._static or self._padded) and self._length + 1 >= sinks + size:
+            return DecodeStep(None, place, fill, room)
+        mask = torch.cat([self._sinks, visible], dim=1)[:, None, None]
+        return DecodeStep(mask, place, fill, room)
 
     def _several(self, seen: Tensor, is_sink: Tensor, of_sink: Tensor) -> BlockStep:
         """A forward of several tokens."""

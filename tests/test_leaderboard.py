@@ -116,19 +116,20 @@ def test_every_part_is_made_once(
         maker.make("plans")
 
 
-def test_a_menu_says_the_rank_of_its_maps(
+def test_a_menu_says_the_rank_of_its_maps_and_the_share_of_keys_and_values(
     make: Callable[..., tuple[Board, Maker]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
     def search(*args: Any, **settings: Any) -> Any:
-        asked.append((settings.get("replacements"), settings["rank"]))
+        asked.append((settings.get("replacements"), settings["rank"], settings["kv_share"]))
         raise AdaskipError("nothing can reach it")
 
     monkeypatch.setattr(making, "search_plan", search)
-    board, maker = make(methods=["SEARCH", "SEARCH gain linear", "SEARCH linear16 window"])
+    board, maker = make(methods=["SEARCH", "SEARCH gain linear kv25", "SEARCH linear16 window"])
     maker.make("plans")
-    assert asked == [(None, None), (["gain", "linear"], None), (["linear", "window"], 16)]
+    gain, window = (["gain", "linear"], None, 0.25), (["linear", "window"], 16, None)
+    assert asked == [(None, None, None), gain, window]
     assert [board.recipe(point)["rank"] for point in board.points] == [None, None, 16]
 
 
@@ -362,6 +363,8 @@ def test_shipped_plans_tell_what_was_measured(
         (json.dumps(FILE | {"methods": ["SEARCH gian"]}), "Unknown replacement 'gian'"),
         (json.dumps(FILE | {"methods": ["SEARCH window64"]}), "Unknown replacement 'window64'"),
         (json.dumps(FILE | {"methods": ["SEARCH linear0"]}), "Unknown replacement 'linear0'"),
+        (json.dumps(FILE | {"methods": ["SEARCH kv"]}), "Unknown replacement 'kv'"),
+        (json.dumps(FILE | {"methods": ["SEARCH kv101"]}), "Unknown replacement 'kv101'"),
         (json.dumps(FILE | {"methods": ["SEARCH linear linear64"]}), "names a replacement twice"),
         (json.dumps(FILE | {"methods": ["EE gain"]}), "which SEARCH alone takes"),
         (json.dumps(FILE | {"scores": {"sample_qu": {"rows": 1}}}), "Unknown task 'sample_qu'"),

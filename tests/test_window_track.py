@@ -16,6 +16,7 @@ REQUESTS = [[1] * 30, [5] + [1] * 30, [40] + [1] * 12, [3] + [1] * 3 + [9] + [1]
 
 def numbers(step: DecodeStep) -> tuple[list[int], int, list[int] | None]:
     fill = None if step.fill is None else step.fill.flatten().int().tolist()
+    assert step.mask is not None
     return step.mask.flatten().int().tolist(), int(step.place), fill
 
 
@@ -80,9 +81,31 @@ def test_with_gradients_every_step_has_its_own_tensors() -> None:
     assert isinstance(first, DecodeStep)
     assert isinstance(second, DecodeStep)
     assert isinstance(third, DecodeStep)
-    assert len({step.mask.data_ptr() for step in (first, second, third)}) == 3
+    assert len({step.place.data_ptr() for step in (first, second, third)}) == 3
+    assert len({tensors(step)[0].data_ptr() for step in (first, second, third)}) == 3
     with torch.no_grad():
         fourth = track.advance(None, 1)
     assert isinstance(fourth, DecodeStep)
     assert fourth is first
     assert numbers(fourth) == ([1, 1, 1, 1], 1, [0])
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_what_is_all_seen_has_no_mask(sinks: int) -> None:
+    track = WindowTrack(Window(3, sinks), CPU)
+    track.advance(None, 2 + sinks - 1)
+    # The first token leaves a place of the ring empty, the second fills it.
+    for masked in (True, False, False):
+        step = track.advance(None, 1)
+        assert isinstance(step, DecodeStep)
+        assert (step.mask is not None) == masked
+        if step.mask is not None:
+            assert step.mask.sum() == step.room - 1
+    static = WindowTrack(Window(3, sinks), CPU, static=True)
+    static.advance(None, 8)
+    padded = WindowTrack(Window(3, sinks), CPU)
+    padded.advance(torch.tensor([[False] + [True] * 7]), 8)
+    for masked_track in (static, padded):
+        step = masked_track.advance(None, 1)
+        assert isinstance(step, DecodeStep)
+        assert step.mask is not None

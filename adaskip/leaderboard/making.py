@@ -167,7 +167,8 @@ class Maker:
         try:
             if method == SEARCH:
                 settings |= {"replacements": point.menu} if point.menu else {}
-                plan = search_plan(self._model, rows, rank=point.rank, **settings)
+                settings |= {"rank": point.rank, "kv_share": point.kv_share}
+                plan = search_plan(self._model, rows, **settings)
             else:
                 plan = make_plan(self._model, rows, method, **settings)
         except AdaskipError as error:

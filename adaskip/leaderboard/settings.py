@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -16,6 +17,9 @@ from adaskip.plan import Phase
 from adaskip.search import MENU, SEARCH
 from adaskip.tasks.spec import task_spec
 
+# Of a search: "kv25" holds a quarter of the dense keys and values.
+_KV = "kv"
+
 Acceleration = Annotated[float, Field(gt=1)]
 Names = Annotated[list[str], Field(min_length=1)]
 
@@ -29,8 +33,8 @@ class Point:
     """A method asked for an acceleration.
 
     Attributes:
-        method: as in the file; with a menu, "SEARCH gain window", or "SEARCH linear64" for maps of
-            that rank.
+        method: as in the file; with a menu, "SEARCH gain window", "SEARCH linear64" for maps of
+            that rank, or "SEARCH window kv25" to hold a quarter of the keys and values.
         acceleration: that it is asked for, by predicted time.
         task: whose warm-up rows it is made from; None is the file's.
         seed: of the choice of those rows; None is that of all runs.
@@ -56,13 +60,23 @@ class Point:
     @property
     def menu(self) -> list[Any]:
         """What a search may put in a sublayer's place, in the search's words; empty for all."""
-        return [_dish(word)[0] for word in self.method.split()[1:]]
+        return [word for word in self._words if word != _KV]
 
     @property
     def rank(self) -> int | None:
         """Of a search's linear maps; None for full ones."""
-        ranks = (_dish(word)[1] for word in self.method.split()[1:])
-        return next((rank for rank in ranks if rank is not None), None)
+        return self._words.get("linear")
+
+    @property
+    def kv_share(self) -> float | None:
+        """The largest share of the dense keys and values that a search's plan may hold."""
+        percent = self._words.get(_KV)
+        return None if percent is None else percent / 100
+
+    @property
+    def _words(self) -> dict[str, int | None]:
+        """What follows a method's name, with its numbers."""
+        return dict(map(_dish, self.method.split()[1:]))
 
 
 @dataclass(frozen=True)
@@ -187,7 +201,7 @@ class LeaderboardFile(_Settings):
         rounds: in which times are taken, every plan and the dense model in each; more of them go on
             from those that were taken.
         methods: names of `adaskip.methods`; SEARCH may be followed by its menu, in which "linear64"
-            are linear maps of rank 64.
+            are linear maps of rank 64, and by "kv25", to hold 25 % of the keys and values.
         headline: the acceleration at which README tells of methods.
         contexts: by prompt tokens.
         scores: by task.
@@ -281,9 +295,11 @@ def _check_method(method: str) -> None:
     if menu and name != SEARCH:
         raise AdaskipError(f"The method {method!r} has a menu, which {SEARCH} alone takes.")
     for word in menu:
-        dish, rank = _dish(word)
-        if dish not in MENU or (rank is not None and (dish != "linear" or rank < 1)):
-            raise unknown_name("replacement", word, MENU)
+        dish, number = _dish(word)
+        numbered = {"linear": range(1, sys.maxsize), _KV: range(1, 101)}
+        is_right = number in numbered.get(dish, ()) if number is not None else dish in MENU
+        if not is_right:
+            raise unknown_name("replacement", word, [*MENU, f"{_KV}25"])
     if len({_dish(word)[0] for word in menu}) < len(menu):
         raise AdaskipError(f"The method {method!r} names a replacement twice; name each once.")
 
