@@ -467,3 +467,26 @@ def test_more_heads_leave_one_two_or_four_whole() -> None:
     )
     assert str(found["window 16 in 4 of 8 heads"]) == "attn2 window 16 of heads 4 5 6 7"
     assert not menu.options[Sublayer(2, "ffn")]
+
+
+def test_heads_are_looked_at_where_a_window_saves_enough_or_frees_what_is_asked() -> None:
+    model = tiny_model("llama")
+    attention = times().seconds[Sublayer(0, "attn")]
+    dishes = Dishes(["window", "heads"], (8, 16), None)
+
+    def sorts(saved: float, *, frees: bool) -> set[str]:
+        plan_times = PlanTimes(times(), {"window 8": 0.1, "window 16": attention - saved})
+        menu = Menu(model, dishes, plan_times, lambda *_: (1, 0), frees=frees)
+        return {option.sort for option in menu.options[Sublayer(0, "attn")]}
+
+    whole = {"window 8", "window 16"}
+    assert sorts(0.26 * attention, frees=False) == whole | {"window 16 in 1 of 2 heads"}
+    assert sorts(0.24 * attention, frees=False) == whole
+    assert sorts(0.24 * attention, frees=True) == whole | {"window 16 in 1 of 2 heads"}
+
+
+def test_heads_are_on_the_menu_unless_another_is_asked_for() -> None:
+    model = tiny_model("llama")
+    options: dict[str, Any] = {"times": MENU_TIMES, "windows": [8, 16], "rank": 16}
+    plan = search_plan(model, ROWS, **options)
+    assert plan.about["replacements"] == "gain, linear 16, window 8 16, heads 16"

@@ -24,7 +24,7 @@ from adaskip.runs.calibration import calibration_rows, read_texts, text_rows
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.runner import resolve
-from adaskip.search import MENU, SEARCH, USUAL, WINDOWS, search_plan
+from adaskip.search import MENU, SEARCH, WINDOWS, search_plan
 from adaskip.search.describing import record_name, with_measured
 from adaskip.search.losses import Row
 from adaskip.search.menu import Dishes
@@ -66,7 +66,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="calibrate on these text files, one row each: --context tokens, and how they go on",
     )
-    add("--replacements", nargs="+", default=[*USUAL], help=f"of the search: {' '.join(MENU)}")
+    add("--replacements", nargs="+", default=[*MENU], help=f"of the search: {' '.join(MENU)}")
     add("--windows", nargs="+", type=int, default=[*WINDOWS], metavar="N", help="of the search")
     add("--rank", type=int, metavar="N", help="of the search's linear maps (default: full ones)")
     add("--kv_share", type=float, metavar="SHARE", help="of the search: keys and values held")
@@ -229,7 +229,7 @@ def _is_ready(plan: SkipPlan | None, given: argparse.Namespace) -> bool:
 def _path(folder: Path, given: argparse.Namespace, method: str, ratio: float) -> Path:
     """A plan's file: its method, what the search may use where that is less than all, its ratio."""
     parts = [method]
-    if method == SEARCH and given.replacements != [*USUAL]:
+    if method == SEARCH and given.replacements != [*MENU]:
         parts.append("+".join(given.replacements))
     if method == SEARCH and given.rank is not None:
         parts.append(f"rank{given.rank}")

@@ -17,8 +17,9 @@ from adaskip.sublayer_times import GAIN, PlanTimes, replacement_name
 # "window" is one of a whole attention, "heads" one of some of its key-value heads.
 Name = Literal["gain", "linear", "window", "heads"]
 MENU: tuple[Name, ...] = get_args(Name)
-# Heads are for long prompts: short ones have little attention to save.
-USUAL: tuple[Name, ...] = ("gain", "linear", "window")
+# Some heads are looked at only where a window saves this share of an attention's time or more:
+# elsewhere, in short prompts, they save next to nothing and would be tried one by one.
+_WORTH = 0.25
 WINDOWED: tuple[Name, ...] = ("window", "heads")
 # Which key-value heads of an attention a window harms least: those first.
 HeadsByHarm = Callable[[Sublayer, Window, int], Sequence[int]]
@@ -140,10 +141,18 @@ class Menu:
         dishes: what may be chosen.
         times: of the sublayers and of what may be chosen.
         by_harm: tells the heads of an attention apart.
+        frees: whether keys and values are to be freed, which windows of some heads do even where
+            they save no time.
     """
 
     def __init__(
-        self, model: PreTrainedModel, dishes: Dishes, times: PlanTimes, by_harm: HeadsByHarm
+        self,
+        model: PreTrainedModel,
+        dishes: Dishes,
+        times: PlanTimes,
+        by_harm: HeadsByHarm,
+        *,
+        frees: bool = False,
     ) -> None:
         n_layers, context = times.dense.n_layers, times.dense.context
         config: Any = model.config.get_text_config(decoder=True)
@@ -168,8 +177,11 @@ class Menu:
             ]
             own_windows = [w for w in windows if is_attention and sublayer.layer in allowed[w]]
             placed = own_windows if "window" in dishes.names else []
-            if "heads" in dishes.names:
-                placed = placed + _of_some_heads(sublayer, own_windows, n_heads, by_harm)
+            if "heads" in dishes.names and own_windows:
+                largest = max(own_windows, key=lambda window: window.size)
+                worth = _WORTH * times.dense.seconds[sublayer]
+                if frees or times.saved(sublayer, largest) >= worth:
+                    placed = placed + _of_some_heads(sublayer, largest, n_heads, by_harm)
             for window in placed:
                 saved, share = times.saved(sublayer, window), 1 - window.held(context) / context
                 name = replacement_name(window)
@@ -190,16 +202,15 @@ class Menu:
 
 
 def _of_some_heads(
-    sublayer: Sublayer, windows: Sequence[Window], n_heads: int, by_harm: HeadsByHarm
+    sublayer: Sublayer, window: Window, n_heads: int, by_harm: HeadsByHarm
 ) -> list[Window]:
-    """The largest window in all heads but the one, two, four, ... that it harms most."""
-    if not windows or n_heads < 2:
+    """A window in all heads but the one, two, four, ... that it harms most."""
+    if n_heads < 2:
         return []
-    largest = max(windows, key=lambda window: window.size)
-    order = by_harm(sublayer, largest, n_heads)
+    order = by_harm(sublayer, window, n_heads)
     numbers = [2**power for power in range(n_heads.bit_length()) if 2**power < n_heads]
     return [
-        Window(largest.size, largest.sinks, tuple(order[: n_heads - n]), n_heads) for n in numbers
+        Window(window.size, window.sinks, tuple(order[: n_heads - n]), n_heads) for n in numbers
     ]
 
 
