@@ -125,6 +125,9 @@ class WindowTrack:
         if tokens == 1 and known and real is None and not self._padded:
             self._decoded += decoding
             return self._next_fixed()
+        if tokens == 1 and real is None and self._is_full:
+            self._decoded += decoding
+            return self._next_of_full()
         if self._is_behind:
             self._catch_up()
         # Every row has a real token before its first decode step, so after as many steps as there
@@ -207,6 +210,20 @@ class WindowTrack:
         self._ring = ring.index_fill(1, held, value=True)
         self._is_behind = False
 
+    @property
+    def _is_full(self) -> bool:
+        """Whether it is known that every place holds a token; what is compiled keeps its mask."""
+        full = self.window.sinks + self.window.size
+        return not (self._static or self._padded) and self._length >= full
+
+    def _next_of_full(self) -> DecodeStep:
+        """The next token, in the place of the oldest: all places are seen."""
+        sinks, size = self.window.sinks, self.window.size
+        place = torch.full((1,), sinks + self._length % size, device=self._device)
+        self._n_real = self._n_real + 1
+        self._length += 1
+        return DecodeStep(None, place, None, sinks + size)
+
     def _room(self, tokens: int) -> int:
         """Places of the ring."""
         size = self.window.size
@@ -222,13 +239,9 @@ class WindowTrack:
         self._ring = self._ring.index_copy(1, place - sinks, seen)
         # Padding sees itself: a query that sees nothing would be NaN.
         visible = self._ring.index_copy(1, place - sinks, ~is_sink)
-        fill = of_sink[:, None] if self._filling and sinks else None
-        room = sinks + self._ring.shape[1]
-        # What is compiled keeps its mask; elsewhere attention is cheaper without one.
-        if not (self._static or self._padded) and self._length + 1 >= sinks + size:
-            return DecodeStep(None, place, fill, room)
         mask = torch.cat([self._sinks, visible], dim=1)[:, None, None]
-        return DecodeStep(mask, place, fill, room)
+        fill = of_sink[:, None] if self._filling and sinks else None
+        return DecodeStep(mask, place, fill, mask.shape[-1])
 
     def _several(self, seen: Tensor, is_sink: Tensor, of_sink: Tensor) -> BlockStep:
         """A forward of several tokens."""

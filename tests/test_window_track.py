@@ -93,14 +93,21 @@ def test_with_gradients_every_step_has_its_own_tensors() -> None:
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_what_is_all_seen_has_no_mask(sinks: int) -> None:
     track = WindowTrack(Window(3, sinks), CPU)
-    track.advance(None, 2 + sinks - 1)
-    # The first token leaves a place of the ring empty, the second fills it.
-    for masked in (True, False, False):
+    track.advance(None, 2 + sinks)
+    # The next token fills the ring.
+    for masked, place in ((True, 2 + sinks), (False, 3 + sinks), (False, 4 + sinks)):
         step = track.advance(None, 1)
         assert isinstance(step, DecodeStep)
         assert (step.mask is not None) == masked
-        if step.mask is not None:
-            assert step.mask.sum() == step.room - 1
+        assert (int(step.place), step.fill) == (sinks + place % 3, None)
+        assert step.room == 3 + sinks
+    # Padding that comes later is not seen.
+    padding = track.advance(torch.tensor([[False]]), 1)
+    after = track.advance(None, 1)
+    assert isinstance(padding, DecodeStep)
+    assert isinstance(after, DecodeStep)
+    assert after.mask is not None
+    assert after.mask.flatten().tolist().count(False) == 1
     static = WindowTrack(Window(3, sinks), CPU, static=True)
     static.advance(None, 8)
     padded = WindowTrack(Window(3, sinks), CPU)
