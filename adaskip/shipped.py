@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 
 from adaskip.errors import PlanError, did_you_mean
 
-# <model>/<acceleration>@<context>.safetensors
+# <model>/<acceleration>@<context>.safetensors, the acceleration perhaps with "-kv25" behind it.
 _SHIPPED = Path(__file__).parent / "plans"
 SUFFIX = ".safetensors"
 # Bytes of all of them together.
@@ -15,7 +15,7 @@ LIMIT = 4_000_000
 
 
 def shipped_plans() -> tuple[str, ...]:
-    """The names that `SkipPlan.load` knows without a file: `model/acceleration@context`."""
+    """The names that `SkipPlan.load` knows without a file, as `model/acceleration@context`."""
     paths = (path.relative_to(_SHIPPED) for path in _SHIPPED.glob(f"*/*{SUFFIX}"))
     return tuple(sorted(path.as_posix().removesuffix(SUFFIX) for path in paths))
 

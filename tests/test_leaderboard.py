@@ -20,7 +20,7 @@ from adaskip.leaderboard import making
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.collecting import collect
 from adaskip.leaderboard.making import PARTS, Maker
-from adaskip.leaderboard.settings import LeaderboardFile
+from adaskip.leaderboard.settings import LeaderboardFile, Shipped
 from adaskip.leaderboard.shipping import ship
 from adaskip.leaderboard.values import REPORT_FILE, read_report
 from adaskip.replacements import Linear, Window
@@ -131,6 +131,12 @@ def test_a_menu_says_the_rank_of_its_maps_and_the_share_of_keys_and_values(
     gain, window = (["gain", "linear"], None, 0.25), (["linear", "window"], 16, None)
     assert asked == [(None, None, None), gain, window]
     assert [board.recipe(point)["rank"] for point in board.points] == [None, None, 16]
+
+
+def test_a_shipped_plan_has_what_it_was_asked_for_in_its_name() -> None:
+    given = {"model": "smollm2", "context": 4000, "acceleration": 1.2}
+    assert Shipped(method="ADA", **given).name == "smollm2/1.2@4000"
+    assert Shipped(method="SEARCH heads kv25", **given).name == "smollm2/1.2-kv25@4000"
 
 
 def test_a_plan_made_anew_makes_what_was_measured_invalid(

@@ -169,7 +169,7 @@ class OtherCalibrations(_Settings):
 
 
 class Shipped(_Settings):
-    """A plan that comes with the package, as `model/acceleration@context`."""
+    """A plan that comes with the package."""
 
     model: str
     context: PositiveInt
@@ -183,8 +183,10 @@ class Shipped(_Settings):
 
     @property
     def name(self) -> str:
-        """What `SkipPlan.load` knows it by."""
-        return f"{self.model}/{self.acceleration:g}@{self.context}"
+        """What `SkipPlan.load` knows it by: "smollm2/1.2@1000", or "smollm2/1.2-kv25@4000"."""
+        kv_share = self.point.kv_share
+        kv = "" if kv_share is None else f"-{_KV}{100 * kv_share:g}"
+        return f"{self.model}/{self.acceleration:g}{kv}@{self.context}"
 
 
 class LeaderboardFile(_Settings):

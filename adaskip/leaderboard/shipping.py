@@ -22,7 +22,7 @@ def ship(file: LeaderboardFile, results: Path, report: Report, folder: Path) -> 
         file: the leaderboard's.
         results: its folder.
         report: what was measured.
-        folder: gets `<model>/<acceleration>@<context>.safetensors`.
+        folder: gets one `.safetensors` each, by its name.
 
     Returns:
         The files.
