@@ -490,3 +490,13 @@ def test_heads_are_on_the_menu_unless_another_is_asked_for() -> None:
     options: dict[str, Any] = {"times": MENU_TIMES, "windows": [8, 16], "rank": 16}
     plan = search_plan(model, ROWS, **options)
     assert plan.about["replacements"] == "gain, linear 16, window 8 16, heads 16"
+
+
+def test_a_share_of_keys_and_values_brings_heads_to_the_menu(three_heads: PreTrainedModel) -> None:
+    attention = times().seconds[Sublayer(0, "attn")]
+    slow = PlanTimes(times(), {"window 8": 0.9 * attention})
+    options: dict[str, Any] = {"replacements": ["heads"], "times": slow, "windows": [8]}
+    plan = search_plan(three_heads, ROWS, acceleration=1.0, kv_share=0.95, **options)
+    assert {window.of_heads for window in plan.windows.values()} == {3}
+    with pytest.raises(AdaskipError, match=r"the best is 1\.00"):
+        search_plan(three_heads, ROWS, acceleration=1.01, **options)
