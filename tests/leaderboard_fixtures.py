@@ -73,7 +73,7 @@ def fill(
     )
     lengths = {"characters": {"a": 8, "b": 12}, "prompt_characters": {"a": 100, "b": 200}}
     board.losses.note(**lengths)
-    board.times.append(
+    board.sitting(1).append(
         [
             TimesRow(
                 id=name,
@@ -85,7 +85,9 @@ def fill(
             for name, s in ({"dense": 1.0} | dict(speeds)).items()
         ]
     )
-    board.times.note(environment={"device": "abacus", "threads": 2, "torch": "2", "commit": None})
+    board.sitting(1).note(
+        environment={"device": "abacus", "threads": 2, "torch": "2", "commit": None}
+    )
     for task, rows in (scores or {}).items():
         board.scores(task).append(
             [

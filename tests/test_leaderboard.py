@@ -23,8 +23,10 @@ from adaskip.leaderboard.making import PARTS, Maker
 from adaskip.leaderboard.settings import LeaderboardFile, Shipped
 from adaskip.leaderboard.shipping import ship
 from adaskip.leaderboard.values import REPORT_FILE, read_report
+from adaskip.profiling.interleaving import Ratio
 from adaskip.replacements import Linear, Window
 from adaskip.reports.leaderboard_readme import readme_table
+from adaskip.reports.leaderboard_tables import dense_sentence
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.yamlfile import read_yaml
 from adaskip.tasks.spec import Row
@@ -90,13 +92,13 @@ def test_every_part_is_made_once(
     for name in found:
         assert made[name].about["predicted acceleration"] >= 1.05
         assert made[name].replaced
-    stores = (board.losses, board.times, board.scores("sample_qa"))
+    stores = (board.losses, board.sitting(1), board.scores("sample_qa"))
     expected = {name: made[name].plan_digest for name in found}
     for store in stores:
         kept = digests(store)
         assert [*kept] == ["dense", *found]
         assert {name: kept[name] for name in found} == expected
-    assert {len(row.ttft) for row in board.times.rows()} == {3}
+    assert {len(row.ttft) for row in board.sitting(1).rows()} == {3}
     assert {len(row.rows) for row in board.scores("sample_qa").rows()} == {2}
     assert set(board.losses.record()["characters"].values()) == {4, 5}
     before = {path: path.read_bytes() for path in board.folder.rglob("*.json")}
@@ -108,12 +110,18 @@ def test_every_part_is_made_once(
         monkeypatch.setattr(making, name, fail)
     everything(maker)
     assert {path: path.read_bytes() for path in board.folder.rglob("*.json")} == before
-    # A plan whose file is gone is made again, and until then nothing is measured.
-    next(board.folder.rglob("*.safetensors")).unlink()
-    with pytest.raises(PlanError, match="give --parts plans first"):
-        maker.make("losses")
-    with pytest.raises(AssertionError, match="a second time"):
-        maker.make("plans")
+    # Of a plan whose file is gone nothing is made again as long as all of it is known.
+    for path in board.folder.rglob("*.safetensors"):
+        path.unlink()
+    everything(maker)
+    assert {path: path.read_bytes() for path in board.folder.rglob("*.json")} == before
+    for store, part in ((board.losses, "losses"), (board.sitting(1), "times")):
+        store.keep(["dense", *found[:-1]])
+        with pytest.raises(PlanError, match="give --parts plans first"):
+            maker.make(part)
+        with pytest.raises(AssertionError, match="a second time"):
+            maker.make("plans")
+        store.path.write_bytes(before[store.path])
 
 
 def test_a_menu_says_the_rank_of_its_maps_and_the_share_of_keys_and_values(
@@ -152,7 +160,7 @@ def test_a_plan_made_anew_makes_what_was_measured_invalid(
     now = digests(board.plans)
     assert now["ADA 1.05"] != first["ADA 1.05"]
     assert now["EE 1.05"] == first["EE 1.05"]
-    for store in (board.losses, board.times, board.scores("sample_qa")):
+    for store in (board.losses, board.sitting(1), board.scores("sample_qa")):
         assert [*board.known(store)] == ["dense", "EE 1.05"]
     measured, stock = [], making.reference_perplexity
 
@@ -163,8 +171,11 @@ def test_a_plan_made_anew_makes_what_was_measured_invalid(
     monkeypatch.setattr(making, "reference_perplexity", counted)
     everything(maker)
     assert len(measured) == 1
-    for store in (board.losses, board.times, board.scores("sample_qa")):
+    for store in (board.losses, board.scores("sample_qa")):
         assert digests(store) == {"dense": first["dense"], **now}
+    names = ["dense", "EE 1.05"], ["dense", "ADA 1.05"]
+    assert [[*digests(store)] for store in board.sittings] == [*names]
+    assert {name: timed.own.plan_digest for name, timed in board.timed.items()} == now
     # What is reported is of the new plan only.
     (table,) = collect(board.file, [board]).tables
     assert [entry.calibration[:6] for entry in table.entries] == ["3 warm", "3 warm"]
@@ -208,19 +219,60 @@ def test_times_go_on_round_by_round(
     monkeypatch.setattr(making, "time_request", killed)
     with pytest.raises(KeyboardInterrupt):
         maker.make("times")
-    (first,) = {tuple(row.ttft) for row in board.times.rows() if row.id == "dense"}
+    (first,) = {tuple(row.ttft) for row in board.sitting(1).rows() if row.id == "dense"}
     assert len(first) == 1
     maker.make("times")
     assert len(calls) == 8 + 1 + 2 * 5
-    kept = {row.id: row for row in board.times.rows()}
+    kept = {row.id: row for row in board.sitting(1).rows()}
     assert {len(row.ttft) for row in kept.values()} == {3}
     assert kept["dense"].ttft[:1] == [*first]
     # A context may have more rounds than the file.
     board, maker = make(contexts={40: {"accelerations": [1.05], "rounds": 4}})
     maker.make("times")
-    more = {row.id: row for row in board.times.rows()}
+    more = {row.id: row for row in board.sitting(1).rows()}
     assert {len(row.ttft) for row in more.values()} == {4}
     assert more["dense"].ttft[:3] == kept["dense"].ttft
+
+
+def test_a_new_plan_is_timed_beside_dense_and_no_other_anew(
+    make: Callable[..., tuple[Board, Maker]],
+) -> None:
+    everything(make(methods=["EE"])[1])
+    board, maker = make(methods=["EE", "SHORTGPT", "ADA"])
+    first = board.sitting(1).path.read_bytes()
+    everything(maker)
+    assert board.sitting(1).path.read_bytes() == first
+    assert [*digests(board.sitting(2))] == ["dense", "SHORTGPT 1.05", "ADA 1.05"]
+    assert len(board.sittings) == 2
+    store = board.sitting(2)
+    slow = [
+        row.model_copy(update={"ttft": [8.0] * 3 if row.id == "dense" else [2.0] * 3})
+        for row in store.rows()
+    ]
+    store.append(slow)
+    store.note(environment=store.record()["environment"] | {"device": "abacus"})
+    (table,) = collect(board.file, [board]).tables
+    by_method = {entry.method: entry.ttft for entry in table.entries}
+    for method in ("ADA", "SHORTGPT"):
+        # Against the dense requests of its own sitting.
+        assert by_method[method] == Ratio(4.0, 4.0, 4.0)
+    assert by_method["EE"] != Ratio(4.0, 4.0, 4.0)
+    assert (table.sittings, table.rounds) == (2, 3)
+    assert table.environment["device"].endswith(" / abacus")
+    assert "3 rounds in each of 2 sittings" in dense_sentence(table)
+    # A sitting of which all plans were made anew is gone, and its number free.
+    board.sitting(1).append(
+        [
+            row.model_copy(update={"plan_digest": "of an earlier plan"})
+            for row in board.sitting(1).rows()
+            if row.id == "EE 1.05"
+        ]
+    )
+    assert board.untimed == ["EE 1.05"]
+    maker.make("times")
+    assert [*digests(board.sitting(1))] == ["dense", "EE 1.05"]
+    assert board.sitting(1).path.read_bytes() != first
+    assert len(board.sittings) == 2
 
 
 def test_times_of_another_machine_are_taken_anew(
@@ -229,26 +281,26 @@ def test_times_of_another_machine_are_taken_anew(
     board, maker = make()
     maker.make("plans")
     maker.make("times")
-    record = board.times.record()["environment"]
-    kept = [row.model_copy(update={"ttft": row.ttft[:1]}) for row in board.times.rows()]
+    record = board.sitting(1).record()["environment"]
+    kept = [row.model_copy(update={"ttft": row.ttft[:1]}) for row in board.sitting(1).rows()]
     for place, same in ((record, True), (record | {"threads": 99}, False)):
-        board.times.path.unlink()
-        board.times.append(kept)
-        board.times.note(environment=place)
+        board.sitting(1).path.unlink()
+        board.sitting(1).append(kept)
+        board.sitting(1).note(environment=place)
         maker.make("times")
-        again = {row.id: row.ttft for row in board.times.rows()}
+        again = {row.id: row.ttft for row in board.sitting(1).rows()}
         assert {len(ttft) for ttft in again.values()} == {3}
         assert (again["dense"][0] == kept[0].ttft[0]) is same
-        assert board.times.record()["environment"]["threads"] == record["threads"]
+        assert board.sitting(1).record()["environment"]["threads"] == record["threads"]
 
 
 def test_a_plan_without_times_lets_no_other_have_them(tmp_path: Path) -> None:
     board = filled(tmp_path)
     (table,) = collect(board.file, [board]).tables
     assert all(entry.ttft is not None for entry in table.entries)
-    rows = [row for row in board.times.rows() if row.id != "ADA 1.1"]
-    board.times.path.unlink()
-    board.times.append(rows)
+    rows = [row for row in board.sitting(1).rows() if row.id != "ADA 1.1"]
+    board.sitting(1).path.unlink()
+    board.sitting(1).append(rows)
     (table,) = collect(board.file, [board]).tables
     # Predicted speeds, of all of them.
     assert [(entry.ttft, entry.speed) for entry in table.entries] == [(None, 1.1)] * 3
@@ -334,7 +386,7 @@ def test_shipped_plans_tell_what_was_measured(
     plan = SkipPlan({Sublayer(0, "attn"): 1.5}, fingerprint="f", about={"method": "ADA"})
     (point,) = (p for p in board.points if p.name == "ADA 1.2")
     plan.save(board.path_of(point))
-    for store in (board.plans, board.losses, board.times):
+    for store in (board.plans, board.losses, board.sitting(1)):
         content = json.loads(store.path.read_text(encoding="utf-8"))
         rows = [r for r in content["rows"] if r["id"] in ("dense", "ADA 1.2")]
         rows[-1]["plan_digest"] = plan.digest
@@ -352,6 +404,14 @@ def test_shipped_plans_tell_what_was_measured(
     assert about["gap"] == pytest.approx(1.35)
     assert about["tested on"] == "2 references of sample_summarization"
     assert about["measured on"] == "abacus, 2 threads, torch 2"
+    # One that was shipped is found there, should its own file be gone.
+    board.path_of(point).unlink()
+    assert ship(given, tmp_path, report, folder) == [path]
+    assert SkipPlan.load(path).digest == plan.digest
+    SkipPlan({}).save(path)
+    with pytest.raises(AdaskipError, match=r"is gone\. Delete its row from"):
+        ship(given, tmp_path, report, folder)
+    plan.save(board.path_of(point))
     monkeypatch.setattr("adaskip.leaderboard.shipping.LIMIT", 100)
     path.unlink()
     with pytest.raises(ValueError, match=r"bytes together \(smollm2/1.2@1000.safetensors .* 100"):

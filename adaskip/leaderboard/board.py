@@ -6,7 +6,6 @@ of the same point does not count any more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from adaskip.leaderboard.rows import (
     PlanRow,
     PlanValues,
     ScoreRow,
+    Timed,
     TimesRow,
 )
 from adaskip.leaderboard.settings import LeaderboardFile, Point
@@ -76,10 +76,27 @@ class Board:
         length = self.file.reference_tokens
         return self._store("losses", LossRow, rows=self.n_rows, reference_tokens=length)
 
+    def sitting(self, number: int) -> Store[TimesRow]:
+        """Times of points that took turns with each other and with the dense model, from 1 on."""
+        return self._store("times" if number == 1 else f"times-{number}", TimesRow)
+
     @property
-    def times(self) -> Store[TimesRow]:
-        """Times of each point, and of the dense model."""
-        return self._store("times", TimesRow)
+    def sittings(self) -> list[Store[TimesRow]]:
+        """Those that there are, in their order."""
+        later = self.folder.glob(f"{self.name}-times-*.json")
+        numbers = [text for path in later if (text := path.stem.rpartition("-")[2]).isdigit()]
+        stores = map(self.sitting, sorted({1, *map(int, numbers)}))
+        return [store for store in stores if store.path.exists()]
+
+    @property
+    def timed(self) -> dict[str, Timed]:
+        """Times of the plans that there are now, each beside those of the dense model."""
+        found: dict[str, Timed] = {}
+        for store in self.sittings:
+            known = self.known(store)
+            if dense := known.pop(DENSE, None):
+                found |= {name: Timed(own, dense) for name, own in known.items()}
+        return found
 
     def scores(self, task: str) -> Store[ScoreRow]:
         """Scores of a task, of each point and of the dense model."""
@@ -110,29 +127,45 @@ class Board:
         plan = SkipPlan.load(path)
         return plan if plan.digest == row.plan_digest else None
 
-    def found(self) -> dict[str, SkipPlan]:
-        """The plans that exist by their points' names, the dense model's first.
+    @property
+    def made(self) -> dict[str, PlanRow]:
+        """What was made of each point that has a plan."""
+        rows = {row.id: row for row in self.plans.rows() if row.error is None}
+        return {point.name: rows[point.name] for point in self.points if point.name in rows}
+
+    def plan(self, name: str) -> SkipPlan:
+        """The plan of a point, or the dense model's.
 
         Raises:
-            PlanError: the file of one is gone.
+            PlanError: its file is gone.
         """
-        made = {row.id: row for row in self.plans.rows() if row.error is None}
-        found = {DENSE: EMPTY_PLAN}
-        for point in self.points:
-            if point.name in made:
-                plan = self.plan_of(point, made[point.name])
-                if plan is None:
-                    raise PlanError(
-                        f"The plan {self.path_of(point)} is gone, or no longer the one that was "
-                        "made; give --parts plans first, which makes it anew."
-                    )
-                found[point.name] = plan
-        return found
+        if name == DENSE:
+            return EMPTY_PLAN
+        point = next(point for point in self.points if point.name == name)
+        plan = self.plan_of(point, self.made[name])
+        if plan is None:
+            raise PlanError(
+                f"The plan {self.path_of(point)} is gone, or no longer the one that was made; "
+                "give --parts plans first, which makes it anew."
+            )
+        return plan
 
-    def missing(self, store: Store[V], plans: Mapping[str, SkipPlan]) -> dict[str, SkipPlan]:
-        """Those of some plans of which a store has nothing, or something of an earlier plan."""
-        kept = {row.id: row.plan_digest for row in store.rows()}
-        return {name: p for name, p in plans.items() if kept.get(name) != p.digest}
+    def lacking(self, store: Store[V]) -> list[str]:
+        """The dense model and points with a plan of which a store of losses or scores has none."""
+        known = self.known(store)
+        return [name for name in (DENSE, *self.made) if name not in known]
+
+    def unscored(self, task: str) -> list[str]:
+        """Those that lack a task's scores, of the methods that are to have them."""
+        methods = self.file.scores[task].methods
+        asked = {p.name for p in self.points if methods is None or p.method in methods} | {DENSE}
+        return [name for name in self.lacking(self.scores(task)) if name in asked]
+
+    @property
+    def untimed(self) -> list[str]:
+        """Points with a plan that lack times, or rounds of them."""
+        timed, wanted = self.timed, self.n_rounds
+        return [n for n in self.made if n not in timed or len(timed[n].dense.ttft) < wanted]
 
     def known(self, store: Store[V]) -> dict[str, V]:
         """What a store has of the plans that there are now, by their points' names."""

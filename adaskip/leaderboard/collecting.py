@@ -10,7 +10,7 @@ from typing import Any
 
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.comparing import at_speed, beside, fronts
-from adaskip.leaderboard.rows import LossRow, PlanRow, ScoreRow, TimesRow
+from adaskip.leaderboard.rows import LossRow, PlanRow, ScoreRow, Timed, TimesRow
 from adaskip.leaderboard.settings import LeaderboardFile, Point
 from adaskip.leaderboard.values import (
     BASE,
@@ -63,22 +63,25 @@ def table_of(board: Board) -> Table | None:
         name: Reference(nll, int(tokens), *(known.get(name) for known in lengths))
         for name, (nll, tokens) in kept.losses[DENSE].rows.items()
     }
-    dense, asked = kept.times.get(DENSE), [point.name for point in board.points]
+    asked, sittings = [point.name for point in board.points], kept.sittings
     nll, n_tokens = _sums(kept.losses[DENSE])
     return Table(
         model=board.model,
         context=board.context,
         headline=board.file.contexts[board.context].headline or board.file.headline,
         perplexity=math.exp(nll / n_tokens),
-        rounds=len(dense.ttft) if dense else 0,
-        seconds=middle(dense.ttft if dense else []),
-        per_token=middle(dense.per_token if dense else []),
+        sittings=len(sittings),
+        rounds=min((len(dense.ttft) for dense in sittings), default=0),
+        seconds=middle([seconds for dense in sittings for seconds in dense.ttft]),
+        per_token=middle([seconds for dense in sittings for seconds in dense.per_token]),
         references=references,
         entries=tuple(_compared(main, main)),
         calibrations=tuple(_compared(others, main)),
         tasks=kept.tasks(),
         missing={r.id: r.error for r in kept.plans.values() if r.error and r.id in asked},
-        environment=board.times.record().get("environment", {}),
+        environment=_joined(
+            [store.record().get("environment", {}) for store in board.sittings] if sittings else []
+        ),
     )
 
 
@@ -89,20 +92,25 @@ class _Kept:
     board: Board
     plans: Mapping[str, PlanRow]
     losses: Mapping[str, LossRow]
-    times: Mapping[str, TimesRow]
+    times: Mapping[str, Timed]
     scores: Mapping[str, Mapping[str, ScoreRow]]
 
     @classmethod
     def of(cls, board: Board) -> _Kept:
-        """Reads it; times only once all plans with losses have them, for they compare by turns."""
-        losses, times = board.known(board.losses), board.known(board.times)
+        """Reads it; times only once all plans with losses have them, for they are compared."""
+        losses, times = board.known(board.losses), board.timed
         return cls(
             board,
             {row.id: row for row in board.plans.rows()},
             losses,
-            times if losses.keys() <= times.keys() else {},
+            times if losses.keys() <= {DENSE, *times} else {},
             {task: board.known(board.scores(task)) for task in board.file.scores},
         )
+
+    @property
+    def sittings(self) -> list[TimesRow]:
+        """The dense model's times of each sitting that counts."""
+        return [*{tuple(dense.ttft): dense for _, dense in self.times.values()}.values()]
 
     def entries(self, points: Iterable[Point]) -> list[Entry]:
         """Those of the points whose plans have losses, not compared yet."""
@@ -146,9 +154,9 @@ class _Kept:
         )
 
     def _measured(self, name: str) -> dict[str, Any]:
-        if name not in self.times or DENSE not in self.times:
+        if name not in self.times:
             return dict.fromkeys(("seconds", "ttft", "per_token", "kv_share"))
-        own, dense = self.times[name], self.times[DENSE]
+        own, dense = self.times[name]
         return {
             "seconds": middle(own.ttft),
             "ttft": Ratio.paired(dense.ttft, own.ttft),
@@ -178,6 +186,16 @@ def _compared(entries: Sequence[Entry], among: Sequence[Entry]) -> list[Entry]:
                 found[method] = beside(entry.by_row, other)
         compared.append(replace(entry, front=front, beside=found))
     return compared
+
+
+def _joined(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several sittings were taken in; where they differ, all of it."""
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for environment in environments for key in environment):
+        values = [e[key] for e in environments if key in e]
+        different = [v for number, v in enumerate(values) if v not in values[:number]]
+        found[key] = values[0] if len(different) == 1 else " / ".join(map(str, different))
+    return found
 
 
 def _sums(row: LossRow) -> tuple[float, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path, PurePath
@@ -35,6 +35,7 @@ from adaskip.runs.perplexity import reference_ids, reference_perplexity
 from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.runner import resolve, run
 from adaskip.runs.scoring import score_run
+from adaskip.runs.store import Store
 from adaskip.search import SEARCH, search_plan
 from adaskip.search.losses import Row as CalibrationRow
 from adaskip.sublayer_times import replacement_name
@@ -68,20 +69,25 @@ class Maker:
         PARTS[part](self)
 
     def make_plans(self) -> None:
-        """Makes the plans that are missing, and those that were made from or for something else."""
-        store = self.board.plans
+        """Makes the plans that are missing, and those that were made from or for something else.
+
+        One whose file is gone is made anew if there is still something to measure under it.
+        """
+        board, store = self.board, self.board.plans
         made = {row.id: row for row in store.rows()}
-        for point in self.board.points:
+        lacking = {*board.lacking(board.losses), *board.untimed}
+        lacking |= {name for task in board.file.scores for name in board.unscored(task)}
+        for point in board.points:
             row = made.get(point.name)
-            failed = row is not None and row.error is not None
-            same = row is not None and row.recipe == self.board.recipe(point)
-            if not (same and (failed or self.board.plan_of(point, row) is not None)):
+            same = row is not None and row.recipe == board.recipe(point)
+            gone = point.name in lacking and board.plan_of(point, row) is None
+            if not same or gone:
                 store.append([self._made(point)])
 
     def measure_losses(self) -> None:
         """Scores the test rows under the plans that have no losses yet, dense first."""
         store = self.board.losses
-        for name, plan in self.board.missing(store, self.board.found()).items():
+        for name, plan in self._plans(self.board.lacking(store)).items():
             found = reference_perplexity(
                 self._model,
                 self._loaded.tokenizer,
@@ -98,43 +104,53 @@ class Maker:
 
     def measure_scores(self) -> None:
         """Generates and scores the answers that are missing, dense first."""
-        for task, asked in self.board.file.scores.items():
+        for task in self.board.file.scores:
             store = self.board.scores(task)
-            wanted = {
-                name: plan
-                for name, plan in self.board.found().items()
-                if name == DENSE or asked.methods is None or self._method(name) in asked.methods
-            }
-            for name, plan in self.board.missing(store, wanted).items():
-                digest = plan.digest
+            for name, plan in self._plans(self.board.unscored(task)).items():
                 config = self._run_config(task, name)
                 scores = score_run(run(config, self._loaded)).tasks[task].row_scores
-                store.append([ScoreRow(id=name, plan_digest=digest, rows=scores)])
+                store.append([ScoreRow(id=name, plan_digest=plan.digest, rows=scores)])
 
     def measure_times(self) -> None:
-        """Times requests under all plans by turns; round by round, for it takes long.
+        """Times requests by turns, round by round: dense and the plans that have no times yet.
 
-        Times compare only within a round, so that a plan more means all of them anew.
+        Times compare only within a sitting, so each has dense requests of its own, and one that was
+        interrupted goes on with the same plans.
         """
-        board, plans = self.board, self.board.found()
-        store, n_rounds = board.times, board.n_rounds
-        if board.missing(store, plans):
-            store.path.unlink(missing_ok=True)
-        taken = {row.id: row for row in store.rows() if row.id in plans}
-        n_taken = min((len(row.ttft) for row in taken.values()), default=0)
-        if n_taken >= n_rounds:
-            return
-        here = environment(str(self._model.device))
-        if not _same_place(store.record().get("environment", here), here):
+        board = self.board
+        for store in board.sittings:
+            self._go_on(store)
+        if names := [name for name in board.made if name not in board.timed]:
+            numbers = range(1, len(board.sittings) + 2)
+            store = next(s for s in map(board.sitting, numbers) if not s.path.exists())
+            self._take_turns(store, names)
+
+    def _go_on(self, store: Store[TimesRow]) -> None:
+        """Finishes a sitting; what plans had that were made anew since is not kept."""
+        known = self.board.known(store)
+        taken = len(known[DENSE].ttft) if DENSE in known else 0
+        unfinished = taken < self.board.n_rounds
+        here = environment(str(self._model.device)) if unfinished else {}
+        elsewhere = unfinished and not _same_place(store.record().get("environment", here), here)
+        if not taken or known.keys() == {DENSE} or elsewhere:
             store.path.unlink()
-            taken, n_taken = {}, 0
+            return
+        store.keep(known)
+        if unfinished:
+            self._take_turns(store, [name for name in known if name != DENSE])
+
+    def _take_turns(self, store: Store[TimesRow], names: Sequence[str]) -> None:
+        """Times the rounds that a sitting lacks."""
+        board, plans = self.board, self._plans([DENSE, *names])
+        taken = {row.id: row for row in store.rows()}
+        n_taken = min((len(row.ttft) for row in taken.values()), default=0)
         ids = random_prompt(self._model, board.context)
         kinds = {name: partial(self._request, plan, ids) for name, plan in plans.items()}
-        store.note(environment=here)
+        store.note(environment=environment(str(self._model.device)))
         self._request(EMPTY_PLAN, ids)
         for each in by_turns(
             kinds,
-            rounds=n_rounds - n_taken,
+            rounds=board.n_rounds - n_taken,
             baselines=[DENSE],
             title=f"{board.name} times",
             progress=self.progress,
@@ -151,6 +167,10 @@ class Maker:
                     kv_bytes=each[name][0].kv_bytes,
                 )
             store.append([*taken.values()])
+
+    def _plans(self, names: Sequence[str]) -> dict[str, SkipPlan]:
+        """The plans of some points, all of which are there before anything is measured."""
+        return {name: self.board.plan(name) for name in names}
 
     def _made(self, point: Point) -> PlanRow:
         board, recipe = self.board, self.board.recipe(point)
@@ -190,9 +210,6 @@ class Maker:
         shared = {key: recipe[key] for key in ("calibration", "reference_tokens")}
         digest = hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:8]
         return self.board.folder / "plans" / f"{PurePath(self.board.model).name}-{digest}.jsonl"
-
-    def _method(self, name: str) -> str:
-        return next(point.method for point in self.board.points if point.name == name)
 
     def _request(self, plan: SkipPlan, ids: torch.Tensor) -> RequestTimes:
         with skipping(self._model, plan):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -67,3 +67,10 @@ class TimesRow(PlanValues):
     ttft: list[float]
     per_token: list[float]
     kv_bytes: int
+
+
+class Timed(NamedTuple):
+    """Times of a plan and of the dense model, taken in the same rounds."""
+
+    own: TimesRow
+    dense: TimesRow

@@ -33,13 +33,10 @@ def ship(file: LeaderboardFile, results: Path, report: Report, folder: Path) -> 
     made = {}
     for one in file.shipped:
         board = Board(file, one.model, one.context, results)
-        plan = board.found().get(one.point.name)
-        if plan is None:
-            raise AdaskipError(f"{one.name} cannot be shipped: {one.point.name} has no plan yet.")
+        path = folder / f"{one.name}{SUFFIX}"
+        plan = _plan(board, one, path)
         about = {**plan.about, **_measured(one, report)}
-        made[folder / f"{one.name}{SUFFIX}"] = SkipPlan(
-            plan, fingerprint=plan.fingerprint, about=about
-        )
+        made[path] = SkipPlan(plan, fingerprint=plan.fingerprint, about=about)
     sizes = {path.relative_to(folder): _size(plan) for path, plan in made.items()}
     if sum(sizes.values()) > LIMIT:
         told = ", ".join(f"{path.as_posix()} {size:,}" for path, size in sizes.items())
@@ -50,6 +47,22 @@ def ship(file: LeaderboardFile, results: Path, report: Report, folder: Path) -> 
     for path, plan in made.items():
         plan.save(path)
     return [*made]
+
+
+def _plan(board: Board, one: Shipped, path: Path) -> SkipPlan:
+    """The plan to be shipped; the one that was shipped before, where its own file is gone."""
+    row = board.made.get(one.point.name)
+    if row is None:
+        raise AdaskipError(f"{one.name} cannot be shipped: {one.point.name} has no plan yet.")
+    plan = board.plan_of(one.point, row)
+    if plan is None and path.exists():
+        plan = SkipPlan.load(path)
+    if plan is None or plan.digest != row.plan_digest:
+        raise AdaskipError(
+            f"{one.name} cannot be shipped: its plan {board.path_of(one.point)} is gone. Delete "
+            f"its row from {board.plans.path}, then --parts plans makes it anew."
+        )
+    return plan
 
 
 def _measured(one: Shipped, report: Report) -> Mapping[str, Any]:

@@ -163,7 +163,8 @@ class Table:
         context: prompt tokens.
         headline: the acceleration at which README tells of it.
         perplexity: of the references under the dense model.
-        rounds: in which times were taken.
+        sittings: in which times were taken, each with dense requests of its own.
+        rounds: of each.
         seconds: its time to first token, median; None before times were taken.
         per_token: its time per token, likewise.
         references: by row.
@@ -178,6 +179,7 @@ class Table:
     context: int
     headline: float
     perplexity: float
+    sittings: int
     rounds: int
     seconds: float | None
     per_token: float | None

@@ -22,7 +22,7 @@ def introduction(report: Report) -> str:
         f"Gap: what a plan loses to the dense model, in nats per token of the references of "
         f"{report.task} (the first {report.reference_tokens} tokens of each). Intervals are those "
         "of 95 %: a paired bootstrap over test rows for gaps and scores, the median's over rounds "
-        "for times, in each of which dense and all plans take turns. "
+        "for times, in each of which dense and the plans of a sitting take turns. "
         "Better and worse are said only where an interval excludes zero. Collapsed: rows that lose "
         "more than one nat per token. Calibration rows come from other documents than test rows."
     )
@@ -66,7 +66,8 @@ def dense_sentence(table: Table) -> str:
         text += ". Times: predicted ones, none were measured yet."
     else:
         text += f"; {table.seconds:.3f} s to the first token, {1e3 * table.per_token:.1f} ms per "
-        text += f"token ({table.hardware}; {table.rounds} rounds)."
+        text += f"token ({table.hardware}; {table.rounds} rounds"
+        text += ")." if table.sittings == 1 else f" in each of {table.sittings} sittings)."
     used = dict.fromkeys(entry.calibration for entry in table.entries)
     return f"{text} Calibration: {'; '.join(used)}." if used else text
 

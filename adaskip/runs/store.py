@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -132,6 +132,13 @@ class Store(Generic[R]):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+
+    def keep(self, ids: Collection[str]) -> None:
+        """Leaves the rows of some ids and no others."""
+        read = self._read()
+        kept = [content for row, content in read if row.id in ids]
+        if len(kept) < len(read):
+            self._replace(kept)
 
     def merge(self, order: Sequence[str] = ()) -> list[R]:
         """Brings the rows into the state an uninterrupted single process would have left.
