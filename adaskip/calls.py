@@ -111,6 +111,11 @@ def refuse_unseen(call: dict[str, Any], turn: Turn | None) -> None:
         UnsupportedCallError: the mask is no [batch, tokens] one, positions may be of several
             sequences in one row, or tokens will be taken back.
     """
+    if turn is not None and turn.assisted:
+        raise UnsupportedCallError(
+            "Assisted decoding takes tokens back, and what has left a window of attention is gone; "
+            "generate without an assistant, or use a plan without windows."
+        )
     mask = call.get("attention_mask")
     if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):
         if turn is None or not turn.tells_padding:
@@ -118,15 +123,14 @@ def refuse_unseen(call: dict[str, Any], turn: Turn | None) -> None:
                 "Attention with a window takes an attention_mask [batch, tokens] or none, not one "
                 "that says for each token what it sees; or use generate()."
             )
-    elif mask is None and call.get("position_ids") is not None and turn is None:
+    elif (
+        mask is None
+        and call.get("position_ids") is not None
+        and (turn is None or not turn.tells_padding)
+    ):
         raise UnsupportedCallError(
             "position_ids without an attention_mask may put several sequences into one row, which "
             "attention with a window would mix up; pass the attention_mask, or no position_ids."
-        )
-    if turn is not None and turn.assisted:
-        raise UnsupportedCallError(
-            "Assisted decoding takes tokens back, and what has left a window of attention is gone; "
-            "generate without an assistant, or use a plan without windows."
         )
 
 

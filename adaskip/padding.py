@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from adaskip.generating import Turn
 from adaskip.plan import Phase, Step
@@ -15,8 +16,9 @@ def real_tokens(attention_mask: object, past: int, tokens: int) -> Tensor | None
     """Which of a forward's tokens are not padding: bool [batch, tokens], or None if all are.
 
     Args:
-        attention_mask: as a model takes it: None, [batch, past + tokens], a 4-D mask
-            [batch, 1, tokens, keys] (bool or additive), or a dictionary of those by layer type.
+        attention_mask: as a model takes it: None, [batch, past + tokens] or more columns, of tokens
+            still to come, a 4-D mask [batch, 1, tokens, keys] (bool or additive), or a dictionary
+            of those by layer type.
         past: tokens in the cache.
         tokens: new tokens per sequence.
     """
@@ -26,12 +28,13 @@ def real_tokens(attention_mask: object, past: int, tokens: int) -> Tensor | None
         attention_mask = next((mask for mask in masks if mask is not None), None)
     if not isinstance(attention_mask, Tensor):
         return None
-    if attention_mask.ndim == 2:
-        return attention_mask[:, -tokens:].bool()
-    # A token that may not attend to itself is padding. Keys are those of the whole past, or, in the
-    # mask of a sliding window that is full, the last ones only.
+    # Keys are those of the whole past, or, in the mask of a sliding window that is full, the last
+    # ones only.
     width = attention_mask.shape[-1]
     own = past if past + tokens <= width else width - tokens
+    if attention_mask.ndim == 2:
+        return attention_mask[:, own : own + tokens].bool()
+    # A token that may not attend to itself is padding.
     allowed = torch.diagonal(attention_mask[:, 0], offset=own, dim1=-2, dim2=-1)
     return allowed if allowed.dtype == torch.bool else allowed >= 0
 
@@ -52,15 +55,37 @@ def real_in_call(call: dict[str, Any], turn: Turn | None, step: Step, past: int)
     return real_tokens(call.get("attention_mask"), past, step.tokens)
 
 
+def seen_in_call(call: dict[str, Any], turn: Turn | None, step: Step, past: int) -> Tensor | None:
+    """Which of a forward's tokens later ones see: bool [batch, tokens]; None if all are seen.
+
+    Those of decode steps of `generate()` are, as in its own mask, also in rows that have ended: a
+    later turn says what of them was padding.
+
+    Args:
+        call: the forward's arguments by name.
+        turn: the call of `generate()` it is of; None if there is none.
+        step: the forward.
+        past: tokens in the cache.
+    """
+    if turn is not None and turn.tells_padding and turn.phase is step.phase is Phase.DECODE:
+        return None
+    return real_in_call(call, turn, step, past)
+
+
 def real_before(call: dict[str, Any], turn: Turn | None, past: int) -> Tensor | None:
     """Which of the tokens before a forward are not padding: bool [batch, past]; None if all are.
+
+    Of an answer that `generate()` is making all are, as in `seen_in_call`.
 
     Args:
         call: the forward's arguments by name.
         turn: the call of `generate()` it is of; None if there is none.
         past: tokens in the cache.
     """
-    if turn is not None and turn.tells_padding:
-        return turn.real_tokens(Phase.PREFILL, 0, past)
     mask = call.get("attention_mask")
-    return mask[:, :past].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, :past].bool()
+    if turn is None or not turn.tells_padding or turn.mask is None:
+        return None
+    told = turn.mask[:, :past].bool()
+    return pad(told, (0, past - told.shape[1]), value=True)

@@ -18,7 +18,7 @@ from adaskip import calls, kvcache, supported
 from adaskip.blocks import BlockSpec
 from adaskip.errors import UnsupportedCallError
 from adaskip.generating import OpenCalls, Turn, Turns, listen
-from adaskip.padding import real_before, real_in_call
+from adaskip.padding import real_before, real_in_call, seen_in_call
 from adaskip.patching import Patch, patch_forward
 from adaskip.plan import EMPTY_PLAN, Phase, Scope, SkipPlan, Step
 from adaskip.recorders import Recorder, Span, StepRecording
@@ -26,6 +26,7 @@ from adaskip.requests import Request, Requests, is_ambiguous
 from adaskip.summary import Summary, Tally
 from adaskip.switchboard import Switchboard
 from adaskip.turnstile import Turnstile
+from adaskip.window_cache import refuse_torn
 
 if TYPE_CHECKING:
     from adaskip.policy import SkipPolicy
@@ -195,6 +196,8 @@ class Session:
             calls.refuse_changed_draft(step, plan, request.prefill_plan)
         if plan.windows:
             calls.refuse_unseen(call, turn)
+            if cache is not None and past:
+                refuse_torn(cache)
         if past == 0 or request.prepared != plan:
             earlier = real_before(call, turn, past) if plan.windows and past else None
             self._prepare(cache, request, plan, earlier, past)
@@ -213,8 +216,20 @@ class Session:
                 ", ".join(map(str, plan)) or "nothing skipped",
             )
         if plan.windows:
-            real, decoding = real_in_call(call, turn, step, past), said is Phase.DECODE
-            self._board.windows.begin(cache, request, plan, real, tokens, decoding=decoding)
+            real = seen_in_call(call, turn, step, past)
+            told = turn is not None and turn.tells_padding
+            # Another prompt on a cache may tell otherwise what of the answer before it is padding.
+            retold = told and past > 0 and step.phase is Phase.PREFILL
+            self._board.windows.begin(
+                cache,
+                request,
+                plan,
+                real,
+                tokens,
+                decoding=said is Phase.DECODE and real is None,
+                history=real_before(call, turn, past) if retold else None,
+                retold=retold,
+            )
         self._start_recording(call, turn, past)
         return cache
 

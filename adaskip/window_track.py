@@ -99,6 +99,7 @@ class WindowTrack:
         self._device = device
         self._static = static
         self._length = 0
+        # Steps since the last prompt.
         self._decoded = 0
         self._padded = False
         self._filling = True
@@ -119,14 +120,14 @@ class WindowTrack:
         Args:
             real: False at padding: [batch, tokens]; None if there is none.
             tokens: new tokens per sequence.
-            decoding: whether it is known that every row has its prompt.
+            decoding: whether it is known that every row has its prompt, and that the token counts.
         """
         known = self._fixed_for == self._length and not torch.is_grad_enabled()
         if tokens == 1 and known and real is None and not self._padded:
-            self._decoded += decoding
+            self._note(decoding=decoding)
             return self._next_fixed()
         if tokens == 1 and real is None and self._is_full:
-            self._decoded += decoding
+            self._note(decoding=decoding)
             return self._next_of_full()
         if self._is_behind:
             self._catch_up()
@@ -135,7 +136,7 @@ class WindowTrack:
         self._padded |= real is not None
         passed = self._decoded if self._padded else self._length
         self._filling = self._static or passed < self.window.sinks
-        self._decoded += decoding
+        self._note(decoding=decoding)
         if real is None:
             real = torch.ones(1, tokens, dtype=torch.bool, device=self._device)
         real = real.to(self._device)
@@ -154,6 +155,39 @@ class WindowTrack:
         if self._static and isinstance(step, DecodeStep) and not torch.is_grad_enabled():
             step = self._fix(step)
         return step
+
+    def believe(self, history: Tensor | None) -> None:
+        """Takes the word of a later turn for which of the earlier tokens are padding.
+
+        Args:
+            history: False at padding: [batch, earlier tokens]; None if there is none.
+        """
+        if history is None and not self._padded:
+            return
+        if self._is_behind:
+            self._catch_up()
+        self._padded, sinks = True, self.window.sinks
+        if history is None:
+            history = torch.ones(1, self._length, dtype=torch.bool, device=self._device)
+        rows = max(len(history), len(self._ring))
+        seen = history.to(self._device).expand(rows, -1)
+        rank = seen.cumsum(-1) - 1
+        self._n_real = rank[:, -1:] + 1
+        if sinks:
+            # A sink that does not count any more gives its place to the next token that does; one
+            # that counts only now is not kept as a sink, and stays in the ring.
+            numbers = torch.arange(sinks, device=self._device)
+            self._sinks = self._sinks.expand(rows, -1) & (numbers < self._n_real)
+            kept = self._sinks.gather(1, rank.clamp(0, sinks - 1))
+            seen = seen & ~(kept & (rank < sinks))
+        first = max(0, self._length - self.window.size)
+        held = torch.arange(first, self._length, device=self._device)
+        ring = self._ring.expand(rows, -1)
+        self._ring = ring.index_copy(1, held % self.window.size, seen[:, held])
+
+    def _note(self, *, decoding: bool) -> None:
+        """Counts the decode steps since the last prompt."""
+        self._decoded = self._decoded + 1 if decoding else 0
 
     def take_over(self, former: WindowTrack) -> None:
         """Goes on with the tensors that compiled graphs read in the cache's last request."""
@@ -205,7 +239,8 @@ class WindowTrack:
         length, sinks, size = self._length, self.window.sinks, self.window.size
         self._n_real = torch.full((1, 1), length, device=self._device)
         self._sinks = (torch.arange(sinks, device=self._device) < length)[None]
-        held = torch.arange(max(sinks, length - size), length, device=self._device) % size
+        first = min(max(sinks, length - size), length)
+        held = torch.arange(first, length, device=self._device) % size
         ring = torch.zeros(1, size, dtype=torch.bool, device=self._device)
         self._ring = ring.index_fill(1, held, value=True)
         self._is_behind = False

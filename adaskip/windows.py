@@ -100,13 +100,29 @@ class Windows:
         tokens: int,
         *,
         decoding: bool,
+        history: Tensor | None = None,
+        retold: bool = False,
     ) -> None:
-        """Takes the coming forward's tokens in, and tells the layers what to see."""
+        """Takes the coming forward's tokens in, and tells the layers what to see.
+
+        Args:
+            cache: of the forward; None without one.
+            request: whose tracks they are.
+            plan: of the forward.
+            real: False at padding: [batch, tokens]; None if there is none.
+            tokens: new tokens per sequence.
+            decoding: as `WindowTrack.advance` takes it.
+            history: False at padding among the earlier tokens, as the call now has it: [batch,
+                earlier tokens]; None if there is none.
+            retold: whether that is to be believed over what was known of them.
+        """
         steps: dict[WindowTrack, WindowStep] = {}
         for layer, window in plan.windows.items():
             track = request.windows[window.whole, self._devices[layer]]
             if track not in steps:
                 self._before[track] = dict(vars(track))
+                if retold:
+                    track.believe(history)
                 steps[track] = track.advance(real, tokens, decoding=decoding)
             self._switches[layer].window = steps[track]
             held = None if cache is None else cache.layers[layer]

@@ -457,6 +457,11 @@ def test_calls_in_which_a_window_would_be_wrong(model: PreTrainedModel) -> None:
             with pytest.raises(UnsupportedCallError, match=message):
                 model(ids, **kwargs)
             assert session.step is None
+        with (
+            session.prefill(),
+            pytest.raises(UnsupportedCallError, match="several sequences into one row"),
+        ):
+            model(ids, position_ids=torch.arange(20)[None] % 10, use_cache=False)
         with pytest.raises(UnsupportedCallError, match="without an assistant"):
             model.generate(ids, max_new_tokens=4, prompt_lookup_num_tokens=2)
         cache = DynamicCache()
