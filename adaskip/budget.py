@@ -82,7 +82,8 @@ def _leading(importance: Importance, times: SublayerTimes, target: int) -> tuple
 def _target(times: SublayerTimes, acceleration: float) -> int:
     """The time to save, `T * (1 - 1 / alpha)`, in units."""
     highest = times.speedup(times.seconds) if times.saved(times.seconds) < times.total else None
-    target = _units(times.total * (1 - 1 / acceleration))
+    # Each of the times was rounded: a ratio that some of them reach exactly is to be reached.
+    target = _units(times.total * (1 - 1 / acceleration)) - len(times.seconds)
     if target > sum(map(_units, times.seconds.values())):
         limit = "" if highest is None else f"; skipping every sublayer gives {highest:.2f}"
         raise AdaskipError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Policies bound to a session now, by id: most policies are dataclasses that cannot be hashed.
 _BOUND: set[int] = set()
+_BINDING = threading.Lock()
 
 
 @contextmanager
@@ -96,12 +98,13 @@ def skipping(
 @contextmanager
 def _bound(policy: SkipPolicy, scope: Scope, n_layers: int) -> Iterator[SkipPolicy]:
     """The policy bound for one session: a copy, if it is in use in another one."""
-    if id(policy) in _BOUND:
-        policy = copy.copy(policy)
-    policy.scope = scope
-    policy.bind(n_layers)
-    _BOUND.add(id(policy))
+    with _BINDING:
+        if id(policy) in _BOUND:
+            policy = copy.copy(policy)
+        _BOUND.add(id(policy))
     try:
+        policy.scope = scope
+        policy.bind(n_layers)
         yield policy
     finally:
         _BOUND.discard(id(policy))

@@ -130,7 +130,7 @@ def _streams(sublayers: Sublayers, prompts: Prompts, sinks: int) -> list[_Stream
     made = []
     for inputs in checked_prompts(prompts, config.vocab_size):
         x, calls = sublayers.begin(inputs)
-        real = real_tokens(inputs.get("attention_mask"), 0, x.shape[1])
+        real = real_tokens(inputs.get("attention_mask"), 0, x.shape[1], len(x))
         real = torch.ones(x.shape[:2], dtype=torch.bool) if real is None else real
         made.append(_Stream(x, calls, (real & (real.cumsum(dim=1) > sinks)).to(x.device)))
     if not made:

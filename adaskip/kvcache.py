@@ -56,6 +56,36 @@ def refuse_short(cache: Cache, n_layers: int) -> None:
         )
 
 
+def refuse_torn(cache: Cache, past: int) -> None:
+    """Refuses a cache whose layers hold different numbers of tokens.
+
+    Layers are cut back, and computed, one after the other, so the first and the last one tell.
+
+    Args:
+        cache: of the forward.
+        past: tokens it holds.
+
+    Raises:
+        UnsupportedCallError: one of the two holds more or fewer.
+    """
+    for layer in (*cache.layers[:1], *cache.layers[-1:]):
+        held = _own_length(layer)
+        if past and held not in (None, past):
+            raise UnsupportedCallError(
+                f"Some layers of the cache hold {past} tokens and others {held}, as after a crop "
+                "that one of them refused or a forward that failed. Begin with an empty cache."
+            )
+
+
+def _own_length(layer: Any) -> int | None:
+    """Tokens that a layer has seen; None if it does not know them without the device."""
+    if isinstance(layer, SkippedCacheLayer):
+        return layer.length
+    if layer.is_compileable or not getattr(layer, "is_initialized", False):
+        return None
+    return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else None
+
+
 def prepare(
     cache: Cache,
     layers: Iterable[int],

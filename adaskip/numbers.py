@@ -14,4 +14,9 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value is a real number other than an infinity or NaN; a tensor is not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from adaskip.calls import inputs_of
 from adaskip.generating import Turn
 from adaskip.plan import Phase, Step
 
 
-def real_tokens(attention_mask: object, past: int, tokens: int) -> Tensor | None:
+def real_tokens(
+    attention_mask: object, past: int, tokens: int, batch: int | None = None
+) -> Tensor | None:
     """Which of a forward's tokens are not padding: bool [batch, tokens], or None if all are.
 
     Args:
@@ -21,6 +24,7 @@ def real_tokens(attention_mask: object, past: int, tokens: int) -> Tensor | None
             of those by layer type.
         past: tokens in the cache.
         tokens: new tokens per sequence.
+        batch: sequences, where one row of a mask may stand for all of them.
     """
     if isinstance(attention_mask, dict):
         # By name: the order of such a dictionary is not to be relied on.
@@ -33,10 +37,13 @@ def real_tokens(attention_mask: object, past: int, tokens: int) -> Tensor | None
     width = attention_mask.shape[-1]
     own = past if past + tokens <= width else width - tokens
     if attention_mask.ndim == 2:
-        return attention_mask[:, own : own + tokens].bool()
-    # A token that may not attend to itself is padding.
-    allowed = torch.diagonal(attention_mask[:, 0], offset=own, dim1=-2, dim2=-1)
-    return allowed if allowed.dtype == torch.bool else allowed >= 0
+        found = attention_mask[:, own : own + tokens].bool()
+    else:
+        # A token that may not attend to itself is padding.
+        by_query = attention_mask[:, 0].expand(-1, tokens, -1)
+        allowed = torch.diagonal(by_query, offset=own, dim1=-2, dim2=-1)
+        found = allowed if allowed.dtype == torch.bool else allowed >= 0
+    return found if batch is None else found.expand(batch, -1)
 
 
 def real_in_call(call: dict[str, Any], turn: Turn | None, step: Step, past: int) -> Tensor | None:
@@ -52,7 +59,8 @@ def real_in_call(call: dict[str, Any], turn: Turn | None, step: Step, past: int)
     told = turn is not None and turn.tells_padding and turn.phase is step.phase
     if turn is not None and told and call.get("past_key_values") is not None:
         return turn.real_tokens(step.phase, past, step.tokens)
-    return real_tokens(call.get("attention_mask"), past, step.tokens)
+    batch = inputs_of(call).shape[0]
+    return real_tokens(call.get("attention_mask"), past, step.tokens, batch)
 
 
 def seen_in_call(call: dict[str, Any], turn: Turn | None, step: Step, past: int) -> Tensor | None:

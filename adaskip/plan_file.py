@@ -97,7 +97,8 @@ def write_plan(
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: one map may be in several places, and a file has each tensor once.
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         # Through bytes: save_file() makes a file that nobody else may read.
         temporary.write_bytes(save(whole, metadata={_KEY: json.dumps(told)}))
@@ -136,6 +137,8 @@ def read_plan(path: str | os.PathLike[str], sublayer_of: Callable[[Any, Any], P]
         made: dict[P, Replacement] = {}
         for row in told["sublayers"]:
             sublayer = sublayer_of(row["layer"], row["kind"])
+            if sublayer in made:
+                raise AdaskipError(f"it has {sublayer} twice")
             made[sublayer] = _replacement(sublayer, row, tensors)
         fingerprint, about = told["fingerprint"], told["about"]
         if not isinstance(fingerprint, str) or not isinstance(about, dict):

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from adaskip.errors import AdaskipError
 from adaskip.plan import Step
 
 Span = Literal["attn", "ffn", "layer"]
@@ -83,9 +84,18 @@ class StepStats:
 
     @staticmethod
     def concatenated(parts: Sequence[StepStats]) -> StepStats:
-        """The statistics of several forwards of one request, joined along the tokens."""
+        """The statistics of several forwards of one request, joined along the tokens.
+
+        Raises:
+            AdaskipError: they are of different sublayers.
+        """
         if len(parts) == 1:
             return parts[0]
+        if any(part.rows != parts[0].rows for part in parts):
+            raise AdaskipError(
+                "The chunks of a prompt ran different sublayers; learn from prompts under a plan "
+                "that stays the same, or none."
+            )
         real = torch.cat([part.weights() for part in parts], dim=-1) > 0
         return StepStats(
             parts[0].rows,
@@ -111,12 +121,13 @@ class StepRecording:
     def write(self, layer: int, span: Span, before: Tensor, after: Tensor) -> None:
         """Takes the residual before and after one part: [batch, tokens, hidden] each."""
         self._rows.append((layer, span))
+        # Statistics outlive the forward; the graph behind them would live as long.
         if self._keep:
-            self._kept.append((before, after))
+            self._kept.append((before.detach(), after.detach()))
             return
         # One part's output is the next one's input: its norm is already known.
         known = self._last[1] if self._last is not None and self._last[0] is before else None
-        reduced = _reduce(before, after, known)
+        reduced = _reduce(before.detach(), after.detach(), known)
         self._reduced.append(reduced)
         self._last = (after, reduced[2])
 
@@ -180,6 +191,11 @@ class TokenStatistics:
     def observe(self, step: Step, stats: StepStats) -> None:
         """Adds one forward to the sums, in float64: 100,000 tokens must not lose digits."""
         stats = stats.select(*self._spans)
+        if self.rows and stats.rows != self.rows:
+            raise AdaskipError(
+                "TokenStatistics was given other sublayers than before, as under a plan that "
+                "changes; take one for each phase (phase='prefill', 'decode'), or a fixed plan."
+            )
         weights = stats.weights().double()
         similarity = stats.similarity().double()
         total = (similarity * weights).sum(dim=(1, 2))

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +21,12 @@ from adaskip.generating import OpenCalls, Turn, Turns, listen
 from adaskip.padding import real_before, real_in_call, seen_in_call
 from adaskip.patching import Patch, patch_forward
 from adaskip.plan import EMPTY_PLAN, Phase, Scope, SkipPlan, Step
+from adaskip.policy import FixedSkipping, SkipPolicy
 from adaskip.recorders import Recorder, Span, StepRecording
 from adaskip.requests import Request, Requests, is_ambiguous
 from adaskip.summary import Summary, Tally
 from adaskip.switchboard import Switchboard
 from adaskip.turnstile import Turnstile
-from adaskip.window_cache import refuse_torn
-
-if TYPE_CHECKING:
-    from adaskip.policy import SkipPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +60,10 @@ class Session:
         self._recorders = recorders
         self._turns = Turns(OpenCalls())
         self._turnstile = Turnstile()
+        self._model = model
         self._decoder: Any = model.base_model
+        # Fingerprints of plans that are this model's, or anybody's.
+        self._known = {""}
         self._board = board
         self._n_layers = len(board.layers)
         self._block = block
@@ -185,19 +185,21 @@ class Session:
             calls.refuse_missing_cache(self.policy, self._scope)
         else:
             kvcache.refuse_short(cache, self._n_layers)
+            kvcache.refuse_torn(cache, past)
             self._check_order(request, step, past, said)
         plan = self._plan(request, step)
         changed = plan != self._board.plan
         if changed:
             calls.check_plan(self.policy, plan, self._n_layers, config)
             calls.refuse_partial(plan, self._block, self._absent)
+            if plan.fingerprint not in self._known and not isinstance(self.policy, FixedSkipping):
+                plan.check_model(self._model)
+                self._known.add(plan.fingerprint)
         calls.refuse_lost_outputs(call, config, plan)
         if turn is not None and turn.assisted:
             calls.refuse_changed_draft(step, plan, request.prefill_plan)
         if plan.windows:
             calls.refuse_unseen(call, turn)
-            if cache is not None and past:
-                refuse_torn(cache)
         if past == 0 or request.prepared != plan:
             earlier = real_before(call, turn, past) if plan.windows and past else None
             self._prepare(cache, request, plan, earlier, past)

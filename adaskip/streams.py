@@ -75,7 +75,7 @@ class Sublayers:
     def _windowed(self, sublayer: Sublayer, window: Window, x: Tensor, calls: Calls) -> Tensor:
         """The residual stream after an attention over a window."""
         given = calls[sublayer.layer]
-        real = real_tokens(given.get("attention_mask"), 0, x.shape[1])
+        real = real_tokens(given.get("attention_mask"), 0, x.shape[1], len(x))
         step = WindowTrack(window.whole, x.device).advance(real, x.shape[1])
         attention: nn.Module = getattr(self.decoder.layers[sublayer.layer], self._attention)
         window_attention.switch(attention, window)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from adaskip.errors import UnsupportedCallError
 from adaskip.skipped_cache import SkippedCacheLayer
@@ -40,7 +39,6 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         rest: a layer like the replaced one that has the other heads, with all tokens; or None.
         leads: whether it is the one that moves the track along when rows are moved.
         is_open: whether a forward is under way in which its attention sees a window.
-        is_torn: whether the layers in front of it were cut back, which it refused.
     """
 
     # transformers would cut it back, and what has fallen out of the window cannot come back.
@@ -63,7 +61,6 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         self.rest: Any = None if split is None else _emptied(replaced)
         self.leads = False
         self.is_open = False
-        self.is_torn = False
         # [batch, heads, sinks + ring, width] each; None before the first token.
         self._held: tuple[Tensor, Tensor] | None = None
         # Those of the cache's last request, used again if they fit.
@@ -137,7 +134,6 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         super().reset()
         if self.rest is not None:
             self.rest.reset()
-        self.is_torn = False
         self._spare = self._held or self._spare
         self._held = None
         for buffer in self._spare or ():
@@ -152,9 +148,10 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         if not self.lacks_tokens:
             super().crop(tokens_to_remove)
         elif tokens_to_remove < 0 or 0 < tokens_to_remove < self.length:
-            # A cache cuts its layers one by one.
-            self.is_torn = self._index > 0
-            raise _cut_error()
+            raise UnsupportedCallError(
+                "A cache with windowed attention cannot be cut back: what has left a window is "
+                "gone. Begin with an empty cache."
+            )
 
     def prefetch(self) -> None:
         """Fetches what heads without a window hold: a window is never moved off the device."""
@@ -234,23 +231,6 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         """Tells compiled graphs that a buffer stays where it is; not from within one."""
         if self.is_compileable and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(buffer)
-
-
-def refuse_torn(cache: Cache) -> None:
-    """Refuses a cache of which some layers were cut back.
-
-    Raises:
-        UnsupportedCallError: it is one.
-    """
-    if any(isinstance(layer, WindowCacheLayer) and layer.is_torn for layer in cache.layers):
-        raise _cut_error()
-
-
-def _cut_error() -> UnsupportedCallError:
-    return UnsupportedCallError(
-        "A cache with windowed attention cannot be cut back: what has left a window is gone. Begin "
-        "with an empty cache."
-    )
 
 
 def _emptied(layer: Any) -> Any:
