@@ -136,8 +136,12 @@ class SkipPolicy(ABC):
     def plan(self, step: Step) -> SkipPlan:
         """What this forward skips. A plan equal to the last one costs nothing."""
 
-    def branch(self, request: int, source: int) -> None:  # noqa: B027 - most remember nothing
-        """A copied cache was met: the new `request` goes on from where `source` is."""
+    def memory(self, request: int) -> object:
+        """What a copy of the request's cache is to take along: nothing that later steps change."""
+        return None
+
+    def resume(self, request: int, memory: Any) -> None:  # noqa: B027 - most remember nothing
+        """A copied or stored cache was met: the new `request` goes on from such a `memory`."""
 
     def forget(self, request: int) -> None:  # noqa: B027 - most remember nothing
         """The cache of `request` is gone, so no further step of it comes."""

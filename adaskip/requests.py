@@ -43,6 +43,7 @@ class Request:
         prepared: the plan whose skipped-cache placeholders its cache has; None if it has not been
             looked through.
         windows: what its windows of attention hold, by shape and device.
+        memory: what the policy and the summary know of it, for copies of its cache.
     """
 
     number: int
@@ -57,6 +58,7 @@ class Request:
     windows: dict[tuple[Window, torch.device], WindowTrack] = field(
         default_factory=dict, repr=False
     )
+    memory: Any = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be stored; without one, a loaded cache counts as a copy.
@@ -67,13 +69,13 @@ class Requests:
     """Tells the `Step` of each forward; any number of requests may take turns.
 
     Args:
-        branched: called with the numbers of a new request and of the one it continues, when a
-            copied cache is met.
+        branched: called with the number of a new request and the memory of the one it continues,
+            when a copied or stored cache is met.
         forgotten: called with the number of a request whose cache is gone or has begun another.
     """
 
     def __init__(
-        self, branched: Callable[[int, int], None], forgotten: Callable[[int], None]
+        self, branched: Callable[[int, Any], None], forgotten: Callable[[int], None]
     ) -> None:
         self._session = uuid4()
         self._branched = branched
@@ -93,8 +95,7 @@ class Requests:
             found, number=self._count, session=self._session, owner=weakref.ref(cache)
         )
         self._count += 1
-        if found.session == self._session:
-            self._branched(request.number, found.number)
+        self._branched(request.number, found.memory)
         self._watch(request)
         setattr(cache, _ATTRIBUTE, request)
         return request

@@ -24,7 +24,7 @@ from adaskip.plan import EMPTY_PLAN, Phase, Scope, SkipPlan, Step
 from adaskip.policy import FixedSkipping, SkipPolicy
 from adaskip.recorders import Recorder, Span, StepRecording
 from adaskip.requests import Request, Requests, is_ambiguous
-from adaskip.summary import Summary, Tally
+from adaskip.summary import RequestCount, Summary, Tally
 from adaskip.switchboard import Switchboard
 from adaskip.turnstile import Turnstile
 
@@ -267,6 +267,9 @@ class Session:
         if stats is not None:
             for recorder in self._watching:
                 recorder.observe(self.step, stats)
+        if self._counted is not None:
+            request, number = self._counted[0], self.step.request
+            request.memory = self.policy.memory(number), self._tally.memory(number)
 
     @property
     def _steps_matter(self) -> bool:
@@ -325,9 +328,10 @@ class Session:
 def _told(policy: SkipPolicy, tally: Tally) -> Requests:
     """Requests that tell both of copied and forgotten caches; they outlive the session."""
 
-    def branched(request: int, source: int) -> None:
-        policy.branch(request, source)
-        tally.branch(request, source)
+    def branched(request: int, memory: tuple[object, RequestCount | None] | None) -> None:
+        own, counted = memory or (None, None)
+        policy.resume(request, own)
+        tally.resume(request, counted)
 
     def forgotten(request: int) -> None:
         policy.forget(request)

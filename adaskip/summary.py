@@ -95,12 +95,16 @@ _Attention = tuple[frozenset[int], tuple[tuple[int, Window], ...]]
 
 
 @dataclass
-class _RequestCount:
+class RequestCount:
     """Tokens per sequence that one request's cache has seen, by what attention did with them."""
 
     rows: int = 1
     tokens: int = 0
     by_attention: dict[_Attention, int] = field(default_factory=dict)
+
+    def copied(self) -> RequestCount:
+        """One that counts on for itself."""
+        return RequestCount(self.rows, self.tokens, dict(self.by_attention))
 
 
 class Tally:
@@ -116,8 +120,8 @@ class Tally:
         self._config: Any = config
         self._n_layers, self._itemsize = n_layers, itemsize
         self._phases: dict[Phase, _PhaseCount] = {}
-        self._requests: dict[int, _RequestCount] = {}
-        self._largest = _RequestCount(rows=0)
+        self._requests: dict[int, RequestCount] = {}
+        self._largest = RequestCount(rows=0)
         self._n_requests = 0
         self._plan: SkipPlan | None = None
         self._skipped: Counter[Kind] = Counter()
@@ -153,7 +157,7 @@ class Tally:
         self._attention = frozenset(plan.layers("attn")), tuple(plan.windows.items())
 
     def _note_cache(self, step: Step, rows: int, past: int) -> None:
-        count = self._requests.setdefault(step.request, _RequestCount())
+        count = self._requests.setdefault(step.request, RequestCount())
         seen = count.by_attention
         if not seen and past:
             # A second prompt on a used cache: what the turns before it left is not known here.
@@ -167,12 +171,15 @@ class Tally:
         if rows * count.tokens >= self._largest.rows * self._largest.tokens:
             self._largest = count
 
-    def branch(self, request: int, source: int) -> None:
-        """A copied cache was met: `request` goes on from where `source` is."""
-        if source in self._requests:
-            old = self._requests[source]
-            copied = _RequestCount(old.rows, old.tokens, dict(old.by_attention))
-            self._requests[request] = copied
+    def memory(self, request: int) -> RequestCount | None:
+        """What was counted of a request until now."""
+        count = self._requests.get(request)
+        return None if count is None else count.copied()
+
+    def resume(self, request: int, memory: RequestCount | None) -> None:
+        """A copied or stored cache was met: `request` goes on from such a memory."""
+        if memory is not None:
+            self._requests[request] = memory.copied()
 
     def forget(self, request: int) -> None:
         """The cache of `request` is gone."""
@@ -195,7 +202,7 @@ class Tally:
             dense * per_token,
         )
 
-    def _held(self, count: _RequestCount, layer: int) -> float:
+    def _held(self, count: RequestCount, layer: int) -> float:
         """Tokens per sequence whose keys and values a layer holds, mean of its heads."""
         computed = sum(n for (skipped, _), n in count.by_attention.items() if layer not in skipped)
         _, windows = next(reversed(count.by_attention), (frozenset(), ()))

@@ -81,6 +81,22 @@ def test_knapsack_is_exact(seed: int) -> None:
     assert loss(chosen) == pytest.approx(min(map(loss, reached)))
 
 
+@pytest.mark.parametrize("select", ["rank", "knapsack"])
+def test_a_ratio_that_is_reached_exactly_is_reached(select: str) -> None:
+    chance = random.Random(5)
+    learned = importance([0.9 - 0.1 * i for i in range(8)])
+    for _ in range(200):
+        given = times([chance.random() for _ in range(8)], rest=chance.random())
+        for n in range(1, 9):
+            leading = learned.ranking()[:n]
+            found = sublayers_for(learned, given, given.speedup(leading), select)
+            assert given.speedup(found) == pytest.approx(given.speedup(leading), rel=1e-9) or (
+                select == "knapsack" and given.speedup(found) > given.speedup(leading)
+            )
+            if select == "rank":
+                assert found == leading
+
+
 def test_refuses_what_cannot_be() -> None:
     with pytest.raises(AdaskipError, match=r"3\.1 cannot be reached .* gives 3\.00"):
         sublayers_for(SIMILARITY, TIMES, 3.1)

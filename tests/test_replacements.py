@@ -246,6 +246,13 @@ def test_a_plan_that_would_not_be_whole_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_file_of_one_map_in_two_places(tmp_path: Path) -> None:
+    linear = random_linear(0)
+    plan = SkipPlan({Sublayer(0, "attn"): linear, Sublayer(2, "ffn"): linear})
+    plan.save(tmp_path / "plan.safetensors")
+    assert SkipPlan.load(tmp_path / "plan.safetensors").digest == plan.digest
+
+
 def test_a_plan_of_another_model_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     path = tmp_path / "plan.safetensors"
     SkipPlan({FFN1: 1.5}, fingerprint=model_fingerprint(model)).save(path)
@@ -276,6 +283,8 @@ def rewritten(path: Path, change: Any) -> None:
         (lambda c, t: c["sublayers"][0].update(kind="mlp"), "kind is 'attn' or 'ffn'"),
         (lambda c, t: c["sublayers"][2].update(gain="1"), "gain of attn2 is a finite number"),
         (lambda c, t: c["sublayers"][2].pop("gain"), "is damaged"),
+        (lambda c, t: c["sublayers"].append(c["sublayers"][2]), "is damaged: it has .* twice"),
+        (lambda c, t: c["sublayers"][2].update(gain=10**400), "is damaged"),
         (lambda c, t: c.pop("fingerprint"), "is damaged: .*fingerprint"),
         (lambda c, t: c.update(about=[]), "is damaged"),
     ],

@@ -16,9 +16,11 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from adaskip import (
     AdaSkip,
+    AdaskipError,
     CacheHoleError,
     FixedSkipping,
     Phase,
+    PlanError,
     SkipDecode,
     SkipPlan,
     SkipPolicy,
@@ -29,7 +31,7 @@ from adaskip import (
     skipping,
 )
 from adaskip.plan import Scope
-from adaskip.recorders import Span, StepStats
+from adaskip.recorders import Span, StepStats, TokenStatistics
 
 ATTN0, FFN1 = Sublayer(0, "attn"), Sublayer(1, "ffn")
 BOTH = FixedSkipping(SkipPlan({ATTN0: None, FFN1: None}))
@@ -237,6 +239,22 @@ def test_a_static_cache_reset_by_hand_begins_anew(
     torch.testing.assert_close(actual, expected, rtol=0, atol=5e-5)
 
 
+def extending(model: PreTrainedModel, window: int) -> AdaSkip:
+    """AdaSkip whose bar is low enough for FFNs to be taken in."""
+    learned = learn_importance(model, [prompt(30)])
+    importance = replace(learned, similarity={s: v - 2 for s, v in learned.similarity.items()})
+    return AdaSkip(importance, 4, online=True, window=window)
+
+
+def reloaded(cache: DynamicCache) -> DynamicCache:
+    """A cache that was stored and loaded."""
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    loaded: DynamicCache = torch.load(file, weights_only=False)
+    return loaded
+
+
 # Copies ---------------------------------------------------------------------------------------
 
 
@@ -257,6 +275,27 @@ def test_copies_of_a_prompt_go_on_as_the_prompt(
                 token = logits[-1].argmax(-1, keepdim=True)
                 logits.append(model(token, past_key_values=twin).logits[:, -1])
             torch.testing.assert_close(torch.stack(logits, 1), expected, rtol=0, atol=5e-5)
+
+
+def test_a_cache_whose_layers_disagree_is_refused(model: PreTrainedModel) -> None:
+    """Some were cut back before one refused, or a forward failed on its way."""
+    with skipping(model, SkipPlan({Sublayer(1, "attn"): None})), torch.no_grad():
+        cut, failed = DynamicCache(), DynamicCache()
+        for cache in (cut, failed):
+            model(prompt(12), past_key_values=cache)
+        for layer in cut.layers[:2]:
+            layer.crop(-4)
+
+        def fail(*args: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        handle = model.model.layers[2].self_attn.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(prompt(1), past_key_values=failed)
+        handle.remove()
+        for cache in (cut, failed):
+            with pytest.raises(UnsupportedCallError, match=r"hold \d+ tokens and others \d+, as"):
+                model(prompt(1), past_key_values=cache)
 
 
 def test_a_copy_keeps_the_extension_and_the_count(model: PreTrainedModel) -> None:
@@ -280,6 +319,57 @@ def test_a_copy_keeps_the_extension_and_the_count(model: PreTrainedModel) -> Non
             assert [steps for _, steps in plans] == [2, 2, 3, 3]
         if isinstance(policy, AdaSkip):
             assert len(policy.extension) > 0
+
+
+@pytest.mark.parametrize("n_before", [2, 4])
+@pytest.mark.parametrize("how", ["copied", "stored"])
+@pytest.mark.parametrize("original", ["goes on", "is gone"])
+def test_a_copy_is_what_its_original_was_then(
+    model: PreTrainedModel, original: str, how: str, n_before: int
+) -> None:
+    """Before its decode steps decide what else is skipped, and afterwards."""
+    policy = extending(model, window=3)
+
+    def steps(cache: DynamicCache, *seeds: int) -> Tensor:
+        found = [model(prompt(1, seed=seed), past_key_values=cache).logits for seed in seeds]
+        return torch.cat(found, dim=1)
+
+    with skipping(model, policy) as session, torch.no_grad():
+        cache = DynamicCache()
+        model(prompt(9), past_key_values=cache)
+        expected = steps(cache, 1, 2, 3, 4, 5)[:, n_before:]
+        plan = session.plan
+        assert len(policy.extension) > 0
+        cache = DynamicCache()
+        model(prompt(9), past_key_values=cache)
+        steps(cache, *range(1, n_before + 1))
+        twin = copy.deepcopy(cache) if how == "copied" else reloaded(cache)
+        if original == "goes on":
+            steps(cache, 7, 8, 9, 10)
+        else:
+            del cache
+        assert torch.equal(steps(twin, *range(n_before + 1, 6)), expected)
+        assert session.plan == plan
+        assert session.step is not None
+        assert session.step.decode_steps == 4
+
+
+def test_a_stored_cache_keeps_its_extension_in_another_block(model: PreTrainedModel) -> None:
+    policy = extending(model, window=2)
+    with skipping(model, policy) as session, torch.no_grad():
+        cache = DynamicCache()
+        for tokens in (9, 1, 1, 1):
+            model(prompt(tokens), past_key_values=cache)
+        plan, held = session.plan, session.summary().kv_bytes
+    assert len(plan) > 4
+    with skipping(model, policy) as session, torch.no_grad():
+        model(prompt(1), past_key_values=reloaded(cache))
+        assert session.plan == plan
+        assert held < session.summary().kv_bytes < held * 14 / 12
+    # What was learned online is nothing to a policy that learns nothing there.
+    with skipping(model, AdaSkip(policy.importance, 4)) as session, torch.no_grad():
+        model(prompt(1), past_key_values=reloaded(cache))
+        assert len(session.plan) == 4
 
 
 def test_a_copy_that_was_reset_is_an_empty_cache_anywhere(model: PreTrainedModel) -> None:
@@ -306,10 +396,7 @@ def test_a_prefix_cache_can_be_stored(model: PreTrainedModel, without: PreTraine
     with skipping(model, BOTH), torch.no_grad():
         cache = DynamicCache()
         model(ids[:, :8], past_key_values=cache)
-        file = io.BytesIO()
-        torch.save(cache, file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=False)
+        loaded = reloaded(cache)
         for _ in range(2):
             branch = copy.deepcopy(loaded)
             logits = model(ids[:, 8:], past_key_values=branch).logits
@@ -425,6 +512,53 @@ def test_online_adaskip_on_a_static_sliding_cache(family: str, tokens: int) -> N
     assert outcomes[0][:2] == outcomes[1][:2]
     assert outcomes[0][2] == pytest.approx(outcomes[1][2])
     assert outcomes[0][2]
+
+
+def test_one_row_of_a_mask_stands_for_all(model: PreTrainedModel) -> None:
+    ids = prompt(9, batch=4)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    masks = [torch.ones(1, 9, dtype=torch.long), causal[None, None], None]
+    found = []
+    for mask in masks:
+        recorder = TokenStatistics("attn", "ffn")
+        with skipping(model, SkipPlan(), recorders=[recorder]), torch.no_grad():
+            model(ids, attention_mask=mask)
+        assert recorder.total is not None
+        assert recorder.count is not None
+        found.append((recorder.count.item(), recorder.total))
+    assert [count for count, _ in found] == [36, 36, 36]
+    for _, total in found[:2]:
+        torch.testing.assert_close(total, found[2][1])
+
+
+def test_recorders_keep_no_graph(model: PreTrainedModel) -> None:
+    for tokens in (5, 40):
+        recorder = TokenStatistics("attn", "ffn")
+        with skipping(model, SkipPlan(), recorders=[recorder]):
+            loss = model(prompt(tokens)).logits.sum()
+        assert loss.requires_grad
+        assert recorder.total is not None
+        assert not recorder.total.requires_grad
+
+
+def test_statistics_of_other_sublayers_are_not_added(model: PreTrainedModel) -> None:
+    recorder, cache = TokenStatistics("attn", "ffn"), DynamicCache()
+    with skipping(model, FFN, scope="decode", recorders=[recorder]), torch.no_grad():
+        model(prompt(9), past_key_values=cache)
+        with pytest.raises(AdaskipError, match="one for each phase"):
+            model(prompt(1), past_key_values=cache)
+
+
+def test_a_policy_may_not_return_the_plan_of_another_model(model: PreTrainedModel) -> None:
+    class Foreign(SkipPolicy):
+        def plan(self, step: Step) -> SkipPlan:
+            return SkipPlan({FFN1: None}, fingerprint="of another model")
+
+    with (
+        skipping(model, Foreign()),
+        pytest.raises(PlanError, match="make a plan for this model"),
+    ):
+        model(prompt(9))
 
 
 def test_padding_is_found_in_the_masks_of_sliding_windows() -> None:

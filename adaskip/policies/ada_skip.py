@@ -174,10 +174,16 @@ class AdaSkip(SkipPolicy):
             window.plan = self._fixed | window.extension
 
     @override
-    def branch(self, request: int, source: int) -> None:
-        if source in self._windows:
-            window = self._windows[source]
-            self._windows[request] = replace(window, seen=list(window.seen))
+    def memory(self, request: int) -> _Window | None:
+        window = self._windows.get(request)
+        return None if window is None else replace(window, seen=list(window.seen))
+
+    @override
+    def resume(self, request: int, memory: object) -> None:
+        if isinstance(memory, _Window) and self.stepwise:
+            # The memory may be of an earlier block, with another budget.
+            plan = self._fixed | memory.extension
+            self._windows[request] = replace(memory, plan=plan, seen=list(memory.seen))
 
     @override
     def forget(self, request: int) -> None:
