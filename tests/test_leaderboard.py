@@ -307,6 +307,63 @@ def test_a_plan_without_times_lets_no_other_have_them(tmp_path: Path) -> None:
     assert table.seconds is None
 
 
+def test_a_verdict_holds_at_both_ends_of_the_measured_time(tmp_path: Path) -> None:
+    board = filled(tmp_path, contexts={40: {"accelerations": [1.05, 1.1]}})
+    store = board.sitting(1)
+    rows = {row.id: row for row in store.rows()}
+    dense, ada = rows["dense"].ttft, rows["ADA 1.1"].ttft
+
+    def verdict_of(speeds: list[float]) -> str:
+        """Of the searched plan, which loses 0.15 nats per token, beside AdaSkip's two."""
+        ttft = [t / speed for t, speed in zip(dense, speeds, strict=True)]
+        store.append([rows["SEARCH gain 1.05"].model_copy(update={"ttft": ttft})])
+        (table,) = collect(board.file, [board]).tables
+        (search,) = (e for e in table.entries if e.method == "SEARCH gain")
+        return search.beside["ADA"].verdict
+
+    assert len(ada) == 3
+    assert verdict_of([1.1, 1.1, 1.1]) == "better"
+    assert verdict_of([1.02, 1.02, 1.02]) == "worse"
+    assert verdict_of([1.02, 1.1, 1.12]) == ""
+    # Faster than any plan of the other method: nothing there says otherwise.
+    assert verdict_of([1.1, 1.1, 2.0]) == "better"
+
+
+def test_sittings_of_different_speed_share_their_seconds(tmp_path: Path) -> None:
+    board = filled(tmp_path)
+    first, second = board.sitting(1), board.sitting(2)
+    rows = {row.id: row for row in first.rows()}
+    slow = [
+        rows[name].model_copy(update={"ttft": [3 * t for t in rows[name].ttft]})
+        for name in ("dense", "ADA 1.1")
+    ]
+    first.keep([name for name in rows if name != "ADA 1.1"])
+    second.append(slow)
+    (table,) = collect(board.file, [board]).tables
+    for entry in table.entries:
+        assert entry.ttft is not None
+        assert entry.seconds == pytest.approx(table.seconds / entry.ttft.median)
+
+
+def test_what_a_file_does_not_name_any_more_is_neither_reported_nor_lost(
+    make: Callable[..., tuple[Board, Maker]],
+) -> None:
+    everything(make(methods=["ADA", "EE"])[1])
+    board, maker = make(methods=["EE"])
+    before = board.sitting(1).path.read_bytes()
+    (table,) = collect(board.file, [board]).tables
+    assert [entry.method for entry in table.entries] == ["EE"]
+    assert all(entry.ttft is not None for entry in table.entries)
+    maker.make("times")
+    # One more round, which the file that named both goes on with.
+    settings = {"contexts": {40: {"accelerations": [1.05], "rounds": 4}}}
+    make(methods=["EE"], **settings)[1].make("times")
+    assert board.sitting(1).path.read_bytes() == before
+    board, maker = make(methods=["ADA", "EE"], **settings)
+    maker.make("times")
+    assert {len(row.ttft) for row in board.sitting(1).rows()} == {4}
+
+
 def test_other_calibrations_are_points_of_their_own(
     make: Callable[..., tuple[Board, Maker]],
 ) -> None:
@@ -425,6 +482,7 @@ def test_shipped_plans_tell_what_was_measured(
         ("model: smollm2\n", "Unknown key 'model'. Did you mean 'models'"),
         ("- a\n", "must be a mapping"),
         (json.dumps(FILE | {"contexts": {"40": {"accelerations": [1.0]}}}), "greater than 1"),
+        (json.dumps(FILE | {"phase": "decode"}), "by the time to the first token: give phase"),
         (json.dumps(FILE | {"methods": ["SLEP"]}), "Unknown method 'SLEP'. Did you mean 'SLEB'"),
         (json.dumps(FILE | {"methods": ["SEARCH gian"]}), "Unknown replacement 'gian'"),
         (json.dumps(FILE | {"methods": ["SEARCH window64"]}), "Unknown replacement 'window64'"),

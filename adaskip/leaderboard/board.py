@@ -168,7 +168,12 @@ class Board:
         return [n for n in self.made if n not in timed or len(timed[n].dense.ttft) < wanted]
 
     def known(self, store: Store[V]) -> dict[str, V]:
-        """What a store has of the plans that there are now, by their points' names."""
+        """What a store has of the plans that there are now, by the names of the file's points."""
+        names = {DENSE, *self.made}
+        return {name: row for name, row in self.current(store).items() if name in names}
+
+    def current(self, store: Store[V]) -> dict[str, V]:
+        """Likewise, of points that the file does not name (any more), too."""
         digests = {row.id: row.plan_digest for row in self.plans.rows() if row.error is None}
         digests[DENSE] = DENSE_DIGEST
         return {r.id: r for r in store.rows() if digests.get(r.id) == r.plan_digest}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
-from typing import Any
+from itertools import chain
+from statistics import fmean, median
+from typing import Any, Literal
 
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.comparing import at_speed, beside, fronts
@@ -15,6 +16,7 @@ from adaskip.leaderboard.settings import LeaderboardFile, Point
 from adaskip.leaderboard.values import (
     BASE,
     COLLAPSE,
+    Beside,
     Entry,
     Interval,
     Reference,
@@ -23,7 +25,6 @@ from adaskip.leaderboard.values import (
     Table,
     TaskFacts,
     first_search,
-    middle,
 )
 from adaskip.profiling.interleaving import Ratio
 from adaskip.profiling.intervals import paired_interval
@@ -72,15 +73,19 @@ def table_of(board: Board) -> Table | None:
         perplexity=math.exp(nll / n_tokens),
         sittings=len(sittings),
         rounds=min((len(dense.ttft) for dense in sittings), default=0),
-        seconds=middle([seconds for dense in sittings for seconds in dense.ttft]),
-        per_token=middle([seconds for dense in sittings for seconds in dense.per_token]),
+        seconds=kept.dense_median("ttft") if sittings else None,
+        per_token=kept.dense_median("per_token") if sittings else None,
         references=references,
         entries=tuple(_compared(main, main)),
         calibrations=tuple(_compared(others, main)),
         tasks=kept.tasks(),
         missing={r.id: r.error for r in kept.plans.values() if r.error and r.id in asked},
         environment=_joined(
-            [store.record().get("environment", {}) for store in board.sittings] if sittings else []
+            [
+                store.record().get("environment", {})
+                for store in board.sittings
+                if sittings and len(board.known(store)) > 1
+            ]
         ),
     )
 
@@ -111,6 +116,11 @@ class _Kept:
     def sittings(self) -> list[TimesRow]:
         """The dense model's times of each sitting that counts."""
         return [*{tuple(dense.ttft): dense for _, dense in self.times.values()}.values()]
+
+    def dense_median(self, name: Literal["ttft", "per_token"]) -> float:
+        """The dense model's median time over all rounds of the sittings that count."""
+        found: list[list[float]] = [getattr(dense, name) for dense in self.sittings]
+        return median(chain.from_iterable(found))
 
     def entries(self, points: Iterable[Point]) -> list[Entry]:
         """Those of the points whose plans have losses, not compared yet."""
@@ -157,9 +167,11 @@ class _Kept:
         if name not in self.times:
             return dict.fromkeys(("seconds", "ttft", "per_token", "kv_share"))
         own, dense = self.times[name]
+        ttft = Ratio.paired(dense.ttft, own.ttft)
         return {
-            "seconds": middle(own.ttft),
-            "ttft": Ratio.paired(dense.ttft, own.ttft),
+            # Sittings may have been slower than others, or on other machines.
+            "seconds": self.dense_median("ttft") / ttft.median,
+            "ttft": ttft,
             "per_token": Ratio.paired(dense.per_token, own.per_token),
             "kv_share": own.kv_bytes / dense.kv_bytes,
         }
@@ -183,7 +195,8 @@ def _compared(entries: Sequence[Entry], among: Sequence[Entry]) -> list[Entry]:
         for method in filter(None, (BASE, search)):
             other = at_speed(among, method, entry.speed)
             if other is not None and method != entry.method:
-                found[method] = beside(entry.by_row, other)
+                here = beside(entry.by_row, other)
+                found[method] = replace(here, steady=_is_steady(here, entry, among, method))
         compared.append(replace(entry, front=front, beside=found))
     return compared
 
@@ -196,6 +209,14 @@ def _joined(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         different = [v for number, v in enumerate(values) if v not in values[:number]]
         found[key] = values[0] if len(different) == 1 else " / ".join(map(str, different))
     return found
+
+
+def _is_steady(here: Beside, entry: Entry, among: Sequence[Entry], method: str) -> bool:
+    """Whether a verdict is the same at both ends of the interval of a plan's measured speed."""
+    ends = () if entry.ttft is None else (entry.ttft.low, entry.ttft.high)
+    others = [at_speed(among, method, speed) for speed in ends]
+    told = {beside(entry.by_row, other).verdict for other in others if other is not None}
+    return told <= {here.verdict}
 
 
 def _sums(row: LossRow) -> tuple[float, int]:

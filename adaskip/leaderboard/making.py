@@ -127,7 +127,10 @@ class Maker:
 
     def _go_on(self, store: Store[TimesRow]) -> None:
         """Finishes a sitting; what plans had that were made anew since is not kept."""
-        known = self.board.known(store)
+        known = self.board.current(store)
+        if not known.keys() <= {DENSE, *self.board.made}:
+            # Of another file, too, which goes on with it.
+            return
         taken = len(known[DENSE].ttft) if DENSE in known else 0
         unfinished = taken < self.board.n_rounds
         here = environment(str(self._model.device)) if unfinished else {}

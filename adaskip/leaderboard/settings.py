@@ -232,6 +232,11 @@ class LeaderboardFile(_Settings):
         Raises:
             AdaskipError: the first of them, with what there is.
         """
+        if self.phase is not Phase.PREFILL:
+            raise AdaskipError(
+                f"The file's phase is {self.phase}, but plans are compared by the time to the "
+                "first token: give phase: prefill."
+            )
         parts = [*self.contexts.values()]
         others = [self.other_calibrations] if self.other_calibrations else []
         for model in (*self.models, *(m for part in parts for m in part.models or ())):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -41,6 +40,7 @@ class Beside:
         interval: of the difference, 95 %, paired bootstrap over rows.
         share: the plan's gap by the other's; None where that loses nothing.
         share_interval: likewise.
+        steady: whether the same would be said at both ends of the interval of the measured time.
     """
 
     gap: float
@@ -48,11 +48,12 @@ class Beside:
     interval: Interval | None
     share: float | None
     share_interval: Interval | None
+    steady: bool = True
 
     @property
     def verdict(self) -> str:
-        """Whether the plan is better or worse, beyond the interval; else empty."""
-        return verdict(self.interval, higher_is_better=False)
+        """Whether the plan is better or worse, beyond the intervals; else empty."""
+        return verdict(self.interval, higher_is_better=False) if self.steady else ""
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,3 @@ def read_report(path: Path) -> Report:
 def first_search(methods: Sequence[str]) -> str | None:
     """The first searched plan among some methods."""
     return next((method for method in methods if method.startswith("SEARCH")), None)
-
-
-def middle(values: Sequence[float]) -> float | None:
-    """The median; None of nothing."""
-    return median(values) if values else None
