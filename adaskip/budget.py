@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from transformers import PretrainedConfig
 
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.importance import Importance
 from adaskip.numbers import is_finite
 from adaskip.plan import SkipPlan, Sublayer
 from adaskip.sublayer_times import SublayerTimes
+from adaskip.summary import kept_tokens
 
 Select = Literal["rank", "knapsack"]
 SELECTS: tuple[Select, ...] = get_args(Select)
@@ -62,10 +65,22 @@ def check_acceleration(acceleration: object) -> None:
         )
 
 
-def kv_share(plan: SkipPlan, n_layers: int, context: int) -> float:
+def dense_tokens(config: PretrainedConfig, context: int) -> list[int]:
+    """Tokens whose keys and values each layer holds at a context: a sliding one those it sees."""
+    text: Any = config.get_text_config(decoder=True)
+    return [kept_tokens(text, layer, context) for layer in range(text.num_hidden_layers)]
+
+
+def kv_share(plan: SkipPlan, config: PretrainedConfig, context: int) -> float:
     """The share of the dense keys and values that a plan holds at a context of so many tokens."""
-    windowed = sum(window.held(context) / context for window in plan.windows.values())
-    return (n_layers - len(plan.layers("attn")) - len(plan.windows) + windowed) / n_layers
+    dense, windows = dense_tokens(config, context), plan.windows
+    skipped = set(plan.layers("attn"))
+    held = [
+        windows[layer].held(context) if layer in windows else own
+        for layer, own in enumerate(dense)
+        if layer not in skipped
+    ]
+    return sum(held) / sum(dense)
 
 
 def _leading(importance: Importance, times: SublayerTimes, target: int) -> tuple[Sublayer, ...]:

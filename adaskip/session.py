@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -72,7 +73,8 @@ class Session:
         self._cache_indices = supported.cache_indices(board.layers, block)
         self._cache_devices = [board.devices[layer] for layer in self._cache_indices]
         config: Any = self._decoder.config
-        self._tally = Tally(config, self._n_layers, model.dtype.itemsize)
+        attending = [*self._cache_indices]
+        self._tally = Tally(config, self._n_layers, model.dtype.itemsize, attending)
         self._requests = _told(policy, self._tally)
         self._rows = self._past = 0
         # The request of the forward that is computed now, and what was known of it before.
@@ -289,10 +291,17 @@ class Session:
 
     def _check_order(self, request: Request, step: Step, past: int, said: Phase | None) -> None:
         """Refuses forwards whose phase nobody can know, and steps that were taken back."""
-        if said is None and self._steps_matter and is_ambiguous(request, past, step.tokens):
+        if said is None and is_ambiguous(request, past, step.tokens) and self._phase_matters(step):
             calls.refuse_ambiguous(self.policy, self._scope, step.tokens)
         if step.phase is Phase.DECODE and past < request.tokens and self.policy.stepwise:
             calls.refuse_cut(self.policy, request.tokens, past)
+
+    def _phase_matters(self, step: Step) -> bool:
+        """Whether the plan of a forward is another one in the other phase."""
+        if self._steps_matter or self._scope != "e2e":
+            return self._steps_matter
+        first, second = (self.policy.plan(replace(step, phase=phase)) for phase in Phase)
+        return first != second
 
     def _check_assisted(self, generation_config: Any) -> None:
         calls.refuse_early_exit_draft(generation_config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,11 +114,14 @@ class Tally:
         config: of the decoder.
         n_layers: its layers.
         itemsize: bytes of a number of its keys and values.
+        attending: layers that have an attention: of exported models not all.
     """
 
-    def __init__(self, config: PretrainedConfig, n_layers: int, itemsize: int) -> None:
+    def __init__(
+        self, config: PretrainedConfig, n_layers: int, itemsize: int, attending: Sequence[int]
+    ) -> None:
         self._config: Any = config
-        self._n_layers, self._itemsize = n_layers, itemsize
+        self._n_layers, self._itemsize, self._attending = n_layers, itemsize, attending
         self._phases: dict[Phase, _PhaseCount] = {}
         self._requests: dict[int, RequestCount] = {}
         self._largest = RequestCount(rows=0)
@@ -189,10 +192,8 @@ class Tally:
         """What was counted so far."""
         largest = self._largest
         per_token = largest.rows * self._itemsize * self._numbers_per_token()
-        held = sum(self._held(largest, layer) for layer in range(self._n_layers))
-        dense = sum(
-            kept_tokens(self._config, layer, largest.tokens) for layer in range(self._n_layers)
-        )
+        held = sum(self._held(largest, layer) for layer in self._attending)
+        dense = sum(kept_tokens(self._config, layer, largest.tokens) for layer in self._attending)
         return Summary(
             self._n_layers,
             {phase: _averaged(self._phases[phase]) for phase in Phase if phase in self._phases},

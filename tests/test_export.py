@@ -53,6 +53,7 @@ from adaskip.blocks import BLOCKS
 from adaskip.export import hf
 from adaskip.export.refusing import FAMILIES
 from adaskip.export.surviving import surviving
+from adaskip.growing_cache import kv_tensors
 from adaskip.models.exported import exported_class
 from adaskip.models.modeling_adaskip import LinearMap
 from adaskip.replacements import Window
@@ -377,6 +378,16 @@ class TestSkippingAgain:
         kept = 2 - sum(s.kind == "attn" for s in again)
         assert sum(getattr(layer, "keys", None) is not None for layer in cache.layers) == kept
         assert torch.equal(generate(IDS, **options), load_again(loaded, options))
+
+    def test_counts_keys_and_values_of_what_is_there(self, loaded: PreTrainedModel) -> None:
+        dense = 0
+        for plan in (SkipPlan(), SkipPlan({Sublayer(1, "attn"): None})):
+            cache = DynamicCache(config=loaded.config)
+            with skipping(loaded, plan) as session, torch.no_grad():
+                loaded(IDS, past_key_values=cache)
+            held = sum(tensor.nbytes for tensor in kv_tensors(cache))
+            dense = dense or held
+            assert (session.summary().kv_bytes, session.summary().dense_kv_bytes) == (held, dense)
 
     def test_what_is_gone_is_never_chosen(self, loaded: PreTrainedModel) -> None:
         importance = learn_importance(loaded, [IDS])

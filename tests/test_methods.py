@@ -32,6 +32,7 @@ from adaskip.fitting import fit_linears
 from adaskip.methods import METHODS, make_plan, method, method_names
 from adaskip.plan import Phase, Step, all_sublayers, whole_layers
 from adaskip.policies import POLICIES, SkipPolicy
+from adaskip.search.cross_fitting import for_all
 from adaskip.search.journal import Journal
 from adaskip.search.losses import Losses
 from adaskip.search.trials import Trials
@@ -135,7 +136,7 @@ def plans(model: PreTrainedModel, name: str, n: int, **options: Any) -> list[dic
     with measuring(model):
         losses = Losses(Sublayers(model), ROWS, METHODS[name].measure)
         growth = METHODS[name].grow(Trials(losses, None, Journal(None, {})), **options)
-        return [dict(plan) for plan in islice(growth, n)]
+        return [for_all(plan) for plan in islice(growth, n)]
 
 
 @torch.no_grad()
@@ -263,7 +264,12 @@ def test_every_method_makes_the_least_plan_that_is_fast_enough(
     assert about["method"] == name
     assert about["predicted acceleration"] == pytest.approx(TIMES.speedup(plan))
     assert about["predicted acceleration"] >= 1.3
-    assert about["loss"] == pytest.approx(loss_of(model, plan, ROWS), rel=1e-3)
+    in_sample = pytest.approx(loss_of(model, plan, ROWS), rel=1e-3)
+    if name == "NBL":
+        # Each row is judged by maps that were fitted on the others, as in a search.
+        assert about["loss"] > in_sample.expected
+    else:
+        assert about["loss"] == in_sample
     plan.check_model(model)
     # One step less is too slow.
     step = 2 if name in {"EE", "SD", "US", "SHORTGPT", "SLEB", "PRUNECOMP"} else 1

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import N_LAYERS, tiny_model
+from conftest import N_LAYERS, prompt, tiny_model
 from test_search import ROWS, times
+from transformers import DynamicCache
 
-from adaskip import AdaskipError, Linear, Sublayer, Window, search_plan
+from adaskip import AdaskipError, Linear, Sublayer, Window, search_plan, skipping
 from adaskip.budget import kv_share
+from adaskip.growing_cache import kv_tensors
 from adaskip.plan import SkipPlan
 from adaskip.profiling import plan_times
 from adaskip.profiling.plan_times import (
@@ -100,8 +102,35 @@ def test_a_plan_is_as_fast_as_what_is_in_it() -> None:
     with pytest.raises(AdaskipError, match="measure them anew"):
         PlanTimes.from_dict({"dense": {}, "replaced": {}})
     # A window holds 8 + 4 of 40 tokens, the others nothing.
-    assert kv_share(SkipPlan(plan), N_LAYERS, 40) == pytest.approx((2 + 0.3) / 4)
-    assert kv_share(SkipPlan(plan), N_LAYERS, 10) == pytest.approx(3 / 4)
+    config = tiny_model("llama").config
+    assert kv_share(SkipPlan(plan), config, 40) == pytest.approx((2 + 0.3) / 4)
+    assert kv_share(SkipPlan(plan), config, 10) == pytest.approx(3 / 4)
+
+
+def test_sliding_layers_hold_what_they_see() -> None:
+    model = tiny_model("gemma2", "eager")
+    types = model.config.layer_types
+    assert set(types) == {"full_attention", "sliding_attention"}
+    ids, seconds = prompt(40), PlanTimes(times(1, 1))
+    assert model.config.sliding_window < 40
+
+    def held(plan: SkipPlan) -> int:
+        cache = DynamicCache(config=model.config)
+        with skipping(model, plan), torch.no_grad():
+            model(ids, past_key_values=cache)
+        return sum(tensor.nbytes for tensor in kv_tensors(cache))
+
+    for kind in ("full_attention", "sliding_attention"):
+        layer = types.index(kind)
+        for replaced in (None, Window(8)) if kind == "full_attention" else (None,):
+            plan = SkipPlan({Sublayer(layer, "attn"): replaced})
+            share = kv_share(plan, model.config, 40)
+            assert share == pytest.approx(held(plan) / held(SkipPlan()))
+    plan = search_plan(
+        model, ROWS, acceleration=1, kv_share=0.5, times=seconds, replacements=["gain"]
+    )
+    assert held(plan) <= 0.5 * held(SkipPlan())
+    assert plan.about["predicted kv share"] == pytest.approx(held(plan) / held(SkipPlan()))
 
 
 def test_windows_go_where_all_tokens_are_seen() -> None:

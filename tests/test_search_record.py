@@ -12,6 +12,8 @@ from test_search import LONG, MENU_TIMES, times
 from transformers import PreTrainedModel
 
 from adaskip import Linear, RunError, SkipPlan, Sublayer, Window, search_plan
+from adaskip.profiling import calibration
+from adaskip.search import searching
 from adaskip.search.journal import VERSION, Journal
 from adaskip.search.losses import Losses
 from adaskip.search.menu import Option
@@ -54,6 +56,23 @@ def contents(plan: SkipPlan) -> list[Any]:
         (s, [t.tolist() for t in r.tensors] if isinstance(r, Linear) else r)
         for s, r in plan.items()
     ]
+
+
+def test_times_of_another_machine_are_measured_anew(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(*args: Any, **kwargs: Any) -> PlanTimes:
+        measured.append(args)
+        return MENU_TIMES
+
+    monkeypatch.setattr(searching, "measured_plan_times", measure)
+    options = OPTIONS | {"times": None, "record": tmp_path / "record.jsonl"}
+    for machine, n_measured in (("one", 1), ("one", 1), ("another", 2)):
+        monkeypatch.setattr(calibration, "hardware", lambda device, name=machine: name)
+        search_plan(model, LONG, **options)
+        assert len(measured) == n_measured
 
 
 @pytest.mark.parametrize("after", [3, 20])

@@ -561,6 +561,26 @@ def test_a_policy_may_not_return_the_plan_of_another_model(model: PreTrainedMode
         model(prompt(9))
 
 
+def test_several_tokens_of_a_phase_nobody_says(model: PreTrainedModel) -> None:
+    """Where the plan depends on the phase, though not on the steps before."""
+
+    class ByPhase(SkipPolicy):
+        def plan(self, step: Step) -> SkipPlan:
+            return SkipPlan({FFN1: None}) if step.phase is Phase.DECODE else SkipPlan()
+
+    for policy, refused in ((ByPhase(), True), (FFN, False)):
+        with skipping(model, policy) as session, torch.no_grad():
+            cache = DynamicCache()
+            for tokens in (6, 1):
+                model(prompt(tokens), past_key_values=cache)
+            if refused:
+                with pytest.raises(UnsupportedCallError, match="matters whether they are"):
+                    model(prompt(6), past_key_values=cache)
+            with session.prefill():
+                model(prompt(6), past_key_values=cache)
+            assert session.plan == policy.plan(Step(Phase.PREFILL, 0, 0, 6))
+
+
 def test_padding_is_found_in_the_masks_of_sliding_windows() -> None:
     from adaskip.padding import real_tokens
 

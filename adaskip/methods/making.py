@@ -23,6 +23,7 @@ from adaskip.profiling.plan_times import linear_like, measured_plan_times
 from adaskip.replacements import Replacement
 from adaskip.search import SEARCH, search_plan
 from adaskip.search.course import Course, named
+from adaskip.search.cross_fitting import Learned, for_all
 from adaskip.search.describing import described, identity, reached, with_measured
 from adaskip.search.journal import Journal
 from adaskip.search.losses import Losses, Row
@@ -119,14 +120,15 @@ def make_plan(
         grow = partial(chosen.grow, exact=True) if exact else chosen.grow
         with closing(trials):
             course = Course.begun(losses, times)
-            plan: Mapping[Sublayer, Replacement] = {}
-            for plan in _until_it_reaches(grow(trials), times, acceleration, method):
-                lost = _loss_of(plan, losses, compute=losses_on_the_way)
-                course.add(named(plan), *reached(described(plan, times, acceleration)), lost)
+            learned: Mapping[Sublayer, Learned] = {}
+            plan: dict[Sublayer, Replacement] = {}
+            for learned in _until_it_reaches(grow(trials), times, acceleration, method):
+                lost, plan = _loss_of(learned, losses, compute=losses_on_the_way), for_all(learned)
+                course.add(named(plan), *reached(described(model, plan, times, acceleration)), lost)
         cost = trials.forwards
-        losses.accept(plan)
+        losses.accept(learned)
         loss = losses.loss({}, measure="kl")
-        facts = described(plan, times, acceleration)
+        facts = described(model, plan, times, acceleration)
         course.alone = trials.alone
         course.add(named(plan), *reached(facts), loss)
     about: dict[str, str | float | None] = {
@@ -148,7 +150,7 @@ def _until_it_reaches(growth: Growth, times: PlanTimes, acceleration: float, met
         return
     for plan in growth:
         yield plan
-        speedup = times.speedup(plan)
+        speedup = times.speedup(for_all(plan))
         if speedup >= acceleration:
             return
         best = max(best, speedup)
@@ -158,11 +160,9 @@ def _until_it_reaches(growth: Growth, times: PlanTimes, acceleration: float, met
     )
 
 
-def _loss_of(
-    plan: Mapping[Sublayer, Replacement], losses: Losses, *, compute: bool
-) -> float | None:
+def _loss_of(plan: Mapping[Sublayer, Learned], losses: Losses, *, compute: bool) -> float | None:
     """The loss of a plan on the way; None if it is neither at hand nor to be computed."""
-    if losses.plan == dict(plan):
+    if losses.plan == for_all(plan):
         # The streams are those of the plan.
         return losses.loss({}, measure="kl")
     if not compute:

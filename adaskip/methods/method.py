@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import ParamSpec
 
 from adaskip.plan import Sublayer
-from adaskip.replacements import Replacement
+from adaskip.search.cross_fitting import Learned
 from adaskip.search.losses import Measure
 from adaskip.search.menu import NOTHING, Option
 from adaskip.search.trials import Trials
 
 P = ParamSpec("P")
-Growth = Iterator[Mapping[Sublayer, Replacement]]
+Growth = Iterator[Mapping[Sublayer, Learned]]
 
 
 @dataclass(frozen=True)

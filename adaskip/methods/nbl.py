@@ -8,7 +8,7 @@ from torch import Tensor
 from adaskip.errors import AdaskipError
 from adaskip.methods.method import Growth, method
 from adaskip.plan import Sublayer
-from adaskip.replacements import Replacement
+from adaskip.search.cross_fitting import Learned
 from adaskip.search.trials import Trials
 
 _RIDGE = 1e-3
@@ -39,9 +39,9 @@ def nbl(rows: Trials) -> Growth:
         s: _bound(torch.cat(losses.before(s)), torch.cat(losses.behind(s))) for s in attentions
     }
     # Fitted on the dense stream, as nothing has become part of the plan yet.
-    plan: dict[Sublayer, Replacement] = {}
+    plan: dict[Sublayer, Learned] = {}
     for sublayer in sorted(attentions, key=lambda s: (bounds[s], s.position)):
-        plan[sublayer] = losses.linear(sublayer, None).whole
+        plan[sublayer] = losses.linear(sublayer, None)
         yield dict(plan)
 
 

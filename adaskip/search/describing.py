@@ -18,11 +18,15 @@ from adaskip.sublayer_times import PlanTimes
 
 
 def described(
-    plan: Mapping[Sublayer, Replacement], times: PlanTimes, acceleration: float
+    model: PreTrainedModel,
+    plan: Mapping[Sublayer, Replacement],
+    times: PlanTimes,
+    acceleration: float,
 ) -> dict[str, str | float | None]:
     """The budget of a plan, and what is predicted of it.
 
     Args:
+        model: whose plan it is.
         plan: what is replaced.
         times: of sublayers and replacements, where the plan is to be used.
         acceleration: that was asked for.
@@ -34,7 +38,7 @@ def described(
         "context": dense.context,
         "batch": dense.batch,
         "predicted acceleration": times.speedup(plan),
-        "predicted kv share": kv_share(SkipPlan(plan), dense.n_layers, dense.context),
+        "predicted kv share": kv_share(SkipPlan(plan), model.config, dense.context),
     }
 
 

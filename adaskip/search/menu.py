@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
+from adaskip.budget import dense_tokens
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.plan import Sublayer, all_sublayers
 from adaskip.profiling.plan_times import linear_like, windowable
@@ -161,6 +162,7 @@ class Menu:
             raise AdaskipError(
                 f"The times are of {n_layers} layers, this model has {own}; measure its own."
             )
+        dense = dense_tokens(model.config, context)
         samples = dishes.samples(model)
         learned = [GAIN] if GAIN in dishes.names else []
         learned += [replacement_name(sample) for sample in samples if isinstance(sample, Linear)]
@@ -170,7 +172,7 @@ class Menu:
         found: dict[Sublayer, tuple[Option, ...]] = {}
         for sublayer in all_sublayers(n_layers):
             is_attention = sublayer.kind == "attn"
-            freed = 1 / n_layers if is_attention else 0.0
+            freed = dense[sublayer.layer] / sum(dense) if is_attention else 0.0
             options = [
                 Option(sublayer, name, None, times.saved_by(sublayer, name), freed)
                 for name in learned
@@ -183,9 +185,9 @@ class Menu:
                 if frees or times.saved(sublayer, largest) >= worth:
                     placed = placed + _of_some_heads(sublayer, largest, n_heads, by_harm)
             for window in placed:
-                saved, share = times.saved(sublayer, window), 1 - window.held(context) / context
-                name = replacement_name(window)
-                options.append(Option(sublayer, name, window, saved, share / n_layers))
+                saved, name = times.saved(sublayer, window), replacement_name(window)
+                spared = (dense[sublayer.layer] - window.held(context)) / sum(dense)
+                options.append(Option(sublayer, name, window, saved, spared))
             found[sublayer] = tuple(sorted(options, key=lambda o: (o.saved, o.freed)))
         self.options: Mapping[Sublayer, tuple[Option, ...]] = found
 

@@ -15,13 +15,14 @@ from adaskip.fingerprint import model_fingerprint
 from adaskip.fitting import check_rank
 from adaskip.numbers import is_finite
 from adaskip.plan import COURSE, Phase, SkipPlan
+from adaskip.profiling.calibration import identity as place
 from adaskip.profiling.plan_times import measured_plan_times
 from adaskip.replacements import Replacement
 from adaskip.search.course import Course, named
 from adaskip.search.describing import described, identity, reached, with_measured
 from adaskip.search.exchange import exchange
 from adaskip.search.greedy import Choice, fill
-from adaskip.search.journal import Journal
+from adaskip.search.journal import Journal, short_hash
 from adaskip.search.losses import Losses, Row
 from adaskip.search.menu import MENU, Budget, Dishes, Menu, Name, check_reach
 from adaskip.search.trials import Trials
@@ -121,7 +122,7 @@ def search_plan(
         course.alone = trials.alone
         _tell(course, choice, plan_times)
         replaced = losses.plan
-        facts = described(replaced, plan_times, acceleration)
+        facts = described(model, replaced, plan_times, acceleration)
         course.add(named(replaced), *reached(facts), loss)
     about: dict[str, str | float | None] = {
         "method": NAME,
@@ -165,7 +166,9 @@ def _times(
     """Measured times, those of the record where it has them."""
     assert asked.context is not None  # noqa: S101 - the longest prompt took its place
     names = ", ".join(map(replacement_name, samples)) or GAIN
-    of = f"{asked.phase} of {asked.batch} x {asked.context} tokens: {names}"
+    # A record may be taken to another machine.
+    here = short_hash(place(model))
+    of = f"{asked.phase} of {asked.batch} x {asked.context} tokens on {here}: {names}"
     known = journal.known("times", of)
     if known is not None:
         return PlanTimes.from_dict(known)
