@@ -80,7 +80,8 @@ class Session:
         # The request of the forward that is computed now, and what was known of it before.
         self._counted: tuple[Request, dict[str, Any]] | None = None
         self._signature = list(inspect.signature(type(self._decoder).forward).parameters)[1:]
-        self._watching: list[Recorder] = []
+        # Who wants statistics of the present forward, and which.
+        self._watching: list[tuple[Recorder, frozenset[Span]]] = []
 
     def close(self) -> None:
         """Ends the session: what caches of it do later concerns no other one."""
@@ -267,8 +268,10 @@ class Session:
         recording = self._board.recording
         stats = None if recording is None else recording.finish()
         if stats is not None:
-            for recorder in self._watching:
-                recorder.observe(self.step, stats)
+            for recorder, wanted in self._watching:
+                own = stats.select(*wanted)
+                if own.rows:
+                    recorder.observe(self.step, own)
         if self._counted is not None:
             request, number = self._counted[0], self.step.request
             request.memory = self.policy.memory(number), self._tally.memory(number)
@@ -327,7 +330,7 @@ class Session:
         for recorder in (*self._recorders, *((self.policy,) if in_scope else ())):
             wanted = recorder.watch(step)
             if wanted:
-                self._watching.append(recorder)
+                self._watching.append((recorder, wanted))
                 spans |= wanted
         if spans:
             real = real_in_call(call, turn, step, past)

@@ -15,6 +15,9 @@ from adaskip.replacements import Linear, Replacement, Window
 from adaskip.sublayers import Switches, layer_forward
 from adaskip.windows import Windows
 
+# Linear maps of so many whole plans stay on the devices: a policy may go back to one it had.
+_KEPT_PLANS = 2
+
 
 class Switchboard:
     """Sets what each layer does in the coming forward.
@@ -68,6 +71,9 @@ class Switchboard:
             switch.run_attn, switch.run_ffn = index not in skipped, ffn not in plan
             switch.attn_replacement = self._placed(attn, plan.get(attn))
             switch.ffn_replacement = self._placed(ffn, plan.get(ffn))
+        if len(self._linears) > _KEPT_PLANS * 2 * len(self.layers):
+            used = set(plan.values())
+            self._linears = {key: made for key, made in self._linears.items() if key[0] in used}
         self.plan = plan
 
     def _placed(self, sublayer: Sublayer, replacement: Replacement) -> Tensor | Linear | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +25,14 @@ from adaskip import (
     PlanError,
     ProfileError,
     SkipPlan,
+    SkipPolicy,
+    Step,
     Sublayer,
     fit_linears,
     skipping,
 )
 from adaskip.fingerprint import model_fingerprint
+from adaskip.plan import KINDS
 
 HIDDEN = 32
 ATTN0, FFN1, ATTN2 = Sublayer(0, "attn"), Sublayer(1, "ffn"), Sublayer(2, "attn")
@@ -133,6 +137,23 @@ def test_plans_of_linears_come_and_go(model: PreTrainedModel) -> None:
         with skipping(model, PLAN):
             torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=5e-5)
         assert torch.equal(model(ids).logits, dense)
+
+
+def test_maps_of_plans_that_are_gone_are_let_go_of(model: PreTrainedModel) -> None:
+    class Ever(SkipPolicy):
+        def plan(self, step: Step) -> SkipPlan:
+            places = [Sublayer(i, kind) for i in range(N_LAYERS) for kind in KINDS]
+            return SkipPlan({s: random_linear(step.request + s.position) for s in places})
+
+    gc.collect()
+    before = sum(type(each) is Linear for each in gc.get_objects())
+    with skipping(model, Ever()), torch.no_grad():
+        for _ in range(12):
+            model(prompt(3))
+        gc.collect()
+        held = sum(type(each) is Linear for each in gc.get_objects()) - before
+    # Those as given and those on the device, of three plans at most.
+    assert held <= 2 * 3 * 2 * N_LAYERS
 
 
 def test_linears_in_bfloat16(model: PreTrainedModel) -> None:

@@ -541,6 +541,26 @@ def test_recorders_keep_no_graph(model: PreTrainedModel) -> None:
         assert not recorder.total.requires_grad
 
 
+def test_a_policy_is_given_what_it_asked_for_only(model: PreTrainedModel) -> None:
+    class Watching(SkipPolicy):
+        def __init__(self) -> None:
+            self.seen: list[set[Span]] = []
+
+        def plan(self, step: Step) -> SkipPlan:
+            return SkipPlan()
+
+        def watch(self, step: Step) -> frozenset[Span]:
+            return frozenset({"ffn"})
+
+        def observe(self, step: Step, stats: StepStats) -> None:
+            self.seen.append({span for _, span in stats.rows})
+
+    policy = Watching()
+    with skipping(model, policy, recorders=[TokenStatistics("attn", "layer")]), torch.no_grad():
+        model(prompt(9))
+    assert policy.seen == [{"ffn"}]
+
+
 def test_statistics_of_other_sublayers_are_not_added(model: PreTrainedModel) -> None:
     recorder, cache = TokenStatistics("attn", "ffn"), DynamicCache()
     with skipping(model, FFN, scope="decode", recorders=[recorder]), torch.no_grad():
