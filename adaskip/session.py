@@ -282,13 +282,14 @@ class Session:
         return self._scope == "decode" or self.policy.stepwise
 
     def _past_length(self, cache: Cache, tokens: int, said: Phase | None) -> int:
-        """Tokens in the cache; reads the device only where a static cache may begin anew."""
+        """Tokens in the cache; reads a device only where a static cache may begin anew there."""
         past = kvcache.past_length(cache)
         if past is not None:
             return past
         request = self._requests.of(cache)
         unspoken = said is None and (self._steps_matter or self._scope == "prefill")
-        if request is None or tokens > 1 or said is Phase.PREFILL or unspoken:
+        free = all(device.type == "cpu" for device in self._cache_devices[:1])
+        if free or request is None or tokens > 1 or said is Phase.PREFILL or unspoken:
             return kvcache.read_past_length(cache)
         return request.tokens
 

@@ -255,6 +255,16 @@ def reloaded(cache: DynamicCache) -> DynamicCache:
     return loaded
 
 
+def test_a_prompt_of_one_token_on_a_static_cache_that_was_reset(model: PreTrainedModel) -> None:
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with skipping(model, BOTH) as session, torch.no_grad():
+        for tokens in (8, 1):
+            model(prompt(tokens), past_key_values=cache)
+        cache.reset()
+        model(prompt(1), past_key_values=cache)
+        assert session.step == Step(Phase.PREFILL, 1, 0, 1)
+
+
 # Copies ---------------------------------------------------------------------------------------
 
 
