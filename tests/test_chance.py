@@ -24,6 +24,15 @@ from adaskip.tasks.chance import at_chance
         # 2 of 2 of four: 1 in 16. 3 of 3: 1 in 64.
         ("needle_keys", [1.0, 1.0], True),
         ("needle_keys", [1.0, 1.0, 1.0], False),
+        # Half of four answers, drawn of eight: 53 of 70 draws; three of four 17.
+        ("variable_tracking", [0.5], True),
+        ("variable_tracking", [0.75], True),
+        ("variable_tracking", [1.0], False),
+        # In 20 rows 0.6 is far above what drawing gives, though no binomial of rows would say so.
+        ("variable_tracking", [0.5, 0.75] * 10, False),
+        ("variable_tracking", [0.5] * 20, True),
+        ("common_words", [0.2] * 20, True),
+        ("common_words", [0.3, 0.4] * 10, False),
         # 8 of 10 coins fall right in 56 of 1,024 draws, 9 in 11.
         ("sample_classification", [1.0] * 8 + [0.0] * 2, True),
         ("sample_classification", [1.0] * 9 + [0.0], False),

@@ -124,6 +124,7 @@ def test_variables_follow_from_the_value_asked_for(tokenizer: PreTrainedTokenize
         assert tuple(known[1:]) == row.answers
         share = len(row.answers) / (len(row.answers) + len(others))
         assert task_spec("variable_tracking").chance == share
+        assert task_spec("variable_tracking").n_answers == len(row.answers)
 
 
 @pytest.mark.parametrize("task", ["common_words", "frequent_words"])
@@ -135,6 +136,7 @@ def test_the_words_asked_for_are_the_most_frequent(
         counts = Counter(re.findall(r"[a-z]+", row.context))
         first = [word for word, _ in counts.most_common(len(row.answers))]
         assert set(first) == set(row.answers)
+        assert task_spec(task).n_answers == len(row.answers)
         assert counts[first[-1]] > sorted(counts.values())[-len(row.answers) - 1]
         if tokens > 1000:
             assert task_spec(task).chance == len(row.answers) / len(counts)

@@ -14,8 +14,9 @@ DOUBT = 0.05
 def at_chance(task: str, scores: Sequence[float]) -> bool:
     """Whether guessing would be as good in more than 5 % of draws: such rows compare nothing.
 
-    A draw takes each row right with the task's chance (`TaskSpec.chance`), and is as good if at
-    least as many rows are right as the scores sum up to, rounded up.
+    A draw takes each row right with the task's chance (`TaskSpec.chance`), or, where a row asks for
+    several answers, as many at random of what its context offers; it is as good if at least as much
+    is right as the scores sum up to, rounded up.
 
     Args:
         task: a name of `adaskip.tasks.spec.task_names()`.
@@ -24,12 +25,33 @@ def at_chance(task: str, scores: Sequence[float]) -> bool:
     Returns:
         False where the task's chance is not known, and without a row.
     """
-    chance, n = task_spec(task).chance, len(scores)
-    if chance is None or not scores:
+    spec = task_spec(task)
+    if spec.chance is None or not scores:
         return False
-    reached = math.ceil(math.fsum(scores) - 1e-9)
-    draws = (
-        math.comb(n, right) * chance**right * (1 - chance) ** (n - right)
-        for right in range(reached, n + 1)
-    )
-    return math.fsum(draws) > DOUBT
+    row, total = _by_hits(spec.chance, spec.n_answers), [1.0]
+    for _ in scores:
+        total = _of_both(total, row)
+    reached = math.ceil(spec.n_answers * math.fsum(scores) - 1e-9)
+    return math.fsum(total[reached:]) > DOUBT
+
+
+def _by_hits(chance: float, n_answers: int) -> list[float]:
+    """The probability that guessing finds 0, 1, 2, ... of a row's answers."""
+    if n_answers == 1:
+        return [1 - chance, chance]
+    offered = round(n_answers / chance)
+    return [
+        math.comb(n_answers, hits)
+        * math.comb(offered - n_answers, n_answers - hits)
+        / math.comb(offered, n_answers)
+        for hits in range(n_answers + 1)
+    ]
+
+
+def _of_both(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    """The distribution of a sum of two."""
+    found = [0.0] * (len(one) + len(other) - 1)
+    for i, p in enumerate(one):
+        for j, q in enumerate(other):
+            found[i + j] += p * q
+    return found

@@ -65,6 +65,7 @@ class TaskSpec:
         takes_depth: its rows hide one needle that is asked for, at a depth that can be chosen.
         chance: mean score of answers that know what is asked and draw from what the context offers;
             None where nobody knows.
+        n_answers: that a row asks for, of which a share is found, where chance draws several.
         prompt_sha256: hash of the official prompt template; None for our own tasks.
         prompt: the prompt template itself; None for LongBench, whose prompts are not kept here.
     """
@@ -81,6 +82,7 @@ class TaskSpec:
     kind: Kind = "longbench"
     takes_depth: bool = False
     chance: float | None = None
+    n_answers: int = 1
     prompt_sha256: str | None = None
     prompt: str | None = None
 
