@@ -116,8 +116,8 @@ class Requests:
             request = self._new(cache)
         phase = _phase(request, past, tokens, said)
         if phase is Phase.PREFILL and request.decoded:
-            # Another prompt on the cache of an earlier answer, whose windows hold what they held.
-            request = replace(self._new(cache), windows=request.windows)
+            # Another prompt on the cache of an earlier answer, which holds what it held.
+            request = replace(self._new(cache), windows=request.windows, memory=request.memory)
         return request, Step(phase, request.number, request.index, tokens, request.decoded)
 
     def advance(self, cache: Cache | None, request: Request, step: Step, past: int) -> None:

@@ -203,6 +203,9 @@ class Session:
             calls.refuse_changed_draft(step, plan, request.prefill_plan)
         if plan.windows:
             calls.refuse_unseen(call, turn)
+        if step.index == 0 and request.memory is not None:
+            # A later turn: its cache holds what the turn before it left.
+            self._tally.resume(step.request, request.memory[1])
         if past == 0 or request.prepared != plan:
             earlier = real_before(call, turn, past) if plan.windows and past else None
             self._prepare(cache, request, plan, earlier, past)

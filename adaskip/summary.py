@@ -163,12 +163,14 @@ class Tally:
         count = self._requests.setdefault(step.request, RequestCount())
         seen = count.by_attention
         if not seen and past:
-            # A second prompt on a used cache: what the turns before it left is not known here.
+            # A cache that was used outside: what is in it is not known here.
             seen[self._attention] = past
         elif past < count.tokens and seen:
-            # Cut back.
-            latest = next(reversed(seen))
-            seen[latest] = max(seen[latest] - (count.tokens - past), 0)
+            # Cut back, the latest tokens first.
+            cut = count.tokens - past
+            for attention in reversed([*seen]):
+                taken = min(seen[attention], cut)
+                seen[attention], cut = seen[attention] - taken, cut - taken
         count.rows, count.tokens = rows, past + step.tokens
         seen[self._attention] = seen.pop(self._attention, 0) + step.tokens
         if rows * count.tokens >= self._largest.rows * self._largest.tokens:

@@ -9,7 +9,18 @@ import torch
 from conftest import prompt, tiny_model
 from transformers import DynamicCache
 
-from adaskip import EarlyExit, Linear, SkipDecode, SkipPlan, Sublayer, Summary, Window, skipping
+from adaskip import (
+    EarlyExit,
+    Linear,
+    SkipDecode,
+    SkipPlan,
+    SkipPolicy,
+    Step,
+    Sublayer,
+    Summary,
+    Window,
+    skipping,
+)
 from adaskip.growing_cache import GrowingCache, kv_tensors
 
 PLAN = SkipPlan({Sublayer(0, "attn"): 0.5, Sublayer(1, "ffn"): None, Sublayer(2, "attn"): None})
@@ -95,6 +106,40 @@ def test_the_largest_request_counts_and_copies_go_on() -> None:
         model(prompt(1), past_key_values=cache)
         model(prompt(10), past_key_values=DynamicCache())
         assert session.summary().kv_tokens == 10
+
+
+def test_what_a_cache_holds_after_turns_and_cuts() -> None:
+    model = tiny_model("llama")
+
+    class From(SkipPolicy):
+        """Skips attention 1 once it is told to."""
+
+        on = False
+
+        def plan(self, step: Step) -> SkipPlan:
+            return SkipPlan({Sublayer(1, "attn"): None}) if self.on else SkipPlan()
+
+    def held(cache: DynamicCache) -> int:
+        return sum(tensor.nbytes for tensor in kv_tensors(cache))
+
+    policy, cache = From(), DynamicCache()
+    with skipping(model, policy) as session, torch.no_grad():
+        for tokens in (20, 1):
+            model(prompt(tokens), past_key_values=cache)
+        policy.on = True
+        with session.prefill():
+            model(prompt(6), past_key_values=cache)
+        summary = session.summary()
+        assert (summary.requests, summary.kv_tokens, summary.kv_bytes) == (2, 27, held(cache))
+        assert summary.kv_bytes < summary.dense_kv_bytes
+    with skipping(model, PLAN, scope="decode") as session, torch.no_grad():
+        cache = DynamicCache()
+        for tokens in (10, 1, 1, 1):
+            model(prompt(tokens), past_key_values=cache)
+        cache.crop(-8)
+        model(prompt(1), past_key_values=cache)
+        summary = session.summary()
+        assert (summary.kv_tokens, summary.kv_bytes) == (6, held(cache))
 
 
 def test_a_failed_forward_is_not_counted() -> None:
