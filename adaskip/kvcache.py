@@ -68,9 +68,9 @@ def refuse_torn(cache: Cache, past: int) -> None:
     Raises:
         UnsupportedCallError: one of the two holds more or fewer.
     """
-    for layer in (*cache.layers[:1], *cache.layers[-1:]):
+    for layer in (*cache.layers[:1], *cache.layers[-1:]) if past else ():
         held = _own_length(layer)
-        if past and held not in (None, past):
+        if held not in (None, past):
             raise UnsupportedCallError(
                 f"Some layers of the cache hold {past} tokens and others {held}, as after a crop "
                 "that one of them refused or a forward that failed. Begin with an empty cache."

@@ -89,6 +89,31 @@ def test_threads_in_one_block_answer_as_alone(
     assert all(torch.equal(tokens, expected[number]) for number, tokens in found)
 
 
+def test_two_threads_that_enter_with_one_policy_at_once() -> None:
+    """Each has it to itself: binding may take long, and the scope is the session's."""
+    both = threading.Barrier(2, timeout=30)
+
+    class Slow(FixedSkipping):
+        def bind(self, n_layers: int) -> None:
+            super().bind(n_layers)
+            both.wait()
+
+    policy, used = Slow(SkipPlan()), {}
+
+    def enter(scope: Any) -> None:
+        with skipping(tiny_model("llama"), policy, scope=scope) as session:
+            both.wait()
+            used[scope] = session.policy, session.policy.scope
+
+    threads = [threading.Thread(target=enter, args=(scope,)) for scope in ("e2e", "decode")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {scope: own for scope, (_, own) in used.items()} == {"e2e": "e2e", "decode": "decode"}
+    assert used["e2e"][0] is not used["decode"][0]
+
+
 def test_streaming_from_a_second_thread(model: PreTrainedModel) -> None:
     class Tokenizer:
         def decode(self, ids: Any, **_: Any) -> str:

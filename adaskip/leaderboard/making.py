@@ -120,7 +120,8 @@ class Maker:
         board = self.board
         for store in board.sittings:
             self._go_on(store)
-        if names := [name for name in board.made if name not in board.timed]:
+        timed = board.timed
+        if names := [name for name in board.made if name not in timed]:
             numbers = range(1, len(board.sittings) + 2)
             store = next(s for s in map(board.sitting, numbers) if not s.path.exists())
             self._take_turns(store, names)

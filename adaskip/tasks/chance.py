@@ -28,9 +28,11 @@ def at_chance(task: str, scores: Sequence[float]) -> bool:
     spec = task_spec(task)
     if spec.chance is None or not scores:
         return False
-    row, total = _by_hits(spec.chance, spec.n_answers), [1.0]
+    import numpy as np
+
+    row, total = np.array(_by_hits(spec.chance, spec.n_answers)), np.ones(1)
     for _ in scores:
-        total = _of_both(total, row)
+        total = np.convolve(total, row)
     reached = math.ceil(spec.n_answers * math.fsum(scores) - 1e-9)
     return math.fsum(total[reached:]) > DOUBT
 
@@ -46,12 +48,3 @@ def _by_hits(chance: float, n_answers: int) -> list[float]:
         / math.comb(offered, n_answers)
         for hits in range(n_answers + 1)
     ]
-
-
-def _of_both(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    """The distribution of a sum of two."""
-    found = [0.0] * (len(one) + len(other) - 1)
-    for i, p in enumerate(one):
-        for j, q in enumerate(other):
-            found[i + j] += p * q
-    return found
