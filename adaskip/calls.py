@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from adaskip.blocks import BlockSpec
 from adaskip.errors import AdaskipError, UnsupportedCallError
+from adaskip.models.positions import positions
 from adaskip.plan import Phase, Scope, SkipPlan, Step, Sublayer
 from adaskip.replacements import Window
 
@@ -83,8 +84,8 @@ def inputs_of(call: dict[str, Any]) -> Tensor:
 
 def check_window(layer: int, window: Window, config: PretrainedConfig) -> None:
     """Refuses a window that the model's own masks do not allow."""
-    limit = config.max_position_embeddings
-    if window.size + window.sinks > limit:
+    limit = positions(config)
+    if limit is not None and window.size + window.sinks > limit:
         raise AdaskipError(
             f"The plan's Window of attn{layer} holds {window.size} + {window.sinks} tokens, more "
             f"than the model's {limit} positions; give a smaller one."

@@ -25,7 +25,7 @@ from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
 from adaskip.reports.sweep_report import write_report
 from adaskip.runs.ledger import is_finished, run_folder, task_rows
-from adaskip.runs.loaded import SAMPLE_ROWS, LoadedModel
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.reference_quality import PerplexitySettings, is_measured, measure_perplexity
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve, run
@@ -106,7 +106,7 @@ def listed(cells: Sequence[Cell]) -> str:
     for cell in cells:
         config = resolve(cell.config)
         done = len(task_rows(run_folder(config), cell.task).rows())
-        wanted = config.limit or (SAMPLE_ROWS if task_spec(cell.task).offline else None)
+        wanted = task_spec(cell.task).wanted(config.limit)
         left = 0 if is_finished(config) else wanted and max(wanted - done, 0)
         total.append(left)
         lines.append((cell.label, str(done), _or_unknown(left)))

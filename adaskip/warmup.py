@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import ProfileError
+from adaskip.models.positions import positions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -30,14 +31,14 @@ def tokenized(
     Args:
         prompts: an iterable of texts, and of what `checked_prompts` takes.
         tokenizer: the model's own.
-        config: the model's; a text beyond its `max_position_embeddings` is cut there.
+        config: the model's; a text beyond its positions is cut there.
 
     Raises:
         ProfileError: a text has no token, or the prompts are one text.
     """
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
         raise ProfileError(f"The prompts are one {type(prompts).__name__}; {_WANTED}.")
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = positions(config)
     found: list[object] = []
     for number, prompt in enumerate(prompts, start=1):
         if isinstance(prompt, str):

@@ -236,6 +236,9 @@ def test_importance_is_learned_from_texts(
     assert shlex.split(shown.partition("use it: ")[2])[-2:] == ["--importance", "profile.json"]
     error = said(capsys, "learn", *options, "--texts", "a.txt", code=BAD_INPUT)
     assert "profile.json exists" in error
+    # Before the model is loaded: there is no such one.
+    elsewhere = ["--model", "nowhere/none", "--out", "a.txt/profile.json", "--texts", "b.txt"]
+    assert "Cannot write a.txt/profile.json" in said(capsys, "learn", *elsewhere, code=BAD_INPUT)
 
 
 def figures(shown: str) -> dict[str, list[str]]:

@@ -24,6 +24,7 @@ from adaskip.errors import AdaskipError, UnsupportedModelError
 from adaskip.models import loading as models, spec as modelspec
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.loading import load_model, load_tokenizer, model_names, model_spec, random_model
+from adaskip.models.positions import positions, reach
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
@@ -149,7 +150,8 @@ def test_a_folder_loads_in_eval_mode_with_the_asked_dtype(folder: Path):
     model = load_model(folder, dtype="float16", device="cpu")
     assert (model.dtype, model.device.type, model.training) == (torch.float16, "cpu", False)
     assert load_model(str(folder), device="cpu").dtype == torch.float32
-    assert model_spec(folder).prompt_limit == 32
+    # A part is left for template and answer.
+    assert model_spec(folder).prompt_limit == 28
     assert model_spec(folder).template is None
 
 
@@ -299,3 +301,51 @@ def test_old_configurations_give_the_golden_answers(family: str):
     expected = {"llama": ("default", 5e5, None), "vicuna": ("linear", 1e4, 4.0)}[family]
     assert (rope["rope_type"], rope["rope_theta"], rope.get("factor")) == expected
     check_golden(model, family)
+
+
+@pytest.mark.parametrize(
+    ("trained", "rope", "expected"),
+    [
+        (4096, None, 4096),
+        (4096, {"rope_type": "default"}, 4096),
+        # Vicuna 16k, and as its own file has it.
+        (4096, {"rope_type": "linear", "factor": 4.0}, 16384),
+        (4096, {"type": "linear", "factor": 4.0}, 16384),
+        # Llama 3.1 tells the stretched positions.
+        (
+            131072,
+            {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+            131072,
+        ),
+        # Qwen2.5 with YaRN does not.
+        (
+            32768,
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            131072,
+        ),
+        # Gemma 3 stretches the layers that see all.
+        (
+            131072,
+            {
+                "sliding_attention": {"rope_type": "default"},
+                "full_attention": {"rope_type": "linear", "factor": 8.0},
+            },
+            131072,
+        ),
+        (8192, {"rope_type": "dynamic", "factor": 1.0}, 8192),
+    ],
+)
+def test_positions_are_those_of_the_stretched_model(
+    trained: int, rope: dict[str, Any] | None, expected: int
+) -> None:
+    assert reach(trained, rope) == expected
+
+
+def test_the_models_have_positions_for_their_longest_prompts() -> None:
+    for name in model_names():
+        spec = model_spec(name)
+        config = random_model(name, device="meta", n_layers=7).config
+        assert config.num_hidden_layers == 7
+        limit = positions(config)
+        assert limit is not None
+        assert spec.prompt_limit + 512 <= limit, name

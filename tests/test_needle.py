@@ -192,6 +192,20 @@ def test_a_run_that_fails_leaves_its_place_empty_and_is_told(
     assert [square["score"] for square in report["maps"][1]["squares"]] == [None, 0.0, 0.0, 0.0]
 
 
+def test_runs_of_another_task_leave_a_place_empty(
+    options: list[str], place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert needle_main(options) == 0
+
+    def failing(config: RunConfig, loaded: LoadedModel) -> Path:
+        raise DataError("no such text")
+
+    monkeypatch.setattr(sweep, "run", failing)
+    assert needle_main([*options, "--task", "needle_keys"]) == 1
+    report = json.loads((place.results / "llama-needle_keys.json").read_text())
+    assert {square["score"] for shown in report["maps"] for square in shown["squares"]} == {None}
+
+
 def test_means_leave_out_where_dense_is_at_chance() -> None:
     dense = HeatMap("dense", (Square(1000, 50, 100.0, 4), Square(2000, 50, 0.0, 4)))
     other = HeatMap("EE (1)", (Square(1000, 50, 25.0, 4), Square(2000, 50, 75.0, 4)))

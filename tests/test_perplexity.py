@@ -299,6 +299,7 @@ def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--skip_sub_layer_num", "4"], "no --policy that counts so"),
         (["--policy", "EE", "--skip_full_layer_num", "-1"], "whole number from 0 up"),
         (["--batch_size", "4"], "unrecognized arguments"),
+        (["--reference_tokens", "0"], "--reference_tokens is 0; it must be at least 1"),
         (["--scope", "never"], "invalid choice"),
         (["--gain", "norm"], "'gain' does not apply to dense; policies that take it: ADA"),
         (

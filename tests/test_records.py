@@ -14,9 +14,16 @@ import pytest
 from adaskip.errors import AdaskipError, RunError
 from adaskip.runs import environment as where
 from adaskip.runs.environment import environment, git_commit
-from adaskip.runs.files import SCHEMA, lock, read_json, write_json, write_text
+from adaskip.runs.files import (
+    SCHEMA,
+    check_file_name,
+    lock,
+    read_json,
+    write_json,
+    write_text,
+)
 from adaskip.runs.rows import Stored
-from adaskip.runs.runconfig import RunConfig, check_file_name
+from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.store import Share, Store
 
 ROOT = Path(__file__).resolve().parents[1]

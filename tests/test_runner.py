@@ -12,12 +12,19 @@ from run_fixtures import (
     N_LAYERS,
     Workplace,
     lasting,
+    raw_row,
     rows_of,
     save_checkpoint,
     save_data,
 )
 
-from adaskip.errors import AdaskipError, ProfileError, RunError
+from adaskip.errors import (
+    AdaskipError,
+    DataError,
+    ProfileError,
+    RunError,
+    UnsupportedCallError,
+)
 from adaskip.importance import Importance
 from adaskip.plan import SkipPlan, Step
 from adaskip.policies import POLICIES, SkipPolicy
@@ -27,7 +34,8 @@ from adaskip.runs.audit import Audit
 from adaskip.runs.batches import make_batches, pending_batches
 from adaskip.runs.generation import generate_greedy
 from adaskip.runs.loaded import LoadedModel
-from adaskip.runs.runner import resolve, run, run_folder
+from adaskip.runs.runner import is_finished, resolve, run, run_folder
+from adaskip.runs.scoring import score_run
 from adaskip.runs.store import Share
 from adaskip.tasks.spec import Row
 
@@ -184,6 +192,19 @@ def test_a_limit_can_grow(place: Workplace) -> None:
     assert [row["id"] for row in rows_of(folder)] == ["row0", "row1", "row2"]
 
 
+def test_a_limit_can_grow_beyond_what_an_offline_task_has_by_default(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaskip.tasks.spec.OFFLINE_ROWS", 2)
+    options: dict[str, Any] = {"tasks": ("needle_single",), "sample_tokens": 300}
+    options |= {"max_length": 700, "max_new_tokens": 2}
+    assert len(rows_of(run(place.config(**options)), "needle_single")) == 2
+    assert is_finished(resolve(place.config(**options, limit=2)))
+    grown = run(place.config(**options, limit=3))
+    assert len(rows_of(grown, "needle_single")) == 3
+    assert json.loads((grown / "run.json").read_text())["tasks"]["needle_single"]["rows"] == 3
+
+
 def test_other_settings_under_the_same_name_change_nothing(place: Workplace) -> None:
     folder = run(place.config(limit=1))
     before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -214,6 +235,87 @@ def test_rows_of_other_data_are_not_mixed_in(place: Workplace, tmp_path: Path) -
         path.write_text(path.read_text().replace('"row', '"line'))
     with pytest.raises(RunError, match="not among those asked for"):
         run(place.config(data_dir=str(data)))
+
+
+@pytest.mark.parametrize("limit", [2, 3])
+def test_rows_of_other_data_with_the_same_ids_are_refused(
+    place: Workplace, tmp_path: Path, limit: int
+) -> None:
+    folder = run(place.config(limit=2))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    data = save_data(tmp_path / "other")
+    for path in data.iterdir():
+        path.write_text(path.read_text().replace('"number ', '"another '))
+    with pytest.raises(RunError, match="an answer to row row0 of multifieldqa_en"):
+        run(place.config(data_dir=str(data), limit=limit))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    # The same rows may lie elsewhere.
+    assert len(rows_of(run(place.config(data_dir=str(save_data(data)), limit=limit)))) == limit
+
+
+def test_importance_is_learned_anew_from_other_data(place: Workplace) -> None:
+    run(place.config(**budget("ADA")))
+    path = place.data / "qasper_e.jsonl"
+    path.write_text(path.read_text().replace("Number", "Numeral"))
+    run(place.config(**budget("ADA"), name="anew"))
+    assert len([*(place.results / "importance").iterdir()]) == 2
+
+
+def test_rows_that_are_learned_from_and_scored_are_told_of_in_every_run(
+    place: Workplace, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(place.config(**budget("ADA"), warmup_task="qasper"))
+    assert "has no split" not in caplog.text
+    # Learned by the run before.
+    run(place.config(**budget("ADA"), warmup_task="qasper", tasks=("qasper",), name="scored"))
+    assert "qasper has no split: the first 2 rows that are learned from are scored" in caplog.text
+
+
+def test_a_prompt_beyond_the_positions_is_refused_before_anything_is_written(
+    place: Workplace,
+) -> None:
+    for limit, refused in ((1024, True), (1000, False)):
+        path = place.data / "multifieldqa_en_e.jsonl"
+        path.write_text(json.dumps(raw_row(0, context="Number. " * 200)) + "\n")
+        config = place.config(max_length=limit, max_new_tokens=20, name=f"to{limit}")
+        if refused:
+            with pytest.raises(UnsupportedCallError, match="has 1024 positions, and this prompt"):
+                run(config)
+            assert not place.results.exists()
+        else:
+            assert rows_of(run(config))[0]["tokens_after"] <= 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"max_length": 1}, "--max_length is 1"), ({"seed": 2**63}, "--seed is"), ({"seed": -1}, "2")],
+)
+def test_what_would_fail_later_is_refused_before(
+    place: Workplace, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(AdaskipError, match=message):
+        run(place.config(**changes))
+    assert not place.results.exists()
+
+
+@pytest.mark.parametrize("name", ["context", "answers"])
+def test_half_a_character_is_no_text(place: Workplace, name: str) -> None:
+    half = "Number \ud83d"
+    changes: dict[str, Any] = {name: [half] if name == "answers" else half}
+    path = place.data / "multifieldqa_en_e.jsonl"
+    path.write_text(json.dumps(raw_row(0, **changes)) + "\n")
+    with pytest.raises(DataError, match=f"line 1: field '{name}' has half of a character pair"):
+        run(place.config())
+    assert not place.results.exists()
+
+
+def test_rows_that_are_there_twice_count_once(place: Workplace) -> None:
+    folder = run(place.config(limit=1))
+    path = folder / "multifieldqa_en.jsonl"
+    path.write_bytes(3 * path.read_bytes())
+    assert score_run(folder).tasks["multifieldqa_en"].n_rows == 1
+    assert not is_finished(resolve(place.config(limit=3)))
+    assert len(rows_of(run(place.config(limit=3)))) == 3
 
 
 def test_rows_without_a_record_are_not_touched(place: Workplace) -> None:

@@ -148,6 +148,33 @@ def test_a_dense_run_with_other_settings_is_no_baseline(tmp_path: Path) -> None:
     assert list(dense_scores(tmp_path, score_run(run))) == ["multifieldqa_en"]
 
 
+def test_a_dense_run_of_another_prompt_or_other_data_is_no_baseline(tmp_path: Path) -> None:
+    rows = [made_row(0, "dog"), made_row(1, "dog")]
+    run = save_run(tmp_path, rows, policy="EE", skip_full_layer_num=2)
+    dense = save_run(tmp_path, rows, policy="dense")
+    assert dense_scores(tmp_path, score_run(run))
+    path = dense / "run.json"
+    text = path.read_text()
+    path.write_text(text.replace("0" * 64, "1" * 64))
+    assert dense_scores(tmp_path, score_run(run)) == {}
+    path.write_text(text)
+    changed = [rows[0], rows[1] | {"references": ["another"]}]
+    save_run(tmp_path / "other", changed, policy="dense")
+    assert dense_scores(tmp_path / "other", score_run(run)) == {}
+    # Of rows that both have.
+    save_run(tmp_path / "fewer", rows[:1], policy="dense")
+    assert dense_scores(tmp_path / "fewer", score_run(run))
+
+
+def test_a_dense_run_of_any_name_tells_that_it_is_at_chance(tmp_path: Path) -> None:
+    rows = [made_row(0, "cat", task="needle_single"), made_row(1, "cat", task="needle_single")]
+    save_run(tmp_path, rows, policy="dense", name="both")
+    save_run(tmp_path, rows, policy="EE", skip_full_layer_num=2, name="both")
+    text = evaluate(tmp_path, "both")
+    assert text.count("(chance)") == 1
+    assert "needle_single, both-SKIP-0: no better than guessing" in text
+
+
 def test_an_unknown_run_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no run"):
         runs_of(tmp_path, "llama-EE-PREFILL")

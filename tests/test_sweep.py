@@ -73,6 +73,20 @@ BAD = [
     ({"models": "llama"}, "'models' is 'llama': it must be a valid list"),
     ({"policies": {"EE": ["1"]}}, "'policies.EE.0' is '1': it must be a valid integer"),
     ({"settings": {"seed": "x"}}, "'seed' is 'x': it must be a valid integer"),
+    ({"tasks": {"gov_repot": {"limit": 1}}}, "Did you mean 'gov_report'"),
+    ({"tasks": {"trec": {"limit": 1}}}, "Unknown task of the sweep 'trec'"),
+    ({"models": ["llama", "llama"]}, "names the model 'llama' twice"),
+    ({"policies": {"EE": [1, 2, 1]}}, "names the budget of EE 1 twice"),
+    ({"policies": {"dense": [1]}}, "every sweep has dense rows"),
+    ({"policies": {"PLAN": ["plans/dense.safetensors"]}}, "would be called 'dense'"),
+    ({"experiments": {"e2e": ["gov_report", "gov_report"]}}, "names the task 'gov_report' twice"),
+    (
+        {
+            "experiments": {"e2e": ["multifieldqa_en", "gov_report"]},
+            "tasks": {"gov_report": {"max_length": 50}},
+        },
+        "multifieldqa_en and gov_report are tasks of one run, whose settings differ (max_length:",
+    ),
 ]
 
 
@@ -91,6 +105,8 @@ def test_a_bad_file_is_one_sentence(
         ("[", "is not YAML"),
         ("a", "must be a mapping with the keys"),
         (": :", "is not YAML"),
+        ("name: a\nname: b", "the key 'name' is there twice"),
+        ("name: a\npolicies: {EE: [1], EE: [2]}", "the key 'EE' is there twice"),
         (None, "cannot be read"),
     ],
 )
@@ -112,12 +128,13 @@ def test_a_file_that_is_no_sweep_is_refused(
         ("policy", "must be key=value"),
         ("polcy=EE", "Did you mean 'policy'"),
         ("policy=US", "No cell matches --only policy=US"),
+        ("policy=EE policy=ADA", "--only has policy twice"),
     ],
 )
 def test_a_bad_selection_is_refused(
     place: Workplace, only: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sweep.main([str(save_plan(place)), "--only", only]) == 2
+    assert sweep.main([str(save_plan(place)), "--only", *only.split()]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -211,7 +228,10 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(
     place: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = save_plan(
-        place, policies={"EE": [1, 9]}, experiments={"prefill": ["multifieldqa_en", "trec"]}
+        place,
+        policies={"EE": [1, 9]},
+        experiments={"prefill": ["multifieldqa_en", "trec"]},
+        tasks={"multifieldqa_en": {"limit": 2}},
     )
     (place.data / "trec_e.jsonl").write_text("{")
     assert sweep.main([str(file)]) == 1
@@ -221,6 +241,19 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(
     report = json.loads((place.results / "report.json").read_text())
     assert [line["policy"] for line in report["tables"][0]["lines"]] == ["dense", "EE"]
     assert len(report["failures"]) == 4
+
+
+def test_short_rows_count_in_a_sweep_that_asks_for_them(place: Workplace) -> None:
+    path = place.data / "gov_report_e.jsonl"
+    path.write_text(path.read_text().replace('"length": 400', '"length": 10'))
+    settings = {k: v for k, v in place.settings.items() if k != "results_dir"}
+    changes = {"policies": {"EE": [1]}, "experiments": {"e2e": ["gov_report"]}, "tasks": {}}
+    file = save_plan(place, settings=settings | {"min_length": 0, "limit": 1}, **changes)
+    assert sweep.main([str(file)]) == 0
+    report = json.loads((place.results / "report.json").read_text())
+    lines = report["tables"][0]["lines"]
+    assert [line["tasks"]["gov_report"]["n_rows"] for line in lines] == [1, 1]
+    assert report["notes"] == []
 
 
 def test_a_model_that_cannot_be_loaded_is_tried_once(

@@ -28,6 +28,7 @@ from adaskip import (
     skipping,
 )
 from adaskip.cli.speed import speed_main, with_options
+from adaskip.errors import PlanError
 from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
 from adaskip.policies.made_plan import MadePlan, PlanFile
 from adaskip.profiling import memory, timing
@@ -51,6 +52,7 @@ from adaskip.speedtest.roofline import (
     kv_bytes,
     operation_counter,
 )
+from adaskip.speedtest.serving import Serving
 from adaskip.speedtest.stats import (
     Measured,
     add_rooflines,
@@ -318,6 +320,24 @@ def test_cases_name_budgets_as_the_policies_count() -> None:
         make_cases(learned, ["EE"], [3], n_steps=3)
     with pytest.raises(AdaskipError, match="Unknown policy 'AD'"):
         make_cases(learned, ["AD"], [2], n_steps=3)
+    with pytest.raises(AdaskipError, match="cannot skip 5 full layers"):
+        make_cases(learned, ["EE"], [10], n_steps=3)
+
+
+@pytest.mark.parametrize("name", ["stock", "dense", "empty plan", "EE 1", "dense compiled"])
+def test_a_plan_is_not_taken_for_another_case(tmp_path: Path, name: str) -> None:
+    path = str(tmp_path / f"{name}.safetensors")
+    SkipPlan({Sublayer(0, "attn"): None}).save(path)
+    test = tiny_test(tmp_path / "results", plans=(path,), compiled=True)
+    with pytest.raises(AdaskipError, match=f"Two cases would be called '{name}'"):
+        measure(test)
+    with pytest.raises(AdaskipError, match="Two cases would be called 'EE 1'"):
+        measure(tiny_test(tmp_path / "results", budgets=(2, 2)))
+    if name == "dense":
+        for study in (CompiledDecoding(plans=(path,)), Serving(plans=(path,))):
+            with pytest.raises(PlanError, match="would be 'dense' in the table"):
+                study.check()
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_speed_test_is_continued_and_reported(tmp_path: Path) -> None:
@@ -362,6 +382,20 @@ def test_a_record_of_another_machine_is_put_aside(tmp_path: Path) -> None:
     assert found["settings"]["hardware"] != "another"
     assert len(found["points"]) == 1
     assert json.loads((tmp_path / "smollm2-cpu.old.json").read_text()) == record
+    # Once more: what was put aside before stays.
+    measure(tiny_test(tmp_path, contexts=(8,), new_tokens=3, resume=False))
+    assert json.loads((tmp_path / "smollm2-cpu.old.json").read_text()) == record
+    assert json.loads((tmp_path / "smollm2-cpu.old1.json").read_text())["points"] == found["points"]
+
+
+def test_a_measurement_that_cannot_begin_leaves_the_record_where_it_was(tmp_path: Path) -> None:
+    path = measure(tiny_test(tmp_path, contexts=(8,))).path
+    before = path.read_bytes()
+    for changes in ({"budgets": (3,)}, {"budgets": (2, 64)}, {"name": "../elsewhere"}):
+        with pytest.raises(AdaskipError):
+            measure(tiny_test(tmp_path, contexts=(8,), resume=False, **changes))
+    assert path.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize(

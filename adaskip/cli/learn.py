@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def _act(given: argparse.Namespace) -> int:
     out, texts = Path(options.pop("out")), [Path(text) for text in options.pop("texts")]
     if out.exists():
         raise AdaskipError(f"{out} exists; give another --out, or move it away.")
+    _refuse_unwritable(out)
     profile = _of_texts(texts, options) if texts else _of_sample(options)
     with writing(out):
         profile.save(out)
@@ -50,6 +52,18 @@ def _act(given: argparse.Namespace) -> int:
         f"--skip_sub_layer_num {_SHOWN} --importance {out}"
     )
     return 0
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Before the minutes that learning takes."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise AdaskipError(
+            f"Cannot write {out} ({error.strerror or error}); give another --out."
+        ) from error
 
 
 def _of_texts(files: list[Path], options: dict[str, Any]) -> Importance:

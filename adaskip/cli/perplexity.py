@@ -14,6 +14,7 @@ from adaskip.cli.policies import add_policies, cells_of
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
 from adaskip.configuration import read_config
+from adaskip.errors import refuse_below_one
 from adaskip.importance import Importance
 from adaskip.models.processes import team
 from adaskip.policies.factory import BUDGETS, LEARNED, takes
@@ -46,6 +47,7 @@ def _act(options: argparse.Namespace) -> int:
     given = vars(options)
     model, scope = given.pop("model"), given.pop("scope")
     max_tokens = given.pop("reference_tokens")
+    refuse_below_one({"reference_tokens": max_tokens})
     policies = given.pop("policy")
     refuse_unused(given, policies or [DENSE])
     budgets = {flag: given.pop(flag) or [] for flag in BUDGETS.values()}

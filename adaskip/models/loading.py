@@ -148,7 +148,12 @@ def random_model(
         raise AdaskipError(f"n_layers must be at least 1, got {n_layers}.")
     target = resolve_device(device)
     shape = dict(model_spec(name).shape)
-    config = build_config(shape | ({"num_hidden_layers": n_layers} if n_layers else {}))
+    if n_layers is not None:
+        shape["num_hidden_layers"] = n_layers
+        if kinds := shape.get("layer_types"):
+            # The pattern goes on in a model with more layers.
+            shape["layer_types"] = [kinds[layer % len(kinds)] for layer in range(n_layers)]
+    config = build_config(shape)
     cuda = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.device(target):
         torch.manual_seed(SEED)

@@ -14,14 +14,14 @@ from adaskip.configuration import read_config
 from adaskip.entering import skipping
 from adaskip.errors import DataError
 from adaskip.learning import record_prompts
-from adaskip.models.internlm import check_prompt_length
+from adaskip.models.positions import check_prompt_length
 from adaskip.models.processes import team
 from adaskip.observing.similarities import SPANS, from_rows
 from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
 from adaskip.recorders import TokenStatistics
 from adaskip.runs.generation import StopRule, generate_greedy
-from adaskip.runs.loaded import SAMPLE_ROWS, LoadedModel
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.store import Share, Store, locked
@@ -83,7 +83,7 @@ def observe_task(config: RunConfig, task: str, open_model: OpenModel) -> pd.Data
     rows = _recorded(
         Path(config.results_dir) / "similarity" / f"{config.name}-{task}.jsonl",
         (config, task, {**config.settings(), "new_tokens": new_tokens}),
-        config.limit or (SAMPLE_ROWS if task_spec(task).offline else None),
+        task_spec(task).wanted(config.limit),
         open_model,
         lambda loaded: loaded.rows(config, task),
         observe,
@@ -146,7 +146,7 @@ def _recorded(
         made = group.on_main(store.rows)
         # The limit is 0 if the rows were never completed.
         if made and (known is None or (limit is not None and len(made) >= limit)):
-            return [row.as_dict() for row in made]
+            return [row.as_dict() for row in made[:limit]]
         group.on_main(store.note)
         loaded, rows = opened(config, open_model, rows_of)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -40,15 +40,23 @@ class PlanFile:
         return cls(path, f"{plan_label(path)}-{plan.digest[:8]}", plan)
 
 
-def read_plans(paths: Iterable[str]) -> dict[str, PlanFile]:
+def read_plans(paths: Iterable[str], taken: Collection[str] = ()) -> dict[str, PlanFile]:
     """Reads the files of plans, by what tables call them.
 
+    Args:
+        paths: the files, or names of shipped plans.
+        taken: what a table calls something else.
+
     Raises:
-        PlanError: one cannot be read, or two have the same name.
+        PlanError: one cannot be read, two have the same name, or one has a name that is taken.
     """
     found: dict[str, PlanFile] = {}
     for path in paths:
         label = plan_label(path)
+        if label in taken:
+            raise PlanError(
+                f"{path} would be {label!r} in the table, which is something else there; rename it."
+            )
         if label in found:
             raise PlanError(
                 f"{found[label].path} and {path} have the same name, which is all that tells plans "

@@ -154,9 +154,10 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
     Raises:
         RunError: a file is damaged or cannot be written.
     """
-    named = dict.fromkeys(run_folder(cell.config) for cell in plan.cells)
+    # Rows that the sweep asks for count, however short it lets them be.
+    named = {run_folder(cell.config): cell.config.min_length for cell in plan.cells}
     folders = [folder for folder in named if (folder / RUN_FILE).is_file()]
-    runs = {folder: score_run(folder) for folder in folders}
+    runs = {folder: score_run(folder, min_length=named[folder]) for folder in folders}
     for run in runs.values():
         run.save()
     tables = tuple(
@@ -166,7 +167,10 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
     )
     lines = [line for table in tables for line in table.lines]
     notes = [
-        note for line in lines for s in line.tasks.values() for note in notes_on(line.label, s)
+        note
+        for line in lines
+        for s in line.tasks.values()
+        for note in notes_on(line.label, s, is_dense=line.policy == DENSE)
     ]
     return Report(
         plan.name,

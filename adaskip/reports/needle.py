@@ -128,14 +128,15 @@ def collect(grid: NeedleGrid, command: str, failures: Mapping[str, str]) -> Need
         squares = []
         for place in grid.squares():
             folder = run_folder(grid.config(policy, *place))
-            if not (folder / RUN_FILE).is_file():
+            run = score_run(folder) if (folder / RUN_FILE).is_file() else None
+            # Tasks share the folder.
+            score = None if run is None else run.tasks.get(grid.task)
+            if run is None or score is None:
                 squares.append(Square(*place, None, 0))
                 continue
-            run = score_run(folder)
             run.save()
             record = read_record(folder).as_dict()
             recipe[folder.name] = {k: v for k, v in record.items() if k != "schema"}
-            score = run.tasks[grid.task]
             squares.append(Square(*place, score.score if score.n_rows else None, score.n_rows))
             if policy.policy == DENSE and score.at_chance:
                 chance.append(place)

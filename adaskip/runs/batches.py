@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from adaskip.entering import skipping
 from adaskip.errors import RunError
-from adaskip.models.internlm import check_prompt_length
+from adaskip.models.positions import check_prompt_length
 from adaskip.models.processes import team
 from adaskip.plan import Phase
 from adaskip.policies import SkipPolicy

@@ -17,7 +17,7 @@ from typing_extensions import override
 from adaskip.entering import skipping
 from adaskip.errors import UnsupportedCallError
 from adaskip.growing_cache import GrowingCache, kv_tensors
-from adaskip.models.internlm import check_prompt_length
+from adaskip.models.positions import positions
 from adaskip.models.spec import ModelSpec
 from adaskip.plan import Scope
 from adaskip.policy import SkipPolicy
@@ -141,9 +141,7 @@ class Conversation:
             text = self.spec.wrap(asked[-1]["content"])
             found = self.tokenizer(text, return_tensors="pt")
         ids: Tensor = found["input_ids"]
-        check_prompt_length(self.model, ids.shape[1], self.max_new_tokens)
-        config = self.model.config.get_text_config(decoder=True)
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = positions(self.model.config)
         if limit is not None and ids.shape[1] + self.max_new_tokens > limit:
             raise UnsupportedCallError(
                 f"The conversation has {ids.shape[1]} tokens and an answer may take "

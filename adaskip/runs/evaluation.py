@@ -35,18 +35,18 @@ def evaluate(results_dir: Path, name: str, *, min_length: int = MIN_LENGTH) -> s
     for task in dict.fromkeys(task for run in runs for task in run.tasks):
         base = next((found[task] for found in bases if task in found), None)
         shown = [
-            (run.folder.name, run.tasks[task], found.get(task))
+            (run.folder.name, run.config.policy == DENSE, run.tasks[task], found.get(task))
             for run, found in zip(runs, bases, strict=True)
             if task in run.tasks
         ]
         if base is not None and all(run.config.policy != DENSE for run in runs):
-            shown.insert(0, (DENSE, base, None))
+            shown.insert(0, (DENSE, True, base, None))
         if base is None:
             place = runs[0].folder.parent
             notes.append(f"{task}: no dense run with the same settings in {place}, no delta.")
-        for label, score, own in shown:
-            rows.append(_row(label, score, own))
-            notes += notes_on(label, score)
+        for label, is_dense, score, own in shown:
+            rows.append(_row(label, score, own, is_dense=is_dense))
+            notes += notes_on(label, score, is_dense=is_dense)
             if own is not None and own.row_scores.keys() != score.row_scores.keys():
                 shared = len(own.row_scores.keys() & score.row_scores.keys())
                 notes.append(f"{task}, {label}: to dense over the {shared} rows that both have.")
@@ -56,7 +56,7 @@ def evaluate(results_dir: Path, name: str, *, min_length: int = MIN_LENGTH) -> s
     return "\n".join([markdown_table(_HEADER, rows), "", *notes, written])
 
 
-def notes_on(name: str, score: TaskScore) -> list[str]:
+def notes_on(name: str, score: TaskScore, *, is_dense: bool) -> list[str]:
     """What must be said beside a score: missing rows, rows left out, failures, the code metric."""
     notes: list[str] = []
     if not score.complete:
@@ -67,16 +67,18 @@ def notes_on(name: str, score: TaskScore) -> list[str]:
         notes.append(score.unscored)
     if score.backend:
         notes.append(f"code compared by fuzzywuzzy with {score.backend}")
-    if name == DENSE and score.at_chance:
+    if is_dense and score.at_chance:
         notes.append(AT_CHANCE)
     return [f"{score.task}, {name}: {note}." for note in notes]
 
 
-def _row(label: str, score: TaskScore, base: TaskScore | None) -> tuple[str, ...]:
+def _row(
+    label: str, score: TaskScore, base: TaskScore | None, *, is_dense: bool
+) -> tuple[str, ...]:
     return (
         score.task,
         label,
-        number(score.score) + (" (chance)" if label == DENSE and score.at_chance else ""),
+        number(score.score) + (" (chance)" if is_dense and score.at_chance else ""),
         number(difference(score, base), signed=True) if base else MISSING,
         number(score.rouge_l),
         str(score.n_rows) if score.complete else f"{score.n_rows} of {score.n_planned}",

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,22 @@ from typing import Any
 from adaskip.errors import RunError
 
 SCHEMA = 1
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 Record = dict[str, Any]
+
+
+def check_file_name(what: str, name: str) -> str:
+    """Returns `name` if it can only be a file directly in its folder.
+
+    Raises:
+        RunError: it has a path separator, begins with a dot, or holds other odd characters.
+    """
+    if not _SAFE_NAME.fullmatch(name):
+        raise RunError(
+            f"The {what} {name!r} cannot name a file: use letters, digits, '-', '_', '+' and '.', "
+            "beginning with a letter or digit."
+        )
+    return name
 
 
 @contextlib.contextmanager

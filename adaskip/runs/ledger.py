@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from adaskip.runs.rows import GeneratedRow, Stored
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.store import Store
 from adaskip.tasks.prompts import prompt_template
-from adaskip.tasks.spec import task_spec
+from adaskip.tasks.spec import Row, task_spec
 
 RUN_FILE = "run.json"
 
@@ -148,13 +148,13 @@ def is_finished(config: RunConfig) -> bool:
         RunError: the run exists with other settings, or its files are damaged.
     """
     record = existing_record(config)
-    if record is None or not _same_profile(config, record):
+    if record is None or not (_same_profile(config, record) and _same_place(config, record)):
         return False
     return all(
         (facts := record.tasks.get(task)) is not None
         and facts.max_new_tokens == answer_length(config, task)
         and facts.prompt_sha256 == _prompt_digest(task)
-        and _covers(facts.limit, config.limit)
+        and _covers(task, facts.limit, config.limit)
         and len(task_rows(run_folder(config), task).rows()) >= facts.rows
         for task in config.tasks
     )
@@ -200,7 +200,7 @@ def begin(
                 f"{folder} has {task} with another prompt than configs/tasks.yaml has now; give "
                 "this run another name (--name NAME)."
             )
-        if known is None or not _covers(known["limit"], config.limit):
+        if known is None or not _covers(task, known["limit"], config.limit):
             known = {"limit": config.limit, "rows": count}
         tasks[task] = {**known, "max_new_tokens": length, "prompt_sha256": digest}
     record = {
@@ -213,6 +213,23 @@ def begin(
         "sessions": _commands(old, environment(str(config.device), attention)),
     }
     write_json(folder / RUN_FILE, record)
+
+
+def refuse_other_rows(config: RunConfig, task: str, rows: Iterable[Row]) -> None:
+    """Refuses to continue answers to other rows than those that are asked for now.
+
+    Raises:
+        RunError: a row of the run has the id of one of these, and other references or another
+            length.
+    """
+    now = {row.id: (list(row.answers), row.length) for row in rows}
+    for old in task_rows(run_folder(config), task).rows():
+        if now.get(old.id, (old.references, old.length)) != (old.references, old.length):
+            raise RunError(
+                f"{run_folder(config)} has an answer to row {old.id} of {task}, which has other "
+                f"references or another length in {config.data_dir} now; give this run another "
+                "name (--name NAME), or the data it was made with (--data_dir)."
+            )
 
 
 def update(folder: Path, task: str, facts: Mapping[str, Any]) -> None:
@@ -235,8 +252,19 @@ def _same_profile(config: RunConfig, record: RunRecord) -> bool:
     return record.config.get("importance") is None
 
 
-def _covers(recorded: int | None, asked: int | None) -> bool:
-    """Whether a run over `recorded` rows (None: all) includes the `asked` ones."""
+def _same_place(config: RunConfig, record: RunRecord) -> bool:
+    """Whether a run's rows come from the files they came from; otherwise they are compared.
+
+    A folder that is not there has no others.
+    """
+    offline = all(task_spec(task).offline for task in config.tasks)
+    moved = record.config.get("data_dir") != config.data_dir and Path(config.data_dir).is_dir()
+    return offline or not moved
+
+
+def _covers(task: str, recorded: int | None, asked: int | None) -> bool:
+    """Whether a run over `recorded` rows includes the `asked` ones."""
+    recorded, asked = task_spec(task).wanted(recorded), task_spec(task).wanted(asked)
     return recorded is None or (asked is not None and asked <= recorded)
 
 

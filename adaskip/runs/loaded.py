@@ -18,6 +18,7 @@ from adaskip.fingerprint import model_fingerprint
 from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.models.loading import ModelSpec, load_model, load_tokenizer, model_spec
+from adaskip.models.positions import check_prompt_length, positions
 from adaskip.policies import SkipPolicy, policy_class
 from adaskip.policies.factory import build_policy
 from adaskip.runs.files import writing
@@ -32,7 +33,8 @@ from adaskip.tasks.sample import sample_rows
 from adaskip.tasks.spec import Row, task_spec
 
 logger = logging.getLogger(__name__)
-SAMPLE_ROWS = 20
+# Tokens by which a cut prompt may grow when its text is tokenized again.
+_RETOKENIZED = 16
 
 
 @dataclass
@@ -48,6 +50,7 @@ class LoadedModel:
     source: tuple[str | None, ...]
     _rows: dict[str, list[Row]] = field(default_factory=dict)
     _profiles: dict[Path, Importance] = field(default_factory=dict)
+    _warned: set[str] = field(default_factory=set)
     _warm: bool = False
 
     @classmethod
@@ -99,6 +102,21 @@ class LoadedModel:
             template=self.spec.template,
         )
 
+    def check_lengths(self, config: RunConfig, task: str, rows: Iterable[Row]) -> None:
+        """Refuses rows whose prompt and answer the model has no positions for.
+
+        Prompts are made for it only where the run's limit does not say that all of them fit.
+
+        Raises:
+            UnsupportedCallError: the first such row.
+        """
+        room, answer = positions(self.model.config), answer_length(config, task)
+        limit = config.max_length or self.spec.prompt_limit
+        around = len(self.tokenizer(self.spec.wrap("")).input_ids) + _RETOKENIZED
+        if room is not None and limit + around + answer > room:
+            for row in rows:
+                check_prompt_length(self.model, self.prompt(config, row).tokens_after, answer)
+
     def importance(self, config: RunConfig) -> Importance:
         """The profile named by the configuration, or the one learned from its warm-up prompts.
 
@@ -108,6 +126,8 @@ class LoadedModel:
             ProfileError: the profile is damaged or belongs to another model.
             DataError: too few warm-up rows.
         """
+        if not config.importance:
+            self._warn_of_overlap(config)
         path = Path(config.importance) if config.importance else self._profile_path(config)
         if path not in self._profiles:
             if config.importance or path.exists():
@@ -166,12 +186,6 @@ class LoadedModel:
     def _learn(self, config: RunConfig, path: Path) -> Importance:
         task = _warmup_of(config)
         logger.info("Learning importance from %d %s prompts; kept in %s", config.warmup, task, path)
-        if task in config.tasks and not task_spec(task).offline:
-            logger.warning(
-                "%s has no split: the first %d rows that are learned from are scored, too; another "
-                "--warmup_task keeps them apart.",
-                *(task, config.warmup),
-            )
         rows = self.warmup_rows(config, task, config.warmup)
         if len(rows) < config.warmup:
             raise DataError(
@@ -185,8 +199,19 @@ class LoadedModel:
             profile.save(path)
         return profile
 
+    def _warn_of_overlap(self, config: RunConfig) -> None:
+        """Warns where rows that are learned from are scored, whenever that was learned."""
+        task = _warmup_of(config)
+        if task in config.tasks and not task_spec(task).offline and task not in self._warned:
+            self._warned.add(task)
+            logger.warning(
+                "%s has no split: the first %d rows that are learned from are scored, too; another "
+                "--warmup_task keeps them apart.",
+                *(task, config.warmup),
+            )
+
     def _profile_path(self, config: RunConfig) -> Path:
-        recipe = [
+        recipe: list[Any] = [
             self.source,
             model_fingerprint(self.model),
             config.seed,
@@ -194,6 +219,10 @@ class LoadedModel:
             config.longbench_e,
             config.max_length,
         ]
+        if not task_spec(_warmup_of(config)).offline:
+            # Files may be others than those that a profile there was learned from.
+            rows = self.warmup_rows(config, _warmup_of(config), config.warmup)
+            recipe += [[row.input, row.context] for row in rows]
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
         task = _warmup_of(config)
         size = f"-{_warmup_tokens(config)}tokens" if task_spec(task).offline else ""
@@ -211,14 +240,15 @@ class LoadedModel:
             else [task, limit, config.data_dir, config.min_length, config.longbench_e]
         )
         if key not in self._rows:
-            if offline:
-                rows = self._made(config, task, warmup, limit or SAMPLE_ROWS, tokens, depth)
+            n = task_spec(task).wanted(limit)
+            if offline and n is not None:
+                rows = self._made(config, task, warmup, n, tokens, depth)
             else:
                 rows = load_rows(
                     task,
                     data_dir=config.data_dir,
                     min_length=config.min_length,
-                    limit=limit,
+                    limit=n,
                     long_bench_e=config.longbench_e,
                 )
             if not rows:

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip.entering import skipping
 from adaskip.errors import AdaskipError, DataError
-from adaskip.models.internlm import check_prompt_length
+from adaskip.models.positions import check_prompt_length
 from adaskip.models.processes import team
 from adaskip.plan import EMPTY_PLAN, Scope
 from adaskip.policies import FixedSkipping, SkipPolicy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import field
 from pathlib import PurePath
@@ -18,6 +17,7 @@ from adaskip.plan import Scope
 from adaskip.policies import policy_class
 from adaskip.policies.factory import BUDGETS, LEARNED, arguments, describe, takers, takes
 from adaskip.policies.made_plan import PlanFile
+from adaskip.runs.files import check_file_name
 from adaskip.runs.rows import first_problem
 from adaskip.shipped import plan_label
 from adaskip.tasks.retrieval import check_depth
@@ -25,7 +25,6 @@ from adaskip.tasks.retrieval import check_depth
 DENSE = "dense"
 HORIZON = "horizon"  # the field of a policy that takes the answer length
 GAINS = ("token", "norm", "none")
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 # How importance is learned, which matters to policies that use it.
 WARMING_UP = ("warmup", "warmup_task", "warmup_tokens")
 # Options that set a field of the policy, or say what it has learned.
@@ -235,6 +234,10 @@ class RunConfig:
         check_depth(self.needle_depth, self.tasks)
         counts = ("limit", "sample_tokens", "max_length", "max_new_tokens", "batch_size")
         refuse_below_one({key: getattr(self, key) for key in (*counts, "warmup", "warmup_tokens")})
+        if self.max_length == 1:
+            raise AdaskipError("--max_length is 1; a prompt keeps its two ends, so give 2 or more.")
+        if not 0 <= self.seed < 2**63:
+            raise AdaskipError(f"--seed is {self.seed}; give a number from 0 to 2**63 - 1.")
 
     def _check_budget(self) -> None:
         """Refuses a budget that is missing, another policy's, or too small for any model."""
@@ -256,20 +259,6 @@ class RunConfig:
                 f"Policy {self.policy} needs its budget: --{own} N (or --policy {DENSE})."
             )
         policy_class(self.policy).check_budget(getattr(self, own))
-
-
-def check_file_name(what: str, name: str) -> str:
-    """Returns `name` if it can only be a file directly in its folder.
-
-    Raises:
-        RunError: it has a path separator, begins with a dot, or holds other odd characters.
-    """
-    if not _SAFE_NAME.fullmatch(name):
-        raise RunError(
-            f"The {what} {name!r} cannot name a file: use letters, digits, '-', '_', '+' and '.', "
-            "beginning with a letter or digit."
-        )
-    return name
 
 
 def budget_flag(policy: str) -> str | None:

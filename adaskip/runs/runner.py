@@ -24,7 +24,15 @@ from adaskip.profiling.calibration import measured_times
 from adaskip.profiling.timing import growing_cache
 from adaskip.runs.batches import make_batches, run_batches
 from adaskip.runs.files import lock
-from adaskip.runs.ledger import begin, command_id, is_finished, run_folder, task_rows, update
+from adaskip.runs.ledger import (
+    begin,
+    command_id,
+    is_finished,
+    refuse_other_rows,
+    run_folder,
+    task_rows,
+    update,
+)
 from adaskip.runs.loaded import LoadedModel, warmup_task
 from adaskip.runs.rows import GeneratedRow
 from adaskip.runs.runconfig import RunConfig
@@ -90,6 +98,8 @@ def run(config: RunConfig, loaded: LoadedModel | None = None) -> Path:
         if not loaded.fits(config):
             raise RunError(f"The loaded model {loaded.source} is not the one of {config.run_name}.")
         rows = {task: loaded.rows(config, task) for task in config.tasks}
+        for task in config.tasks:
+            loaded.check_lengths(config, task, rows[task])
         policies = {task: loaded.policy(config, task) for task in config.tasks}
     profile = loaded.importance(config).name if takes(config.policy, LEARNED) else None
     facts = {
@@ -98,6 +108,8 @@ def run(config: RunConfig, loaded: LoadedModel | None = None) -> Path:
         "attention": loaded.model.config._attn_implementation,
     }
     with locked(folder):
+        for task in config.tasks:
+            group.on_main(partial(refuse_other_rows, config, task, rows[task]))
         group.on_main(lambda: begin(config, profile=profile, **facts))
         torch.manual_seed(config.seed)
         for task in config.tasks:

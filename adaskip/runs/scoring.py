@@ -12,10 +12,10 @@ from typing import Any
 from adaskip.errors import RunError, did_you_mean
 from adaskip.metrics import ScoreLog, corpus_score, rouge_l, score_each, similarity_backend
 from adaskip.plan import Phase
-from adaskip.runs.files import SCHEMA, Record, write_json
+from adaskip.runs.files import SCHEMA, Record, check_file_name, write_json
 from adaskip.runs.ledger import RUN_FILE, read_record, task_rows
 from adaskip.runs.rows import GeneratedRow, Skips
-from adaskip.runs.runconfig import DENSE, WARMING_UP, RunConfig, check_file_name
+from adaskip.runs.runconfig import DENSE, WARMING_UP, RunConfig
 from adaskip.tasks.chance import at_chance
 from adaskip.tasks.spec import task_spec
 
@@ -78,6 +78,29 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What the model was asked in one task of a run.
+
+    Attributes:
+        max_new_tokens: of an answer.
+        prompt_sha256: of the prompt template.
+        rows: per row id the references, and the length of the context.
+    """
+
+    max_new_tokens: int
+    prompt_sha256: str
+    rows: dict[str, tuple[list[str], int]]
+
+    def is_like(self, other: Asked) -> bool:
+        """Whether another run was asked the same, in the rows that both have."""
+        alike = (self.max_new_tokens, self.prompt_sha256) == (
+            other.max_new_tokens,
+            other.prompt_sha256,
+        )
+        return alike and all(other.rows.get(row, own) == own for row, own in self.rows.items())
+
+
+@dataclass(frozen=True)
 class RunScore:
     """All tasks of one run."""
 
@@ -85,12 +108,14 @@ class RunScore:
     config: RunConfig
     n_layers: int
     tasks: dict[str, TaskScore]
-    answer_lengths: dict[str, int]
+    asked: dict[str, Asked]
 
     def is_base_of(self, other: RunScore, task: str) -> bool:
         """Whether a task's rows are those of another run but for what is skipped."""
-        lengths = self.answer_lengths.get(task), other.answer_lengths.get(task)
-        return lengths[0] == lengths[1] and _comparable(self.config) == _comparable(other.config)
+        own, its = self.asked.get(task), other.asked.get(task)
+        if own is None or its is None or _comparable(self.config) != _comparable(other.config):
+            return False
+        return own.is_like(its)
 
     def save(self) -> None:
         """Writes `result.json` into the run's folder."""
@@ -115,18 +140,15 @@ def score_run(folder: Path, *, min_length: int = MIN_LENGTH) -> RunScore:
     if not (folder / RUN_FILE).is_file():
         raise RunError(f"{folder} holds no run: there is no {RUN_FILE} in it.")
     record = read_record(folder)
-    scores = {
-        task: score_rows(
-            task,
-            task_rows(folder, task).rows(),
-            n_layers=record.n_layers,
-            n_planned=facts.rows,
-            min_length=min_length,
+    scores, asked = {}, {}
+    for task, facts in record.tasks.items():
+        rows = task_rows(folder, task).rows()
+        scores[task] = score_rows(
+            task, rows, n_layers=record.n_layers, n_planned=facts.rows, min_length=min_length
         )
-        for task, facts in record.tasks.items()
-    }
-    lengths = {task: facts.max_new_tokens for task, facts in record.tasks.items()}
-    return RunScore(folder, record.run_config, record.n_layers, scores, lengths)
+        those = {row.id: (row.references, row.length) for row in rows}
+        asked[task] = Asked(facts.max_new_tokens, facts.prompt_sha256, those)
+    return RunScore(folder, record.run_config, record.n_layers, scores, asked)
 
 
 def score_rows(

@@ -102,12 +102,13 @@ class Store(Generic[R]):
         write_json(self._record_path, self.record() | facts)
 
     def rows(self) -> list[R]:
-        """The complete rows, without the torn last line of a killed process.
+        """The complete rows, each once, without the torn last line of a killed process.
 
         Raises:
             RunError: another line is damaged, or as `record`; the message has its number.
         """
-        return [row for row, _ in self._read()]
+        # The last of an id, as `merge` keeps it.
+        return [*{row.id: row for row, _ in self._read()}.values()]
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Those of some ids that have no row yet."""

@@ -14,10 +14,13 @@ from adaskip.errors import AdaskipError, did_you_mean, unknown_name
 from adaskip.models.spec import model_names
 from adaskip.plan import SCOPES, Scope
 from adaskip.policies.factory import takes
+from adaskip.runs.files import check_file_name, differences
+from adaskip.runs.ledger import run_folder
 from adaskip.runs.loaded import warmup_task
 from adaskip.runs.reference_quality import PerplexitySettings
-from adaskip.runs.runconfig import DENSE, RunConfig, budget_flag, check_file_name, refuse_unused
+from adaskip.runs.runconfig import DENSE, RunConfig, budget_flag, refuse_unused
 from adaskip.runs.yamlfile import read_yaml, shipped_or_given
+from adaskip.shipped import plan_label
 from adaskip.tasks.spec import task_spec
 
 T = TypeVar("T")
@@ -145,6 +148,8 @@ def read_sweep(path: Path, folder: Path | None = None, **settings: Any) -> Sweep
         if model not in model_names():
             raise AdaskipError(f"{path}: {unknown_name('model', model, model_names())}")
     by_task = content.tasks or {}
+    for what, named in (("model", content.models), *(("task", t) for t in experiments.values())):
+        _refuse_twice(path, what, named)
     for policy, budgets in content.policies.items():
         _check_budgets(path, policy, budgets)
     common = {**(content.settings or {}), **settings}
@@ -158,19 +163,23 @@ def read_sweep(path: Path, folder: Path | None = None, **settings: Any) -> Sweep
     # One source for the whole sweep, so that importance is learned once.
     every_task = list(dict.fromkeys(task for tasks in experiments.values() for task in tasks))
     common.setdefault("warmup_task", warmup_task(every_task))
+    for task in by_task:
+        if task not in every_task:
+            raise AdaskipError(f"{path}: {unknown_name('task of the sweep', task, every_task)}")
     own = {task: {**common, **by_task.get(task, {}), "tasks": [task]} for task in every_task}
     cells = [c for m in content.models for c in _cells(m, experiments, content.policies, own)]
     for cell in cells:
         cell.config.check()
+    _refuse_two_settings(path, cells)
     models = tuple(content.models)
     return Sweep(name, folder, models, experiments, tuple(cells), content.perplexity)
 
 
 def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells that `--only key=value ...` leaves; repeated keys are alternatives of none.
+    """The cells that `--only key=value ...` leaves: those that fit all of them.
 
     Raises:
-        AdaskipError: a selector is malformed, unknown, or no cell is left.
+        AdaskipError: a selector is malformed, unknown or there twice, or no cell is left.
     """
     chosen: dict[str, str] = {}
     for item in only:
@@ -179,6 +188,10 @@ def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
             raise AdaskipError(f"--only {item!r} must be key=value, e.g. policy=EE.")
         if key not in SELECTORS:
             raise unknown_name("--only key", key, SELECTORS)
+        if key in chosen:
+            raise AdaskipError(
+                f"--only has {key} twice, and a cell must fit all of them; call once for each."
+            )
         chosen[key] = value
     left = [cell for cell in cells if cell.matches(chosen)]
     if not left:
@@ -193,12 +206,37 @@ def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
 
 def _check_budgets(path: Path, policy: str, budgets: Sequence[int | str]) -> None:
     """Refuses files as budgets of a policy that takes numbers, and the other way round."""
+    if policy == DENSE:
+        raise AdaskipError(f"{path}: every sweep has {DENSE} rows; leave it out of 'policies'.")
+    _refuse_twice(path, f"budget of {policy}", budgets)
     of_files = takes(policy, "plan_file")
     kind, wanted = (str, "the file of a plan") if of_files else (int, "a valid integer")
     for number, budget in enumerate(budgets):
         if not isinstance(budget, kind):
             raise AdaskipError(
                 f"{path}: 'policies.{policy}.{number}' is {budget!r}: it must be {wanted}."
+            )
+        if isinstance(budget, str) and plan_label(budget) == DENSE:
+            raise AdaskipError(
+                f"{path}: the plan {budget} would be called {DENSE!r} in the tables; rename it."
+            )
+
+
+def _refuse_twice(path: Path, what: str, named: Sequence[object]) -> None:
+    for one in named:
+        if named.count(one) > 1:
+            raise AdaskipError(f"{path} names the {what} {one!r} twice; leave one out.")
+
+
+def _refuse_two_settings(path: Path, cells: Sequence[Cell]) -> None:
+    """Refuses tasks that would be one run but ask for different settings."""
+    first: dict[Path, Cell] = {}
+    for cell in cells:
+        other = first.setdefault(run_folder(cell.config), cell)
+        if what := differences(other.config.settings(), cell.config.settings()):
+            raise AdaskipError(
+                f"{path}: {other.task} and {cell.task} are tasks of one run, whose settings differ "
+                f"({what}); set that for the whole sweep, or make two sweeps of them."
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -43,9 +43,21 @@ def read_yaml(path: Path, kind: type[M]) -> M:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is there twice, of which YAML would take the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {name!r} is there twice", node.start_mark
+                    )
+            return dict(super().construct_mapping(node, deep))
+
     keys = [*kind.model_fields]
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a safe one
     except (OSError, UnicodeDecodeError) as error:
         raise AdaskipError(f"The file {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:

@@ -27,7 +27,7 @@ from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.clock import ClockedRequests
 from adaskip.profiling.interleaving import MIN_ROUNDS, by_turns
 from adaskip.profiling.timing import RequestTimes
-from adaskip.speedtest.cases import BASELINES, DENSE, Case, make_cases, run_case
+from adaskip.speedtest.cases import BASELINES, DENSE, Case, check_cases, make_cases, run_case
 from adaskip.speedtest.measurement import Measurement, option
 from adaskip.speedtest.record import Key, Point
 from adaskip.speedtest.roofline import Rates, measured_rates, operation_counter
@@ -109,7 +109,7 @@ class SpeedTest(Measurement):
             policy_class(name)
             if takes(name, "plan_file"):
                 raise AdaskipError(f"Policy {name} is measured by its plan: --plans FILE ...")
-        read_plans(self.plans)
+        check_cases(self.policies, self.budgets, read_plans(self.plans), compiled=self.compiled)
         if not 0 <= self.minutes < math.inf:
             raise AdaskipError(f"--minutes is {self.minutes}; it must be a number, 0 or more.")
 

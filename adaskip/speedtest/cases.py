@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,7 +16,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.importance import Importance
-from adaskip.plan import EMPTY_PLAN, Kind, SkipPlan, Sublayer
+from adaskip.plan import EMPTY_PLAN, KINDS, Kind, SkipPlan, Sublayer
 from adaskip.policies import FixedSkipping, SkipPolicy, policy_class
 from adaskip.policies.factory import build_policy
 from adaskip.policies.made_plan import MadePlan, PlanFile
@@ -24,6 +24,7 @@ from adaskip.profiling.timing import RequestTimes, dynamic_cache, growing_cache,
 from adaskip.shipped import plan_label
 
 CacheName = Literal["dynamic", "growing", "static"]
+STOCK, EMPTY = "stock", "empty plan"
 DENSE, DENSE_COMPILED = BASELINES = ("dense", "dense compiled")
 # Sets of skipped sublayers that one process may compile; torch's own limit is 8.
 _MAX_GRAPHS = 128
@@ -73,20 +74,45 @@ def make_cases(
         plans: files of plans, whose budget is what they replace.
 
     Raises:
-        AdaskipError: a policy is unknown, or a budget is not even.
+        AdaskipError: as `check_cases`.
+    """
+    check_cases(policies, budgets, [plan_label(file.path) for file in plans], compiled=compiled)
+    named = [_named(p, n, importance, n_steps) for p in policies for n in budgets]
+    named += [(plan_label(file.path), MadePlan(file, len(file.plan))) for file in plans]
+    cases = [
+        Case(STOCK, None, "dynamic"),
+        Case(DENSE, None),
+        Case(EMPTY, FixedSkipping(EMPTY_PLAN)),
+        *(Case(label, policy) for label, policy in named),
+    ]
+    return cases + (_compiled(named, importance.n_layers) if compiled else [])
+
+
+def check_cases(
+    policies: Sequence[str], budgets: Sequence[int], plans: Iterable[str], *, compiled: bool = False
+) -> None:
+    """Refuses cases that cannot be, or that one table could not tell apart.
+
+    Args:
+        policies: registered names.
+        budgets: in sublayers.
+        plans: what tables call the plans that were made.
+        compiled: whether there are compiled ones.
+
+    Raises:
+        AdaskipError: a policy is unknown, a budget is not even, or two cases have one name.
     """
     odd = [n for n in budgets if n < 2 or n % 2]
     if odd:
         raise AdaskipError(f"A budget of {odd[0]} sublayers is not whole layers; give even ones.")
-    named = [_named(p, n, importance, n_steps) for p in policies for n in budgets]
-    named += [(plan_label(file.path), MadePlan(file, len(file.plan))) for file in plans]
-    cases = [
-        Case("stock", None, "dynamic"),
-        Case(DENSE, None),
-        Case("empty plan", FixedSkipping(EMPTY_PLAN)),
-        *(Case(label, policy) for label, policy in named),
-    ]
-    return cases + (_compiled(named, importance.n_layers) if compiled else [])
+    labels = [STOCK, DENSE, EMPTY, *(_label(p, n) for p in policies for n in budgets), *plans]
+    if compiled:
+        labels += [f"{label} compiled" for label in (*labels, *(f"no {kind}" for kind in KINDS))]
+    if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
+        raise AdaskipError(
+            f"Two cases would be called {twice[0]!r}, and a table could not tell them apart; name "
+            "policies and budgets once, and rename a plan's file of that name."
+        )
 
 
 def _compiled(named: Sequence[tuple[str, SkipPolicy]], n_layers: int) -> list[Case]:
@@ -117,11 +143,22 @@ def _named(
     name: str, n_sublayers: int, importance: Importance, n_steps: int
 ) -> tuple[str, SkipPolicy]:
     """A policy at a budget, and how the table calls it."""
-    in_layers = policy_class(name).budget == "layers"
-    n_skip = n_sublayers // 2 if in_layers else n_sublayers
+    n_skip = _n_skip(name, n_sublayers)
     # Without an extension, whose set would differ from request to request.
     offered = {"online": False, "horizon": n_steps}
-    return f"{name} {n_skip}", build_policy(name, n_skip, offered, lambda: importance)
+    made = build_policy(name, n_skip, offered, lambda: importance)
+    # It fits the model, or is refused before anything is measured.
+    made.bind(importance.n_layers)
+    return _label(name, n_sublayers), made
+
+
+def _label(name: str, n_sublayers: int) -> str:
+    return f"{name} {_n_skip(name, n_sublayers)}"
+
+
+def _n_skip(name: str, n_sublayers: int) -> int:
+    """A budget in the unit of a policy."""
+    return n_sublayers // 2 if policy_class(name).budget == "layers" else n_sublayers
 
 
 def without_kind(kind: Kind, n_layers: int) -> SkipPlan:

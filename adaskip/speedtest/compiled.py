@@ -56,7 +56,7 @@ class CompiledDecoding(Study):
     def check(self) -> None:
         super().check()
         refuse_below_one({"batches": min(self.batches)})
-        read_plans(self.plans)
+        read_plans(self.plans, [DENSE, *(f"no {kind}" for kind in KINDS)])
 
     @override
     def points(self, missing: Sequence[Key]) -> Iterator[Point]:

@@ -20,6 +20,7 @@ from adaskip.plan import Phase
 from adaskip.policies.made_plan import PlanFile
 from adaskip.profiling import memory
 from adaskip.profiling.interleaving import Ratio, Spread, per_round
+from adaskip.runs.files import check_file_name
 from adaskip.speedtest.record import Key, Point, SpeedRecord
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ class Measurement(ABC):
         Raises:
             AdaskipError: the first such option.
         """
+        if self.name:
+            check_file_name("name (--name)", self.name)
         refuse_below_one({"contexts": min(self.contexts), "new_tokens": self.new_tokens})
         refuse_below_one({"rounds": self.rounds, "layers": self.layers})
         model, weights = self.source

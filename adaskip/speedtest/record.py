@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ Point = dict[str, Any]
 _KEYS = ("batch", "context", "busy")
 # How lines are compared; part of what made a record.
 METHOD = "round by round"
-OLD = ".old.json"
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,17 @@ def key_id(key: Key) -> str:
     return " ".join(f"{name}={key[name]}" for name in _KEYS if name in key)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SpeedRecord:
     """What has been measured so far, in one JSON file.
 
     Attributes:
         store: its points.
+        is_anew: whether another record is still there, to be put aside for the first point.
     """
 
     store: Store[StoredPoint]
+    is_anew: bool = False
 
     @classmethod
     def open(
@@ -74,8 +76,9 @@ class SpeedRecord:
     ) -> SpeedRecord:
         """The record on disk, if it may be continued, or a new one.
 
-        A record that other code or another machine made is not continued but put aside, so that
-        the same command measures in every checkout, whatever results came with it.
+        A record that other code or another machine made is not continued but put aside once there
+        is a first point, so that the same command measures in every checkout, whatever results
+        came with it.
 
         Args:
             path: of the JSON file; it may be missing.
@@ -88,18 +91,16 @@ class SpeedRecord:
         """
         own = {**settings, "hardware": hardware(device), "method": METHOD}
         made_in = environment(device.type)
+        is_anew = False
         if path.exists():
             old = read_json(path)
             was = _origin(old.get("settings", {}), old.get("environment", {}))
-            if not resume or was != _origin(own, made_in):
-                aside = path.with_suffix(OLD)
-                with writing(aside):
-                    path.replace(aside)
-                logger.info("Measuring anew; the record that was there is now %s", aside)
+            is_anew = not resume or was != _origin(own, made_in)
         hint = "give a --name, or --no-resume to measure anew"
         store = Store(path, StoredPoint, own, {"environment": made_in}, key="points", hint=hint)
-        store.record()
-        return cls(store)
+        if not is_anew:
+            store.record()
+        return cls(store, is_anew)
 
     @property
     def path(self) -> Path:
@@ -113,6 +114,8 @@ class SpeedRecord:
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:
         """Those of which there is no point yet."""
+        if self.is_anew:
+            return list(keys)
         left = self.store.missing([key_id(key) for key in keys])
         return [key for key in keys if key_id(key) in left]
 
@@ -122,9 +125,21 @@ class SpeedRecord:
         Raises:
             RunError: it cannot be written.
         """
+        if self.is_anew:
+            self._put_aside()
         self.store.append([StoredPoint({**key, **point})])
         rows = sorted(self.store.rows(), key=lambda row: [row.content[name] for name in key])
         self.store.merge([row.id for row in rows])
+
+    def _put_aside(self) -> None:
+        """Moves the record that is there out of the way, over no other one."""
+        names = (f".old{number or ''}.json" for number in count())
+        asides = (self.path.with_suffix(name) for name in names)
+        aside = next(path for path in asides if not path.exists())
+        with writing(aside):
+            self.path.replace(aside)
+        self.is_anew = False
+        logger.info("Measuring anew; the record that was there is now %s", aside)
 
     def write_beside(self, suffix: str, data: bytes) -> None:
         """Writes another file of the same name.

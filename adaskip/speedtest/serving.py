@@ -85,7 +85,7 @@ class Serving(Study):
         refuse_below_one({"threads": self.threads, "budgets": min(self.budgets, default=None)})
         if self.engine not in ENGINES:
             raise unknown_name("engine", self.engine, ENGINES)
-        read_plans(self.plans)
+        read_plans(self.plans, [DENSE, *self._labels])
         if not Path(self.python or sys.executable).is_file():
             raise AdaskipError(f"There is no {self.python}; give the python that has the engine.")
 
@@ -107,6 +107,11 @@ class Serving(Study):
                 rows = self._measured(model, served, key["context"])
                 yield {"rows": [about[row["label"]] | row for row in rows]}
 
+    @property
+    def _labels(self) -> dict[str, int]:
+        """AdaSkip's budgets by the labels of the table."""
+        return {f"AdaSkip {n}": n for n in self.budgets}
+
     def _plans(self, model: PreTrainedModel) -> dict[str, SkipPlan]:
         """By the labels of the table."""
         if self.model in shipped_profiles():
@@ -114,7 +119,7 @@ class Serving(Study):
         else:
             prompts = [random_prompt(model, _WARMUP_TOKENS)]
             importance = learn_importance(model, prompts, source="random ids")
-        policies = {f"AdaSkip {n}": AdaSkip(importance, n_skip=n) for n in self.budgets}
+        policies = {k: AdaSkip(importance, n_skip=n) for k, n in self._labels.items()}
         found = {DENSE: EMPTY_PLAN}
         for label, policy in policies.items():
             policy.bind(importance.n_layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,8 @@ Source = Literal["auto", "hub", "local"]
 # Folders of `data_dir` in which LongBench's files are looked for, the nearest first.
 FOLDERS = (".", "data", "LongBench", "LongBench/data", "longbench", "longbench/data")
 ARCHIVE = "data.zip"
+# One alone cannot be written in UTF-8, and no tokenizer takes it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 HELP = "data/README.md says how to place LongBench"
 
 # A raw row with the place it came from, for messages: "data/trec.jsonl line 3".
@@ -133,6 +136,12 @@ def _field(raw: Mapping[str, Any], names: tuple[str, ...], kind: type, place: st
         raise DataError(
             f"{place}: field {name!r} is a {type(value).__name__}, expected {kind.__name__}."
         )
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and _SURROGATE.search(text):
+            raise DataError(
+                f"{place}: field {name!r} has half of a character pair, which is no text; get the "
+                f"file again ({HELP})."
+            )
     return value
 
 

@@ -13,6 +13,8 @@ Language = Literal["en", "zh"]
 # Where the rows come from: LongBench's files, `tasks/sample.py` or `tasks/retrieval.py`.
 Kind = Literal["longbench", "sample", "retrieval"]
 KINDS: tuple[Kind, ...] = ("longbench", "sample", "retrieval")
+# Of a task that is made offline, where nobody says how many.
+OFFLINE_ROWS = 20
 # The metric of which every reference is asked for: RULER's.
 RECALL = "recall"
 
@@ -90,6 +92,10 @@ class TaskSpec:
     def offline(self) -> bool:
         """Whether its rows are made from packaged documents; they have a chosen length."""
         return self.kind != "longbench"
+
+    def wanted(self, limit: int | None) -> int | None:
+        """Rows that a `--limit` asks for: those of a file are all of them without one, None."""
+        return OFFLINE_ROWS if limit is None and self.offline else limit
 
     @property
     def asks_all(self) -> bool:

@@ -1,0 +1,68 @@
+"""How many tokens a model has positions for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from adaskip.errors import UnsupportedCallError
+from adaskip.models.internlm import position_limit
+
+# Kinds of rotary embedding that reach `factor` times as far as the model was trained.
+_STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Tokens that a model has positions for, stretched ones included; None if it does not tell.
+
+    A stretched model's `max_position_embeddings` may be those before (Vicuna: 4,096 of 16,384) or
+    after, which a configuration does not always tell: the larger number counts then.
+    """
+    text = config.get_text_config(decoder=True)
+    trained = getattr(text, "max_position_embeddings", None)
+    return trained and reach(trained, getattr(text, "rope_parameters", None))
+
+
+def reach(trained: int, rope: Mapping[str, Any] | None) -> int:
+    """The positions of a rotary embedding, the least over the kinds of layers.
+
+    Args:
+        trained: `max_position_embeddings`.
+        rope: its parameters, or those of each kind of layers by name.
+    """
+    rope = rope or {}
+    by_kind = [kind for kind in rope.values() if isinstance(kind, Mapping)]
+    return max(trained, min(_reach(trained, kind) for kind in by_kind or [rope]))
+
+
+def _reach(trained: int, rope: Mapping[str, Any]) -> int:
+    # `type`: what files of earlier versions call it.
+    if rope.get("rope_type", rope.get("type")) not in _STRETCHED:
+        return trained
+    original = rope.get("original_max_position_embeddings") or trained
+    return int(float(rope.get("factor") or 1.0) * original)
+
+
+def check_prompt_length(model: PreTrainedModel, n_tokens: int, n_new: int = 0) -> None:
+    """Refuses a prompt that the model, or its answer to it, would carry beyond its positions.
+
+    Args:
+        model: any model; those that do not tell their positions accept every prompt.
+        n_tokens: tokens of the prompt.
+        n_new: tokens to generate; the last one is never an input.
+
+    Raises:
+        UnsupportedCallError: prompt and answer are longer than `positions` has them.
+    """
+    limit = positions(model.config)
+    if limit is None or n_tokens + max(n_new - 1, 0) <= limit:
+        return
+    answer = f" and up to {n_new} new ones" if n_new else ""
+    own = f"The model has {limit} positions"
+    if position_limit(model.config) is not None:
+        own = f"InternLM v1 is exact only up to {limit} tokens (its max_position_embeddings)"
+    raise UnsupportedCallError(
+        f"{own}, and this prompt has {n_tokens} tokens{answer}: use a lower prompt limit."
+    )
