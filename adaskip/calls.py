@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from adaskip.blocks import BlockSpec
 from adaskip.errors import AdaskipError, UnsupportedCallError
-from adaskip.models.positions import positions
 from adaskip.plan import Phase, Scope, SkipPlan, Step, Sublayer
+from adaskip.positions import positions
 from adaskip.replacements import Window
 
 if TYPE_CHECKING:

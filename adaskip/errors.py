@@ -57,7 +57,8 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> AdaskipError:
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """A sentence that names the nearest allowed name, after a space; empty if none is near."""
-    nearest = {name.lower(): name for name in allowed}
+    # `str`: an enumeration of texts would show itself.
+    nearest = {name.lower(): str(name) for name in allowed}
     close = difflib.get_close_matches(given.lower(), nearest, n=1)
     return f" Did you mean {nearest[close[0]]!r}?" if close else ""
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from adaskip.errors import AdaskipError, ProfileError
 from adaskip.fingerprint import model_fingerprint
-from adaskip.numbers import is_whole
+from adaskip.numbers import is_finite, is_whole
 from adaskip.padding import real_tokens
 from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer, all_sublayers
 from adaskip.replacements import TINY, Linear, Replacement
@@ -71,6 +71,10 @@ def fit_linears(
     sublayers_of = Sublayers(model)
     plan.check_model(model)
     wanted = _checked(model, sublayers, rank, plan)
+    if not (is_finite(ridge) and ridge >= 0):
+        raise AdaskipError(f"A ridge of {ridge!r} is none; give a number, 0 or more.")
+    if not (is_whole(sinks) and sinks >= 0):
+        raise AdaskipError(f"sinks is {sinks!r}; give a whole number of tokens, 0 or more.")
     made: dict[Sublayer, Replacement] = dict(plan)
     with measuring(model):
         streams = _streams(sublayers_of, prompts, sinks)
@@ -84,8 +88,10 @@ def fit_linears(
                 made[sublayer] = moments.solve(rank, ridge)
             for stream in streams:
                 stream.x = sublayers_of.through(sublayer, stream.x, stream.calls, made)
+    # What `plan` tells of itself, a loss or a time, is not true of this one.
     about = {"linear maps": len(wanted), "rank": rank, "fitted on": source or "unnamed prompts"}
-    return SkipPlan(made, fingerprint=model_fingerprint(model), about={**plan.about, **about})
+    about |= {"besides": plan.digest} if plan else {}
+    return SkipPlan(made, fingerprint=model_fingerprint(model), about=about)
 
 
 def _checked(
@@ -192,14 +198,19 @@ class Moments:
         """The map, in float32 on the CPU.
 
         Raises:
-            AdaskipError: there are not more tokens than directions.
+            AdaskipError: there are not more tokens than directions, or they are too alike.
         """
         self.check()
         mean_n, mean_delta = self._n / self._count, self._delta / self._count
         cov = self._nn / self._count - mean_n.outer(mean_n)
         cross = self._n_delta / self._count - mean_n.outer(mean_delta)
         cov.diagonal().add_(ridge * cov.diagonal().mean())
-        lower = torch.linalg.cholesky(cov)
+        lower, failed = torch.linalg.cholesky_ex(cov)
+        if failed:
+            raise AdaskipError(
+                f"The {self._count} tokens are too alike to fit a linear map on; give longer or "
+                "other prompts, or a larger ridge."
+            )
         weight = torch.cholesky_solve(cross, lower)
         bias = mean_delta - mean_n @ weight
         if rank is None:

@@ -152,7 +152,7 @@ class Importance:
             ProfileError: it is missing, damaged, or of another version.
         """
         file = Path(path)
-        if not file.exists() and str(path) in shipped_profiles():
+        if not file.is_file() and str(path) in shipped_profiles():
             file = _SHIPPED / f"{path}.json"
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ def _from_content(content: Any, path: object) -> Importance:
             source=_typed(content["source"], str),
             layer_similarity=_layers(content.get("layers", []), len(rows) // 2),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ProfileError(damaged % f"{type(error).__name__} {error}") from error
     except ValueError as error:
         raise ProfileError(damaged % str(error).rstrip(".")) from error

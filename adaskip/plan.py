@@ -148,6 +148,12 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
                 raise AdaskipError(
                     f"A SkipPlan skips sublayers, not {sublayer!r}; write Sublayer(layer, kind)."
                 )
+        for name, value in (about or {}).items():
+            if not isinstance(name, str) or not isinstance(value, str | int | float | None):
+                raise AdaskipError(
+                    f"What a plan is about is told in texts and numbers; {name!r} is a "
+                    f"{type(value).__name__}."
+                )
         self._replacements = {s: _checked(s, given[s]) for s in sorted(given)}
         self._hash = hash(tuple(self._replacements.items()))
         self.fingerprint = fingerprint

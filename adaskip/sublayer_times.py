@@ -82,10 +82,16 @@ class SublayerTimes:
                 int(content["context"]),
                 int(content["batch"]),
             )
-        except (KeyError, TypeError, IndexError) as error:
-            raise AdaskipError(
-                f"Measured times are damaged ({type(error).__name__} {error}); measure them anew."
-            ) from error
+        except AdaskipError:
+            raise
+        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
+            raise _damaged(error) from error
+
+
+def _damaged(error: Exception) -> AdaskipError:
+    return AdaskipError(
+        f"Measured times are damaged ({type(error).__name__} {error}); measure them anew."
+    )
 
 
 @dataclass(frozen=True)
@@ -145,16 +151,17 @@ class PlanTimes:
         try:
             replaced = {str(name): float(t) for name, t in content["replaced"].items()}
             return cls(SublayerTimes.from_dict(content["dense"]), replaced)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise AdaskipError(
-                f"Measured times are damaged ({type(error).__name__} {error}); measure them anew."
-            ) from error
+        except AdaskipError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise _damaged(error) from error
 
 
 def replacement_name(replacement: Replacement) -> str:
     """How times call what takes a sublayer's place: "gain", "linear", "linear 64", "window 128".
 
-    A window of some heads says which: "window 128 of heads 0 2".
+    A window of some heads says which, and one of other sinks than usual how many: "window 128 of
+    heads 0 2", "window 128 and 0 sinks".
     """
     if isinstance(replacement, Linear):
         low_rank = len(replacement.factors) == 2
@@ -165,7 +172,9 @@ def replacement_name(replacement: Replacement) -> str:
             if replacement.heads is None
             else f" of heads {' '.join(map(str, replacement.heads))}"
         )
-        return f"window {replacement.size}{heads}"
+        usual = replacement.sinks == Window.sinks
+        sinks = "" if usual else f" and {replacement.sinks} sinks"
+        return f"window {replacement.size}{sinks}{heads}"
     return GAIN
 
 
@@ -177,11 +186,11 @@ def combined(
     phase: Phase,
     context: int,
     batch: int,
-    layer_types: Sequence[str] | None = None,
+    types: Mapping[Sublayer, str] | None = None,
 ) -> SublayerTimes:
     """Times of sublayers from interleaved plain and clocked forwards.
 
-    Layers of one type do the same work, so all of them are given their mean. The timestamps' own
+    Sublayers of one type do the same work, so all of them are given their mean. The timestamps' own
     cost is taken out: sublayers keep their share of the clocked time.
 
     Args:
@@ -191,17 +200,55 @@ def combined(
         phase: of all those forwards.
         context: prompt tokens.
         batch: sequences.
-        layer_types: of each layer, e.g. "sliding_attention"; None if there is one type.
+        types: of each sublayer, e.g. "sliding_attention"; None if those of a kind are of one type.
     """
     total = statistics.median(totals)
     scale = total / statistics.median(clocked)
     medians = {s: statistics.median(f[s] for f in forwards) for s in forwards[0]}
+    group_of = {s: (s.kind, "" if types is None else types[s]) for s in medians}
     groups: dict[tuple[str, str], list[float]] = {}
     for sublayer, value in medians.items():
-        groups.setdefault(_group(sublayer, layer_types), []).append(value)
-    seconds = {s: scale * statistics.mean(groups[_group(s, layer_types)]) for s in medians}
+        groups.setdefault(group_of[sublayer], []).append(value)
+    seconds = {s: scale * statistics.mean(groups[group_of[s]]) for s in medians}
     return SublayerTimes(total, seconds, phase, context, batch)
 
 
-def _group(sublayer: Sublayer, layer_types: Sequence[str] | None) -> tuple[str, str]:
-    return sublayer.kind, "" if layer_types is None else layer_types[sublayer.layer]
+def times_given(
+    times: PlanTimes | SublayerTimes,
+    n_layers: int,
+    *,
+    phase: str,
+    context: int | None,
+    batch: int,
+) -> PlanTimes:
+    """Times that somebody gives in place of measured ones, if they are of what is asked for.
+
+    Args:
+        times: of sublayers, perhaps of replacements.
+        n_layers: decoder layers of the model.
+        phase: that is asked for.
+        context: likewise; None for that of the times.
+        batch: likewise.
+
+    Raises:
+        AdaskipError: they are of another model, phase, context or batch, or no times.
+    """
+    given = PlanTimes(times) if isinstance(times, SublayerTimes) else times
+    if not isinstance(given, PlanTimes):
+        raise AdaskipError(
+            f"The times are a {type(times).__name__}; give those of measured_times or "
+            "measured_plan_times."
+        )
+    dense = given.dense
+    if dense.n_layers != n_layers:
+        raise AdaskipError(
+            f"The times are of {dense.n_layers} layers, this model has {n_layers}; measure its own."
+        )
+    asked = str(phase), dense.context if context is None else context, batch
+    own = str(dense.phase), dense.context, dense.batch
+    if asked != own:
+        raise AdaskipError(
+            "The times are of {} at {} tokens, batch {}; ".format(*own)
+            + "asked for is {} at {} tokens, batch {}. Give times of that.".format(*asked)
+        )
+    return given

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adaskip.errors import ProfileError
-from adaskip.models.positions import positions
+from adaskip.positions import positions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

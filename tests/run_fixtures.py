@@ -116,7 +116,7 @@ def save_plan(place: Workplace, **changes: Any) -> Path:
     settings = {
         k: v for k, v in place.settings.items() if k not in ("results_dir", "max_new_tokens")
     }
-    content = {
+    content: dict[str, Any] = {
         "name": "small",
         "results_dir": str(place.results),
         "models": ["llama"],
@@ -133,6 +133,9 @@ def save_plan(place: Workplace, **changes: Any) -> Path:
         },
         **changes,
     }
+    if "tasks" not in changes and isinstance(content["experiments"], dict):
+        named = [task for tasks in content["experiments"].values() for task in tasks]
+        content["tasks"] = {k: v for k, v in content["tasks"].items() if k in named}
     path = place.data / "small.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path

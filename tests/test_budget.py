@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from conftest import N_LAYERS, prompt, tiny_model
 from adaskip import AdaSkip, AdaskipError, Importance, Sublayer, learn_importance, skipping
 from adaskip.budget import sublayers_for
 from adaskip.plan import Phase, all_sublayers
-from adaskip.profiling.calibration import measured_times
+from adaskip.profiling.calibration import identity, measured_times
+from adaskip.profiling.clock import sublayer_types
 from adaskip.speedtest.budget_check import check_budgets
 from adaskip.sublayer_times import SublayerTimes, combined
 
@@ -118,14 +121,51 @@ def test_combined_scales_clocked_shares_to_plain_time() -> None:
     assert SublayerTimes.from_dict(result.as_dict()) == result
     with pytest.raises(AdaskipError, match="damaged"):
         SublayerTimes.from_dict({"version": 1})
+    for changes in ({"phase": "x"}, {"total": "many"}, {"context": math.inf}):
+        with pytest.raises(AdaskipError, match="damaged"):
+            SublayerTimes.from_dict(result.as_dict() | changes)
+
+
+def test_sublayers_of_one_kind_differ_by_what_they_see_and_compute() -> None:
+    types = sublayer_types(tiny_model("gemma2", "eager"))
+    assert [types[s] for s in types if s.kind == "attn"] == [
+        f"Gemma2Attention {seen}" for seen in 2 * ["sliding_attention", "full_attention"]
+    ]
+    assert len({types[s] for s in types if s.kind == "ffn"}) == 1
+    # The first layer's FFN has no experts.
+    experts = sublayer_types(tiny_model("qwen3_moe", mlp_only_layers=[0]))
+    ffns = [name.split()[0] for s, name in experts.items() if s.kind == "ffn"]
+    assert ffns == ["Qwen3MoeMLP", *(N_LAYERS - 1) * ["Qwen3MoeSparseMoeBlock"]]
+
+
+@pytest.mark.parametrize(
+    ("family", "one", "other"),
+    [
+        ("mistral", {"sliding_window": 8}, {"sliding_window": None}),
+        ("qwen3_moe", {"num_experts_per_tok": 2}, {"num_experts_per_tok": 1}),
+        (
+            "llama",
+            {"num_attention_heads": 4, "head_dim": 8},
+            {"num_attention_heads": 8, "head_dim": 4},
+        ),
+    ],
+)
+def test_times_of_one_model_are_not_those_of_another_of_the_same_weights(
+    family: str, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    attention = "eager" if family == "mistral" else "sdpa"
+    told = [identity(tiny_model(family, attention, **changes)) for changes in (one, other, one)]
+    assert told[0] == told[2] != told[1]
 
 
 def test_layers_of_one_type_get_their_mean() -> None:
     layers = all_sublayers(3)
     forward = dict(zip(layers, [1.0, 5.0, 3.0, 7.0, 9.0, 9.0], strict=True))
-    kinds = ["full", "full", "sliding"]
+    kinds = ["full", "mlp", "full", "mlp", "sliding", "experts"]
     arguments = {"phase": Phase.PREFILL, "context": 7, "batch": 1}
-    result = combined([40], [forward], [40], layer_types=kinds, **arguments)
+    result = combined(
+        [40], [forward], [40], types=dict(zip(layers, kinds, strict=True)), **arguments
+    )
     assert list(result.seconds.values()) == [2, 6, 2, 6, 9, 9]
 
 

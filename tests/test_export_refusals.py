@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,18 @@ def test_fixed_policies_are_their_plans(model: PreTrainedModel) -> None:
         assert plan_of(policy, 4) == expected
 
 
+def test_a_policy_in_use_goes_on_as_it_was(model: PreTrainedModel, tmp_path: Path) -> None:
+    policy = SkipDecode(n_skip=3)
+    other = full_model("llama")
+    with skipping(other, policy, scope="prefill") as session:
+        other(prompt(9))
+        before = session.plan
+        refused(PlanError, "SkipDecode skips other", tmp_path, model, policy)
+        other(prompt(9))
+        assert session.plan == before
+    assert policy.scope == "prefill"
+
+
 def test_one_phase_alone() -> None:
     for scope in ("prefill", "decode"):
         with pytest.raises(PlanError, match=f"Scope '{scope}' skips in one phase"):
@@ -105,6 +118,24 @@ def test_models(model: PreTrainedModel, tmp_path: Path) -> None:
     with torch.device("meta"):
         empty = type(model)(model.config)
     refused(error, "quantized, offloaded or shared out", tmp_path, empty, PLAN)
+    changed = tiny_model("llama")
+    torch.nn.utils.parametrizations.weight_norm(changed.lm_head)
+    refused(error, "remove adapters and parametrizations", tmp_path, changed, PLAN)
+    unsaved = tiny_model("llama")
+    unsaved.generation_config.temperature = 0.9
+    refused(error, "generation configuration cannot be saved", tmp_path, unsaved, PLAN)
+    short = tiny_model("llama", max_position_embeddings=24)
+    refused(AdaskipError, "has 24 positions, and comparing", tmp_path, short, PLAN)
+
+
+def test_a_tokenizer_of_another_model(model: PreTrainedModel, tmp_path: Path) -> None:
+    class Larger:
+        def __call__(self, text: str, **_: object) -> Any:
+            return SimpleNamespace(input_ids=torch.tensor([[1, model.config.vocab_size]]))
+
+    with pytest.raises(AdaskipError, match="the model knows 0 to"):
+        export_checkpoint(model, Larger(), PLAN, tmp_path / "out")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_plans(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -125,7 +156,10 @@ def test_formats_and_precisions(model: PreTrainedModel, tmp_path: Path) -> None:
     refused(AdaskipError, "Unknown format 'onnx'", tmp_path, model, PLAN, format="onnx")
     refused(AdaskipError, "dtype of format 'hf' 'q8_0'", tmp_path, model, PLAN, dtype="q8_0")
     refused(AdaskipError, "'q4_k'", tmp_path, model, PLAN, dtype="q4_k", format="gguf")
-    refused(AdaskipError, "float64", tmp_path, full_model("llama", torch.float64), PLAN)
+    double = full_model("llama", torch.float64)
+    for dtype in (None, "f32"):
+        said = "The model is in float64; load it in float32"
+        refused(UnsupportedModelError, said, tmp_path, double, PLAN, dtype=dtype)
 
 
 def test_a_folder_that_is_not_empty(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from adaskip.errors import AdaskipError, UnsupportedCallError, UnsupportedModelE
 from adaskip.models import internlm
 from adaskip.models.internlm import position_limit
 from adaskip.models.loading import load_model, load_tokenizer, model_spec
-from adaskip.models.positions import check_prompt_length
+from adaskip.positions import check_prompt_length
 
 CONFIG: dict[str, Any] = {
     "model_type": "internlm",

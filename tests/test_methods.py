@@ -37,7 +37,7 @@ from adaskip.search.journal import Journal
 from adaskip.search.losses import Losses
 from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
-from adaskip.sublayer_times import PlanTimes
+from adaskip.sublayer_times import PlanTimes, SublayerTimes
 
 PREFILL = Step(Phase.PREFILL, request=0, index=0, tokens=9)
 PROMPTS = [prompt(21, seed=5), prompt(14, seed=6)]
@@ -250,14 +250,46 @@ def test_every_method_is_in_these_tests() -> None:
         method("SLEB")(METHODS["NBL"].grow)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"phase": "nonsense"}, "Unknown phase 'nonsense'"),
+        ({"phase": "decode"}, r"of prefill at 40 tokens, batch 1; asked for is decode at 40"),
+        ({"context": 9000}, r"asked for is prefill at 9000 tokens, batch 1\. Give times"),
+        ({"batch": 2}, "batch 2"),
+        (
+            {
+                "times": PlanTimes(
+                    SublayerTimes(9.0, dict.fromkeys(all_sublayers(3), 1.0), Phase.PREFILL, 40)
+                )
+            },
+            "of 3 layers, this model has 4",
+        ),
+        ({"times": 7}, "The times are a int"),
+    ],
+)
+@pytest.mark.parametrize("name", ["EE", "SEARCH"])
+def test_times_of_something_else_are_refused(
+    model: PreTrainedModel, name: str, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(AdaskipError, match=said):
+        make_plan(model, ROWS, name, acceleration=1.2, **{"times": TIMES, **changes})
+
+
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_makes_the_least_plan_that_is_fast_enough(
     model: PreTrainedModel, name: str
 ) -> None:
     options: Any = {"importance": learn_importance(model, [row[0] for row in ROWS])}
     if name == "SEARCH":
-        gains = search_plan(model, ROWS, acceleration=1.3, times=TIMES.dense, replacements=["gain"])
-        assert gains.about["method"] == "SEARCH"
+        menu = PlanTimes(
+            TIMES.dense, {"linear": 0.1} | {f"window {size}": 1.5 for size in (64, 128, 256)}
+        )
+        # With positions for the usual windows.
+        model = tiny_model("llama", max_position_embeddings=1024)
+        found = make_plan(model, ROWS, name, acceleration=1.3, times=menu)
+        assert found == search_plan(model, ROWS, acceleration=1.3, times=menu)
+        assert found.about["method"] == "SEARCH"
         return
     plan = make_plan(model, ROWS, name, acceleration=1.3, times=TIMES, **options)
     about: Any = plan.about

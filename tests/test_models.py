@@ -24,7 +24,7 @@ from adaskip.errors import AdaskipError, UnsupportedModelError
 from adaskip.models import loading as models, spec as modelspec
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.loading import load_model, load_tokenizer, model_names, model_spec, random_model
-from adaskip.models.positions import positions, reach
+from adaskip.positions import positions, reach
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:

@@ -77,6 +77,30 @@ def test_times_of_replacements_are_kept(cost: Counter[str], tmp_path: Path) -> N
     assert again == first
 
 
+def test_windows_of_other_sinks_are_others(tmp_path: Path) -> None:
+    few, many = Window(9, sinks=0), Window(9, sinks=7)
+    assert [replacement_name(w) for w in (few, many, Window(9), Window(9, 0, (1,), 2))] == [
+        *("window 9 and 0 sinks", "window 9 and 7 sinks", "window 9"),
+        "window 9 and 0 sinks of heads 1",
+    ]
+    model = tiny_model("llama")
+    found = measured_plan_times(model, "prefill", 40, [few, many], folder=tmp_path)
+    assert set(found.replaced) == {"window 9 and 0 sinks", "window 9 and 7 sinks"}
+
+
+@pytest.mark.parametrize(
+    ("phase", "changes", "said"),
+    [
+        ("prefil", {}, "Did you mean 'prefill'"),
+        ("prefill", {"rounds": 0}, "must be 1 or more"),
+        ("prefill", {"context": 0}, "must be 1 or more"),
+    ],
+)
+def test_a_measurement_that_cannot_be(phase: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(AdaskipError, match=said):
+        measured_acceleration(tiny_model("llama"), SkipPlan(), phase, **{"context": 9, **changes})
+
+
 def test_replacements_are_timed_where_they_run(tmp_path: Path) -> None:
     model = tiny_model("llama")
     sorts = [Window(8), linear_like(model, None), linear_like(model, 4)]

@@ -395,6 +395,19 @@ def test_a_rank_keeps_what_matters_most(model: PreTrainedModel) -> None:
     torch.testing.assert_close(product, full.weight, rtol=1e-3, atol=1e-3)
 
 
+def test_a_fit_does_not_tell_what_is_true_of_another_plan(model: PreTrainedModel) -> None:
+    about = {"method": "SEARCH", "loss": 0.01, "acceleration": 1.2}
+    plan = SkipPlan({Sublayer(0, "ffn"): 1.0}, about=about)
+    found = fit_linears(model, [prompt(60)], [Sublayer(1, "attn")], plan=plan)
+    assert set(found) == {Sublayer(0, "ffn"), Sublayer(1, "attn")}
+    assert dict(found.about) == {
+        "linear maps": 1,
+        "rank": None,
+        "fitted on": "unnamed prompts",
+        "besides": plan.digest,
+    }
+
+
 def test_padding_is_not_fitted_on(model: PreTrainedModel) -> None:
     ids = [*prompts()]
     expected = fit_linears(model, ids, [FFN1])[FFN1]
@@ -438,3 +451,13 @@ def test_fits_that_cannot_be(model: PreTrainedModel) -> None:
         fit_linears(model, [], [FFN1])
     with pytest.raises(ProfileError, match="Prompt 1 is"):
         fit_linears(model, [torch.ones(3)], [FFN1])
+    for options, said in (
+        ({"ridge": -5}, "A ridge of -5 is none"),
+        ({"ridge": float("nan")}, "A ridge of nan is none"),
+        ({"sinks": -3}, "sinks is -3"),
+        ({"sinks": None}, "sinks is None"),
+    ):
+        with pytest.raises(AdaskipError, match=said):
+            fit_linears(model, prompts(), [FFN1], **options)  # type: ignore[arg-type]
+    with pytest.raises(AdaskipError, match="tokens are too alike"):
+        fit_linears(model, [torch.full((1, 60), 7)], [Sublayer(0, "attn")], ridge=0)

@@ -231,7 +231,6 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(
         place,
         policies={"EE": [1, 9]},
         experiments={"prefill": ["multifieldqa_en", "trec"]},
-        tasks={"multifieldqa_en": {"limit": 2}},
     )
     (place.data / "trec_e.jsonl").write_text("{")
     assert sweep.main([str(file)]) == 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip.entering import skipping
-from adaskip.errors import ExportError
+from adaskip.errors import AdaskipError, ExportError
 from adaskip.evaluating import evaluating
 from adaskip.export.report import Check
 from adaskip.plan import SkipPlan
@@ -34,6 +34,8 @@ TEXTS = (
 # What rounding the weights may cost: mean divergence from the plan in nats per token.
 KL_TOLERANCE = {"f32": 1e-5, "f16": 1e-3, "bf16": 3e-2, "q8_0": 3e-2}
 N_TEXT, N_PROMPT, N_NEW = 192, 48, 24
+# Tokens of a text at least.
+_LEAST = 2
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,26 @@ class Sample:
 
 
 def texts_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[Tensor]:
-    """Ids of the texts, short enough for the model: [tokens] each; random without tokenizer."""
+    """Ids of the texts, short enough for the model: [tokens] each; random without tokenizer.
+
+    Raises:
+        AdaskipError: the tokenizer is another model's, or the model has too few positions.
+    """
     config: Any = model.config
     most = min(N_TEXT, config.max_position_embeddings - N_NEW)
+    if most < _LEAST:
+        raise AdaskipError(
+            f"The model has {config.max_position_embeddings} positions, and comparing a checkpoint "
+            f"with the plan takes {_LEAST + N_NEW}."
+        )
     if tokenizer is None:
         return list(random_prompt(model, most, batch=len(TEXTS)).cpu())
     encoded = [tokenizer(text, return_tensors="pt").input_ids[0] for text in TEXTS]
+    if (largest := max(int(ids.max()) for ids in encoded)) >= config.vocab_size:
+        raise AdaskipError(
+            f"The tokenizer has a token {largest}, the model knows 0 to {config.vocab_size - 1}; "
+            "give the model's own."
+        )
     return [ids[:most] for ids in encoded]
 
 

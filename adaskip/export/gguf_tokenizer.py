@@ -26,7 +26,7 @@ def from_gguf(path: Path, vocab_size: int) -> TokenizerFields:
     gguf = gguf_package()
     try:
         reader = gguf.GGUFReader(str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError, KeyError) as error:
         raise AdaskipError(f"{path} cannot be read as GGUF: {error}.") from error
     fields = {
         key: (field.contents(), field.types[-1].name)

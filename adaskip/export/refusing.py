@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -56,7 +57,8 @@ def plan_of(policy: SkipPlan | SkipPolicy, n_layers: int, scope: Scope = "e2e") 
             f"Scope {scope!r} skips in one phase only, and a checkpoint has the same sublayers in "
             "both; export with scope 'e2e'."
         )
-    policy = entering.as_policy(policy)
+    # A copy: the policy may be in use in a block.
+    policy = copy.copy(entering.as_policy(policy))
     policy.scope = scope
     policy.bind(n_layers)
     prefill = policy.plan(Step(Phase.PREFILL, request=0, index=0, tokens=2))
@@ -80,6 +82,10 @@ def short_dtype(dtype: torch.dtype | str | None, model: PreTrainedModel, file_fo
         raise unknown_name("format", str(file_format), FORMATS)
     given = str(model.dtype if dtype is None else dtype).removeprefix("torch.").lower()
     name = _SHORT.get(given, given)
+    if dtype is None and name not in DTYPES[file_format]:
+        raise UnsupportedModelError(
+            f"The model is in {given}; load it in float32, float16 or bfloat16."
+        )
     if name not in DTYPES[file_format]:
         raise unknown_name(f"dtype of format {file_format!r}", given, DTYPES[file_format])
     return name
@@ -125,6 +131,14 @@ def check_model(model: PreTrainedModel, file_format: str) -> None:
     supported.check_layers(decoder.layers, family, block)
     _refuse_windows(config)
     _refuse_weights(model)
+    short_dtype(None, model, "hf")
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            "The model's generation configuration cannot be saved; mend model.generation_config: "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def _refuse_windows(config: Any) -> None:
@@ -148,3 +162,10 @@ def _refuse_weights(model: PreTrainedModel) -> None:
                 f"The weight {name} is quantized, offloaded or shared out; load the model whole, "
                 "in float32, float16 or bfloat16."
             )
+    with torch.device("meta"):
+        plain_names = type(model)(model.config).state_dict().keys()
+    if odd := sorted(model.state_dict().keys() ^ plain_names):
+        raise UnsupportedModelError(
+            f"The model's weights are not those of a {type(model).__name__} as it is loaded "
+            f"({odd[0]}); remove adapters and parametrizations first, or merge them."
+        )

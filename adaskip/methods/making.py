@@ -29,7 +29,7 @@ from adaskip.search.journal import Journal
 from adaskip.search.losses import Losses, Row
 from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
-from adaskip.sublayer_times import PlanTimes
+from adaskip.sublayer_times import PlanTimes, SublayerTimes, times_given
 
 
 def method_names() -> tuple[str, ...]:
@@ -47,7 +47,7 @@ def make_plan(
     phase: Phase | str = Phase.PREFILL,
     context: int | None = None,
     batch: int = 1,
-    times: PlanTimes | None = None,
+    times: PlanTimes | SublayerTimes | None = None,
     importance: Importance | None = None,
     exact: bool = False,
     record: str | os.PathLike[str] | None = None,
@@ -66,8 +66,10 @@ def make_plan(
         phase: "prefill" or "decode", in which it is reached.
         context: prompt tokens at which times count; by default the longest calibration prompt.
         batch: sequences at which times count.
-        times: of sublayers and of the method's replacements, in place of measured ones.
-        importance: what a policy has learned; by default from the calibration's prompts.
+        times: of sublayers and of the method's replacements, in place of measured ones; of that
+            phase, context and batch.
+        importance: what a policy has learned; by default from the calibration's prompts. Methods
+            that learn nothing so have no use for it.
         exact: whether a lazy method (`METHODS[name].lazy`) looks at all that is left in every
             round, as its paper has it, at five to ten times the cost.
         record: a file that keeps what was measured of the rows; whatever method and acceleration
@@ -108,6 +110,11 @@ def make_plan(
             source=source,
             progress=progress,
         )
+    if phase not in list(Phase):
+        raise unknown_name("phase", str(phase), list(Phase))
+    if times is not None:
+        n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        times = times_given(times, n_layers, phase=str(phase), context=context, batch=batch)
     chosen = METHODS.get(method) or _of_policy(method, model, rows, importance)
     with measuring(model):
         losses = Losses(Sublayers(model), rows, chosen.measure)

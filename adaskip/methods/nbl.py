@@ -30,8 +30,9 @@ def nbl(rows: Trials) -> Growth:
 
     Source: NBL (arXiv 2505.21077), theorem 3.2 and algorithm 1: `W = C_yx C_xx^-1`.
     Differs: the map is of the stream divided by its root mean square, which attention sinks leave
-    alone; `C_xx` is regularized by a thousandth of its mean diagonal; the first tokens of each row
-    are left out of the fit.
+    alone; `C_xx`, and for the bounds `C_yy`, too, is regularized by a thousandth of its mean
+    diagonal, which sinks make large in the bounds: layers where they stand out come later; the
+    first tokens of each row are left out of the fit, not of the bounds.
     """
     losses = rows.losses
     attentions = [sublayer for sublayer in losses.order if sublayer.kind == "attn"]

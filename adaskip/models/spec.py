@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.models.packaged import Package, packaged_folder
-from adaskip.models.positions import reach
+from adaskip.positions import reach
 
 # Positions that the longest prompt of a model of no row leaves for template and answer, at most.
 _ANSWER_ROOM = 692

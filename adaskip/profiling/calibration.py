@@ -34,6 +34,11 @@ from adaskip.supported import refuse_inside
 logger = logging.getLogger(__name__)
 
 REPEATS = 5
+# What a model of the same weights may do more or less of.
+_WORK = (
+    *("num_attention_heads", "num_key_value_heads", "sliding_window", "layer_types"),
+    "num_experts_per_tok",
+)
 STEPS = 16
 
 
@@ -149,4 +154,6 @@ def identity(model: PreTrainedModel) -> list[str]:
     parameters = [f"{name}{tuple(p.shape)}" for name, p in model.named_parameters()]
     shape = hashlib.sha256("".join(parameters).encode()).hexdigest()
     attention = str(getattr(model.config, "_attn_implementation", ""))
-    return [hardware(model.device), shape, str(model.dtype), attention, torch.__version__]
+    config = model.config.get_text_config(decoder=True)
+    work = json.dumps([getattr(config, name, None) for name in _WORK])
+    return [hardware(model.device), shape, work, str(model.dtype), attention, torch.__version__]

@@ -29,9 +29,20 @@ from adaskip.profiling.timing import (
 from adaskip.sublayer_times import SublayerTimes, combined
 
 
-def layer_types(model: PreTrainedModel) -> Sequence[str] | None:
-    """The type of each layer's attention, where the configuration names them."""
-    return getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+def sublayer_types(model: PreTrainedModel) -> dict[Sublayer, str]:
+    """What sublayers of one kind differ by: what an attention sees, and the class that computes.
+
+    Some layers of a mixture of experts may have a dense FFN.
+    """
+    decoder: Any = model.base_model
+    block = block_spec(model.config.model_type)
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    types = {}
+    for sublayer in all_sublayers(len(decoder.layers)):
+        body = getattr(decoder.layers[sublayer.layer], getattr(block, sublayer.kind).body)
+        seen = kinds[sublayer.layer] if kinds and sublayer.kind == "attn" else ""
+        types[sublayer] = f"{type(body).__name__} {seen}"
+    return types
 
 
 class SublayerClock:
@@ -136,5 +147,5 @@ class ClockedRequests:
             phase=phase,
             context=self._context,
             batch=self._batch,
-            layer_types=layer_types(self._model),
+            types=sublayer_types(self._model),
         )

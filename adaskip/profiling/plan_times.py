@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from adaskip.calls import check_window
 from adaskip.configuration import cache_root
 from adaskip.entering import skipping
-from adaskip.errors import AdaskipError
+from adaskip.errors import AdaskipError, unknown_name
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Sublayer
 from adaskip.profiling.calibration import REPEATS, STEPS, identity, measured_times, random_prompt
 from adaskip.profiling.interleaving import Ratio, by_turns, per_round
@@ -156,7 +156,14 @@ def measured_acceleration(
         rounds: requests under the plan.
         make_cache: the cache of both.
         progress: whether to show a progress bar.
+
+    Raises:
+        AdaskipError: unknown phase, or a number is not positive.
     """
+    if phase not in list(Phase):
+        raise unknown_name("phase", str(phase), list(Phase))
+    if min(context, batch, rounds) < 1:
+        raise AdaskipError("Context, batch and rounds must be 1 or more each.")
     phase = Phase(phase)
     ids = random_prompt(model, context, batch)
     n_steps = 1 if phase is Phase.PREFILL else STEPS

@@ -17,10 +17,10 @@ from typing_extensions import override
 from adaskip.entering import skipping
 from adaskip.errors import UnsupportedCallError
 from adaskip.growing_cache import GrowingCache, kv_tensors
-from adaskip.models.positions import positions
 from adaskip.models.spec import ModelSpec
 from adaskip.plan import Scope
 from adaskip.policy import SkipPolicy
+from adaskip.positions import positions
 
 
 @dataclass(frozen=True)

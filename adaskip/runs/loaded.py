@@ -18,9 +18,9 @@ from adaskip.fingerprint import model_fingerprint
 from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.models.loading import ModelSpec, load_model, load_tokenizer, model_spec
-from adaskip.models.positions import check_prompt_length, positions
 from adaskip.policies import SkipPolicy, policy_class
 from adaskip.policies.factory import build_policy
+from adaskip.positions import check_prompt_length, positions
 from adaskip.runs.files import writing
 from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.ledger import answer_length

@@ -157,11 +157,6 @@ class Menu:
     ) -> None:
         n_layers, context = times.dense.n_layers, times.dense.context
         config: Any = model.config.get_text_config(decoder=True)
-        own = config.num_hidden_layers
-        if n_layers != own:
-            raise AdaskipError(
-                f"The times are of {n_layers} layers, this model has {own}; measure its own."
-            )
         dense = dense_tokens(model.config, context)
         samples = dishes.samples(model)
         learned = [GAIN] if GAIN in dishes.names else []

@@ -27,7 +27,13 @@ from adaskip.search.losses import Losses, Row
 from adaskip.search.menu import MENU, Budget, Dishes, Menu, Name, check_reach
 from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
-from adaskip.sublayer_times import GAIN, PlanTimes, SublayerTimes, replacement_name
+from adaskip.sublayer_times import (
+    GAIN,
+    PlanTimes,
+    SublayerTimes,
+    replacement_name,
+    times_given,
+)
 
 NAME = "SEARCH"
 WINDOWS = (64, 128, 256)
@@ -78,7 +84,8 @@ def search_plan(
             saves a quarter of the attention's time, as in long prompts, or under a `kv_share`).
         windows: sizes of windows, in tokens.
         rank: of linear maps; None for full ones.
-        times: of sublayers and replacements, in place of measured ones.
+        times: of sublayers and replacements, in place of measured ones; of that phase, context
+            and batch.
         exchanges: exchanges tried at most.
         record: a file that keeps what was measured of these rows; an interrupted search goes on
             from there and finds the same plan, and so does one towards another budget, with other
@@ -103,13 +110,17 @@ def search_plan(
     asked = _Asked(acceleration, str(phase), context, batch, kv_share, exchanges)
     asked.check()
     dishes.check()
+    given = None
+    if times is not None:
+        n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        given = times_given(times, n_layers, phase=asked.phase, context=context, batch=batch)
+        asked = replace(asked, context=given.dense.context)
     check_rank(rank, model.config.get_text_config(decoder=True).hidden_size)
     samples = dishes.samples(model)
     rows = list(calibration)
     with measuring(model):
         losses = Losses(Sublayers(model), rows)
         asked = replace(asked, context=asked.context or losses.longest_prompt)
-        given = PlanTimes(times) if isinstance(times, SublayerTimes) else times
         journal = Journal(record, identity(model, rows))
         plan_times = given or _times(model, asked, samples, journal)
         by_harm, frees = losses.heads_by_harm, asked.kv_share is not None

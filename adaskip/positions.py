@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from adaskip.errors import UnsupportedCallError
-from adaskip.models.internlm import position_limit
 
 # Kinds of rotary embedding that reach `factor` times as far as the model was trained.
 _STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3")
@@ -60,9 +59,7 @@ def check_prompt_length(model: PreTrainedModel, n_tokens: int, n_new: int = 0) -
     if limit is None or n_tokens + max(n_new - 1, 0) <= limit:
         return
     answer = f" and up to {n_new} new ones" if n_new else ""
-    own = f"The model has {limit} positions"
-    if position_limit(model.config) is not None:
-        own = f"InternLM v1 is exact only up to {limit} tokens (its max_position_embeddings)"
     raise UnsupportedCallError(
-        f"{own}, and this prompt has {n_tokens} tokens{answer}: use a lower prompt limit."
+        f"The model has {limit} positions, and this prompt has {n_tokens} tokens{answer}: use a "
+        "lower prompt limit."
     )
