@@ -224,6 +224,23 @@ def test_a_sweep_runs_once_and_then_only_reports(
     assert capsys.readouterr().out.split("Took")[0] == first.split("Took")[0]
 
 
+def test_deltas_are_to_the_dense_rows(place: Workplace) -> None:
+    file = str(save_plan(place, policies={"EE": [1]}))
+    assert sweep.main([file]) == 0
+    # A random model finds nothing: the answers are given.
+    for run, answers in (("dense", ["number 0", "number 1"]), ("EE-PREFILL", ["number 0", "x"])):
+        path = next((place.results / "runs").glob(f"llama-{run}-SKIP-*")) / "multifieldqa_en.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        told = [row | {"prediction": text} for row, text in zip(rows, answers, strict=True)]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in told))
+    assert sweep.main([file]) == 0
+    report = json.loads((place.results / "report.json").read_text())
+    dense, skipped = (line["tasks"]["multifieldqa_en"] for line in report["tables"][0]["lines"])
+    assert (dense["score"], dense["delta"]) == (100, None)
+    assert (skipped["score"], skipped["delta"]) == (50, -50)
+    assert skipped["delta_interval"] == [-100, 0]
+
+
 def test_a_failed_cell_is_reported_and_the_rest_goes_on(
     place: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
