@@ -173,6 +173,17 @@ def test_an_interrupted_recording_goes_on(
         observe_task(make_config(seed=1), "sample_qa", never)
 
 
+def test_prompts_of_other_files_are_not_taken_for_these(
+    loaded: TinyLoaded, make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "adaskip.runs.loaded.load_rows", lambda task, limit, **_: tiny_rows(task, limit)
+    )
+    observe_task(make_config(tasks=("qasper",), limit=1), "qasper", lambda _: loaded)
+    with pytest.raises(RunError, match="data_dir: None then, 'elsewhere' now"):
+        observe_task(make_config(tasks=("qasper",), data_dir="elsewhere"), "qasper", never)
+
+
 def test_requests_are_recorded_as_importance_is_learned(
     loaded: TinyLoaded, make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -253,6 +253,14 @@ def test_rows_of_other_data_with_the_same_ids_are_refused(
     assert len(rows_of(run(place.config(data_dir=str(save_data(data)), limit=limit)))) == limit
 
 
+def test_records_without_rows_tell_where_files_were(place: Workplace) -> None:
+    config = place.config(tasks=("sample_qa", "multifieldqa_en"))
+    assert config.data_settings(["sample_qa", "multifieldqa_en"]) == {"data_dir": str(place.data)}
+    assert config.data_settings(["sample_qa"]) == {}
+    # As records of earlier versions are.
+    assert place.config(data_dir="data").data_settings(["multifieldqa_en"]) == {}
+
+
 def test_importance_is_learned_anew_from_other_data(place: Workplace) -> None:
     run(place.config(**budget("ADA")))
     path = place.data / "qasper_e.jsonl"

@@ -121,6 +121,7 @@ def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str
         "tasks": base.tasks,
         "limit": base.limit,
         "reference_tokens": max_tokens,
+        **base.data_settings(base.tasks),
     }
     store = Store(
         Path(base.results_dir) / "perplexity" / f"{base.name}-{base.experiment}.json",

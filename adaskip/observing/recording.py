@@ -82,7 +82,7 @@ def observe_task(config: RunConfig, task: str, open_model: OpenModel) -> pd.Data
 
     rows = _recorded(
         Path(config.results_dir) / "similarity" / f"{config.name}-{task}.jsonl",
-        (config, task, {**config.settings(), "new_tokens": new_tokens}),
+        (config, task, _settings(config, task) | {"new_tokens": new_tokens}),
         task_spec(task).wanted(config.limit),
         open_model,
         lambda loaded: loaded.rows(config, task),
@@ -111,13 +111,18 @@ def observe_requests(
 
     rows = _recorded(
         Path(config.results_dir) / "requests" / f"{config.name}-{task}.jsonl",
-        (config, task, config.settings()),
+        (config, task, _settings(config, task)),
         n_prompts,
         open_model,
         lambda loaded: _warmup_rows(config, task, loaded, n_prompts),
         observe,
     )
     return [row["similarity"] for row in rows[:n_prompts]]
+
+
+def _settings(config: RunConfig, task: str) -> dict[str, Any]:
+    """What the prompts of one file have in common."""
+    return config.settings() | config.data_settings([task])
 
 
 def _recorded(
