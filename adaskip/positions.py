@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
-
-from adaskip.errors import UnsupportedCallError
+from transformers import PretrainedConfig
 
 # Kinds of rotary embedding that reach `factor` times as far as the model was trained.
 _STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3")
@@ -42,24 +40,3 @@ def _reach(trained: int, rope: Mapping[str, Any]) -> int:
         return trained
     original = rope.get("original_max_position_embeddings") or trained
     return int(float(rope.get("factor") or 1.0) * original)
-
-
-def check_prompt_length(model: PreTrainedModel, n_tokens: int, n_new: int = 0) -> None:
-    """Refuses a prompt that the model, or its answer to it, would carry beyond its positions.
-
-    Args:
-        model: any model; those that do not tell their positions accept every prompt.
-        n_tokens: tokens of the prompt.
-        n_new: tokens to generate; the last one is never an input.
-
-    Raises:
-        UnsupportedCallError: prompt and answer are longer than `positions` has them.
-    """
-    limit = positions(model.config)
-    if limit is None or n_tokens + max(n_new - 1, 0) <= limit:
-        return
-    answer = f" and up to {n_new} new ones" if n_new else ""
-    raise UnsupportedCallError(
-        f"The model has {limit} positions, and this prompt has {n_tokens} tokens{answer}: use a "
-        "lower prompt limit."
-    )

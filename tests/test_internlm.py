@@ -17,9 +17,8 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from adaskip.errors import AdaskipError, UnsupportedCallError, UnsupportedModelError
 from adaskip.models import internlm
-from adaskip.models.internlm import position_limit
+from adaskip.models.internlm import check_prompt_length, position_limit
 from adaskip.models.loading import load_model, load_tokenizer, model_spec
-from adaskip.positions import check_prompt_length
 
 CONFIG: dict[str, Any] = {
     "model_type": "internlm",

@@ -23,7 +23,6 @@ from adaskip.errors import (
     DataError,
     ProfileError,
     RunError,
-    UnsupportedCallError,
 )
 from adaskip.importance import Importance
 from adaskip.plan import SkipPlan, Step
@@ -279,19 +278,17 @@ def test_rows_that_are_learned_from_and_scored_are_told_of_in_every_run(
     assert "qasper has no split: the first 2 rows that are learned from are scored" in caplog.text
 
 
-def test_a_prompt_beyond_the_positions_is_refused_before_anything_is_written(
-    place: Workplace,
+def test_prompts_beyond_the_positions_are_told_of(
+    place: Workplace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for limit, refused in ((1024, True), (1000, False)):
+    for limit, told in ((1024, True), (1000, False)):
+        caplog.clear()
         path = place.data / "multifieldqa_en_e.jsonl"
         path.write_text(json.dumps(raw_row(0, context="Number. " * 200)) + "\n")
         config = place.config(max_length=limit, max_new_tokens=20, name=f"to{limit}")
-        if refused:
-            with pytest.raises(UnsupportedCallError, match="has 1024 positions, and this prompt"):
-                run(config)
-            assert not place.results.exists()
-        else:
-            assert rows_of(run(config))[0]["tokens_after"] <= 1000
+        assert rows_of(run(config))[0]["truncated"]
+        said = "1 of 1 prompts of multifieldqa_en with answers of 20 tokens are longer than the"
+        assert (said in caplog.text) == told
 
 
 @pytest.mark.parametrize(

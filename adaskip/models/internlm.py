@@ -77,6 +77,26 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return None
 
 
+def check_prompt_length(model: PreTrainedModel, n_tokens: int, n_new: int = 0) -> None:
+    """Refuses a prompt that the model, or its answer to it, would carry beyond its exact range.
+
+    Args:
+        model: any model; those without a limit accept every prompt.
+        n_tokens: tokens of the prompt.
+        n_new: tokens to generate; the last one is never an input.
+
+    Raises:
+        UnsupportedCallError: prompt and answer are longer than `position_limit` allows.
+    """
+    limit = position_limit(model.config)
+    if limit is not None and n_tokens + max(n_new - 1, 0) > limit:
+        answer = f" and up to {n_new} new ones" if n_new else ""
+        raise UnsupportedCallError(
+            f"InternLM v1 is exact only up to {limit} tokens (its max_position_embeddings), and "
+            f"this prompt has {n_tokens} tokens{answer}: use a lower prompt limit."
+        )
+
+
 class PositionGuard:
     """A forward pre-hook of the base model that refuses sequences longer than a limit.
 

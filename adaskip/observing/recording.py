@@ -14,11 +14,11 @@ from adaskip.configuration import read_config
 from adaskip.entering import skipping
 from adaskip.errors import DataError
 from adaskip.learning import record_prompts
+from adaskip.models.internlm import check_prompt_length
 from adaskip.models.processes import team
 from adaskip.observing.similarities import SPANS, from_rows
 from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
-from adaskip.positions import check_prompt_length
 from adaskip.recorders import TokenStatistics
 from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.loaded import LoadedModel

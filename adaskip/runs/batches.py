@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from adaskip.entering import skipping
 from adaskip.errors import RunError
+from adaskip.models.internlm import check_prompt_length
 from adaskip.models.processes import team
 from adaskip.plan import Phase
 from adaskip.policies import SkipPolicy
-from adaskip.positions import check_prompt_length
 from adaskip.runs.audit import Audit
 from adaskip.runs.generation import Generated, generate_greedy
 from adaskip.runs.ledger import command_id

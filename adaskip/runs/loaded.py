@@ -17,10 +17,11 @@ from adaskip.errors import DataError
 from adaskip.fingerprint import model_fingerprint
 from adaskip.importance import Importance
 from adaskip.learning import learn_importance
+from adaskip.models.internlm import check_prompt_length
 from adaskip.models.loading import ModelSpec, load_model, load_tokenizer, model_spec
 from adaskip.policies import SkipPolicy, policy_class
 from adaskip.policies.factory import build_policy
-from adaskip.positions import check_prompt_length, positions
+from adaskip.positions import positions
 from adaskip.runs.files import writing
 from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.ledger import answer_length
@@ -103,19 +104,28 @@ class LoadedModel:
         )
 
     def check_lengths(self, config: RunConfig, task: str, rows: Iterable[Row]) -> None:
-        """Refuses rows whose prompt and answer the model has no positions for.
+        """Warns of rows whose prompt and answer the model has no positions for.
 
         Prompts are made for it only where the run's limit does not say that all of them fit.
 
         Raises:
-            UnsupportedCallError: the first such row.
+            UnsupportedCallError: beyond them the model is another one (InternLM v1).
         """
         room, answer = positions(self.model.config), answer_length(config, task)
         limit = config.max_length or self.spec.prompt_limit
         around = len(self.tokenizer(self.spec.wrap("")).input_ids) + _RETOKENIZED
-        if room is not None and limit + around + answer > room:
-            for row in rows:
-                check_prompt_length(self.model, self.prompt(config, row).tokens_after, answer)
+        if room is None or limit + around + answer <= room:
+            return
+        lengths = [self.prompt(config, row).tokens_after for row in rows]
+        check_prompt_length(self.model, max(lengths), answer)
+        # The last token of an answer is never an input.
+        beyond = sum(length + answer - 1 > room for length in lengths)
+        if beyond:
+            logger.warning(
+                "%d of %d prompts of %s with answers of %d tokens are longer than the model's %d "
+                "positions, beyond which it was never trained; give a lower --max_length.",
+                *(beyond, len(lengths), task, answer, room),
+            )
 
     def importance(self, config: RunConfig) -> Importance:
         """The profile named by the configuration, or the one learned from its warm-up prompts.

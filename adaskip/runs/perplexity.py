@@ -15,10 +15,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip.entering import skipping
 from adaskip.errors import AdaskipError, DataError
+from adaskip.models.internlm import check_prompt_length
 from adaskip.models.processes import team
 from adaskip.plan import EMPTY_PLAN, Scope
 from adaskip.policies import FixedSkipping, SkipPolicy
-from adaskip.positions import check_prompt_length
 from adaskip.runs.audit import Audit
 from adaskip.runs.rows import Skips, Stored
 from adaskip.session import Session
