@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from adaskip.streams import Sublayers, measuring
 from adaskip.sublayer_times import PlanTimes
 
 RANK_8 = PlanTimes(times(), {"linear 8": 0.5})
+ELSEWHERE = PlanTimes(replace(times(4, 1), context=999), MENU_TIMES.replaced)
 OPTIONS: dict[str, Any] = {
     "acceleration": 1.7,
     "times": MENU_TIMES,
@@ -105,7 +107,7 @@ def test_an_interrupted_search_goes_on(
         ({"acceleration": 1.8}, 0.4),
         ({"windows": (8,)}, 0.2),
         ({"exchanges": 2}, 1.0),
-        ({"times": PlanTimes(times(4, 1), MENU_TIMES.replaced), "context": 999}, 0.2),
+        ({"times": ELSEWHERE, "context": 999}, 0.2),
         ({"replacements": ["gain"]}, 0.1),
         ({"replacements": ["linear"], "rank": 8, "times": RANK_8}, 0.0),
     ],
