@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# Kinds of rotary embedding that reach `factor` times as far as the model was trained.
-_STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3")
+# Kinds of rotary embedding that reach `factor` times as far as the model was trained, where its
+# `max_position_embeddings` may be those before; those of "llama3" never are.
+_STRETCHED = ("linear", "dynamic", "yarn", "longrope")
 
 
 def positions(config: PretrainedConfig) -> int | None:

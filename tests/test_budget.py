@@ -136,6 +136,10 @@ def test_sublayers_of_one_kind_differ_by_what_they_see_and_compute() -> None:
     experts = sublayer_types(tiny_model("qwen3_moe", mlp_only_layers=[0]))
     ffns = [name.split()[0] for s, name in experts.items() if s.kind == "ffn"]
     assert ffns == ["Qwen3MoeMLP", *(N_LAYERS - 1) * ["Qwen3MoeSparseMoeBlock"]]
+    # What a layer of an exported model lacks is of no type.
+    model = tiny_model("llama")
+    del model.model.layers[1].mlp
+    assert sublayer_types(model)[Sublayer(1, "ffn")].split() == ["NoneType"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import prompt, tiny_model
 from export_fixtures import A0, A1, A2, F1, F2, full_model
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from adaskip import (
     AdaSkip,
@@ -30,7 +30,7 @@ from adaskip import (
 )
 from adaskip.blocks import BLOCKS
 from adaskip.export import comparing, formats, hf
-from adaskip.export.refusing import FAMILIES, plan_of
+from adaskip.export.refusing import FAMILIES, check_model, plan_of
 from adaskip.models.exported import is_exported
 from adaskip.plan import Phase
 from adaskip.policy import SkipPolicy
@@ -124,6 +124,17 @@ def test_models(model: PreTrainedModel, tmp_path: Path) -> None:
     unsaved = tiny_model("llama")
     unsaved.generation_config.temperature = 0.9
     refused(error, "generation configuration cannot be saved", tmp_path, unsaved, PLAN)
+    # GGUF has none, and neither may the model.
+    check_model(unsaved, "gguf")
+    unsaved.generation_config = None
+    check_model(unsaved, "hf")
+
+    class Own(LlamaForCausalLM):
+        def __init__(self, config: LlamaConfig, size: int) -> None:
+            super().__init__(config)
+
+    own = Own(unsaved.config, 3).eval()
+    refused(error, "A Own is not made of its configuration alone", tmp_path, own, PLAN)
     short = tiny_model("llama", max_position_embeddings=24)
     refused(AdaskipError, "has 24 positions, and comparing", tmp_path, short, PLAN)
 

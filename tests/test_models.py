@@ -317,6 +317,12 @@ def test_old_configurations_give_the_golden_answers(family: str):
             {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
             131072,
         ),
+        # So does Llama 3.2.
+        (
+            131072,
+            {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192},
+            131072,
+        ),
         # Qwen2.5 with YaRN does not.
         (
             32768,

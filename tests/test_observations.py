@@ -174,14 +174,24 @@ def test_an_interrupted_recording_goes_on(
 
 
 def test_prompts_of_other_files_are_not_taken_for_these(
-    loaded: TinyLoaded, make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+    loaded: TinyLoaded,
+    make_config: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(
         "adaskip.runs.loaded.load_rows", lambda task, limit, **_: tiny_rows(task, limit)
     )
     observe_task(make_config(tasks=("qasper",), limit=1), "qasper", lambda _: loaded)
-    with pytest.raises(RunError, match="data_dir: None then, 'elsewhere' now"):
-        observe_task(make_config(tasks=("qasper",), data_dir="elsewhere"), "qasper", never)
+    elsewhere = make_config(tasks=("qasper",), data_dir="elsewhere", limit=1)
+    with pytest.raises(RunError, match="data_dir: 'data' then, 'elsewhere' now"):
+        observe_task(elsewhere, "qasper", never)
+    # Records of earlier versions do not tell.
+    path = tmp_path / "similarity/smollm2-qasper.json"
+    record = json.loads(path.read_text())
+    del record["settings"]["data_dir"]
+    path.write_text(json.dumps(record))
+    assert observe_task(elsewhere, "qasper", never)["id"].nunique() == 1
 
 
 def test_requests_are_recorded_as_importance_is_learned(

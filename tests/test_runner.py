@@ -236,6 +236,28 @@ def test_rows_of_other_data_are_not_mixed_in(place: Workplace, tmp_path: Path) -
         run(place.config(data_dir=str(data)))
 
 
+def test_a_finished_run_is_not_looked_at_again_for_another_way_to_its_files(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run(place.config())
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(LoadedModel, "open", lambda config: pytest.fail("the model was loaded"))
+    monkeypatch.chdir(place.data)
+    for same in (".", f"{place.data}/", str(tmp_path / "empty")):
+        run(place.config(data_dir=same))
+
+
+def test_rows_of_a_killed_process_are_compared_too(place: Workplace, tmp_path: Path) -> None:
+    folder = run(place.config(limit=2))
+    path = folder / "multifieldqa_en.jsonl"
+    path.rename(folder / "multifieldqa_en.jsonl.shard1")
+    data = save_data(tmp_path / "other")
+    for file in data.iterdir():
+        file.write_text(file.read_text().replace('"number ', '"another '))
+    with pytest.raises(RunError, match="an answer to row row0 of multifieldqa_en"):
+        run(place.config(data_dir=str(data)))
+
+
 @pytest.mark.parametrize("limit", [2, 3])
 def test_rows_of_other_data_with_the_same_ids_are_refused(
     place: Workplace, tmp_path: Path, limit: int
@@ -256,8 +278,7 @@ def test_records_without_rows_tell_where_files_were(place: Workplace) -> None:
     config = place.config(tasks=("sample_qa", "multifieldqa_en"))
     assert config.data_settings(["sample_qa", "multifieldqa_en"]) == {"data_dir": str(place.data)}
     assert config.data_settings(["sample_qa"]) == {}
-    # As records of earlier versions are.
-    assert place.config(data_dir="data").data_settings(["multifieldqa_en"]) == {}
+    assert place.config(data_dir="./data/").data_settings(["qasper"]) == {"data_dir": "data"}
 
 
 def test_importance_is_learned_anew_from_other_data(place: Workplace) -> None:
@@ -293,7 +314,11 @@ def test_prompts_beyond_the_positions_are_told_of(
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"max_length": 1}, "--max_length is 1"), ({"seed": 2**63}, "--seed is"), ({"seed": -1}, "2")],
+    [
+        ({"max_length": 1}, "--max_length is 1"),
+        ({"seed": 2**63}, "--seed is"),
+        ({"seed": -1}, "--seed is -1"),
+    ],
 )
 def test_what_would_fail_later_is_refused_before(
     place: Workplace, changes: dict[str, Any], message: str

@@ -11,6 +11,7 @@ from run_fixtures import Workplace, rows_of, save_checkpoint, save_data, save_pl
 
 from adaskip import sweep
 from adaskip.configuration import config_path, read_config
+from adaskip.errors import AdaskipError
 from adaskip.runs.sweepfile import Sweep, read_sweep, select
 
 
@@ -85,7 +86,15 @@ BAD = [
             "experiments": {"e2e": ["multifieldqa_en", "gov_report"]},
             "tasks": {"gov_report": {"max_length": 50}},
         },
-        "multifieldqa_en and gov_report are tasks of one run, whose settings differ (max_length:",
+        "dense gov_report would be one run, but their settings differ (max_length: 96 then, 50 now",
+    ),
+    (
+        {
+            "policies": {"ADA": [2]},
+            "experiments": {"e2e": ["multifieldqa_en", "gov_report"]},
+            "tasks": {"gov_report": {"gain": "norm"}},
+        },
+        "ADA 2 gov_report would be one run, but their settings differ (gain:",
     ),
 ]
 
@@ -120,6 +129,19 @@ def test_a_file_that_is_no_sweep_is_refused(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_file_may_merge_what_it_said_before(place: Workplace) -> None:
+    path = save_plan(place)
+    text = path.read_text().replace("settings:", "settings: &common", 1)
+    merged = text.replace("gov_report:\n    limit: 1", "gov_report:\n    <<: *common\n    limit: 1")
+    assert merged != text
+    path.write_text(merged)
+    cell = read_sweep(path).cells[1]
+    assert (cell.task, cell.config.limit, cell.config.max_length) == ("gov_report", 1, 96)
+    path.write_text(merged.replace("    limit: 1", "    limit: 1\n    limit: 2"))
+    with pytest.raises(AdaskipError, match="'limit' is there twice"):
+        read_sweep(path)
 
 
 @pytest.mark.parametrize(

@@ -385,7 +385,9 @@ def test_a_record_of_another_machine_is_put_aside(tmp_path: Path) -> None:
     # Once more: what was put aside before stays.
     measure(tiny_test(tmp_path, contexts=(8,), new_tokens=3, resume=False))
     assert json.loads((tmp_path / "smollm2-cpu.old.json").read_text()) == record
-    assert json.loads((tmp_path / "smollm2-cpu.old1.json").read_text())["points"] == found["points"]
+    assert (
+        json.loads((tmp_path / "smollm2-cpu.1.old.json").read_text())["points"] == found["points"]
+    )
 
 
 def test_a_measurement_that_cannot_begin_leaves_the_record_where_it_was(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def _act(given: argparse.Namespace) -> int:
 
 
 def _refuse_unwritable(out: Path) -> None:
-    """Before the minutes that learning takes."""
+    """Refuses a file that cannot be written before the minutes that learning takes."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):

@@ -24,6 +24,7 @@ from adaskip.runs.perplexity import Loss, Perplexity
 from adaskip.runs.reference_quality import losses
 from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import (
+    DATA_DIR,
     DENSE,
     PLAN_FILE,
     POLICY_OPTIONS,
@@ -129,6 +130,7 @@ def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str
         settings,
         {"model": base.name, "task": " ".join(base.tasks)},
         key="sums",
+        lately=[DATA_DIR],
     )
     group = team()
     with locked(store.path.parent):

@@ -132,8 +132,10 @@ def check_model(model: PreTrainedModel, file_format: str) -> None:
     _refuse_windows(config)
     _refuse_weights(model)
     short_dtype(None, model, "hf")
+    saved = model.generation_config if file_format == "hf" else None
     try:
-        model.generation_config.validate(strict=True)
+        if saved is not None:
+            saved.validate(strict=True)
     except ValueError as error:
         raise UnsupportedModelError(
             "The model's generation configuration cannot be saved; mend model.generation_config: "
@@ -162,8 +164,14 @@ def _refuse_weights(model: PreTrainedModel) -> None:
                 f"The weight {name} is quantized, offloaded or shared out; load the model whole, "
                 "in float32, float16 or bfloat16."
             )
-    with torch.device("meta"):
-        plain_names = type(model)(model.config).state_dict().keys()
+    try:
+        with torch.device("meta"):
+            plain_names = type(model)(model.config).state_dict().keys()
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"A {type(model).__name__} is not made of its configuration alone ({error}); give a "
+            "model of transformers' own class."
+        ) from error
     if odd := sorted(model.state_dict().keys() ^ plain_names):
         raise UnsupportedModelError(
             f"The model's weights are not those of a {type(model).__name__} as it is loaded "

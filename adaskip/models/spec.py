@@ -13,7 +13,6 @@ from transformers import PretrainedConfig
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.models.packaged import Package, packaged_folder
-from adaskip.positions import reach
 
 # Positions that the longest prompt of a model of no row leaves for template and answer, at most.
 _ANSWER_ROOM = 692
@@ -63,11 +62,10 @@ def model_spec(name_or_path: str | Path) -> ModelSpec:
     if name in rows:
         return _known(name, rows[name])
     config = read_model_config(model_source(name))
-    trained = config.get("max_position_embeddings")
-    if not trained:
+    limit = config.get("max_position_embeddings")
+    if not limit:
         raise AdaskipError(f"The configuration of {name!r} gives no max_position_embeddings.")
-    # `rope_scaling`: what files of earlier versions call them.
-    limit = reach(int(trained), config.get("rope_parameters") or config.get("rope_scaling"))
+    limit = int(limit)
     room = min(limit // 8, _ANSWER_ROOM)
     return ModelSpec(name=name, hub_id=name, prompt_limit=limit - room)
 

@@ -24,7 +24,7 @@ from adaskip.policies import FixedSkipping
 from adaskip.runs.generation import generate_greedy
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import Loss, perplexity_of, shared_perplexity
-from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.runconfig import DATA_DIR, RunConfig
 from adaskip.runs.store import Store, locked
 from adaskip.tasks.prompts import postprocess
 from adaskip.tasks.spec import Row
@@ -120,8 +120,10 @@ def measure(
     max_tokens = int(read_config("observations.yaml")["reference_tokens"])
     path = Path(config.results_dir) / "layers" / f"{config.name}-{task}.json"
     settings = {**config.settings(), "limit": config.limit, "reference_tokens": max_tokens}
+    settings |= config.data_settings([task])
+    about = {"model": config.name, "task": task}
     group = team()
-    store = Store(path, Measured, settings, {"model": config.name, "task": task}, key="sums")
+    store = Store(path, Measured, settings, about, key="sums", lately=[DATA_DIR])
     with locked(path.parent):
         kept = {row.id: row.as_dict() for row in group.on_main(store.rows)}
         found: list[dict[str, Any]] = []

@@ -23,7 +23,7 @@ from adaskip.recorders import TokenStatistics
 from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.rows import Stored
-from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.runconfig import DATA_DIR, RunConfig
 from adaskip.runs.store import Share, Store, locked
 from adaskip.tasks.sample import sample_rows
 from adaskip.tasks.spec import Row, task_spec
@@ -82,7 +82,7 @@ def observe_task(config: RunConfig, task: str, open_model: OpenModel) -> pd.Data
 
     rows = _recorded(
         Path(config.results_dir) / "similarity" / f"{config.name}-{task}.jsonl",
-        (config, task, _settings(config, task) | {"new_tokens": new_tokens}),
+        (config, task, {**config.settings(), "new_tokens": new_tokens}),
         task_spec(task).wanted(config.limit),
         open_model,
         lambda loaded: loaded.rows(config, task),
@@ -111,18 +111,13 @@ def observe_requests(
 
     rows = _recorded(
         Path(config.results_dir) / "requests" / f"{config.name}-{task}.jsonl",
-        (config, task, _settings(config, task)),
+        (config, task, config.settings()),
         n_prompts,
         open_model,
         lambda loaded: _warmup_rows(config, task, loaded, n_prompts),
         observe,
     )
     return [row["similarity"] for row in rows[:n_prompts]]
-
-
-def _settings(config: RunConfig, task: str) -> dict[str, Any]:
-    """What the prompts of one file have in common."""
-    return config.settings() | config.data_settings([task])
 
 
 def _recorded(
@@ -145,7 +140,13 @@ def _recorded(
     """
     config, task, settings = about
     group = team()
-    store = Store(path, Observed, settings, {"model": config.name, "task": task})
+    store = Store(
+        path,
+        Observed,
+        settings | config.data_settings([task]),
+        {"model": config.name, "task": task},
+        lately=[DATA_DIR],
+    )
     with locked(path.parent):
         known = group.on_main(lambda: store.record().get("limit", 0))
         made = group.on_main(store.rows)

@@ -39,7 +39,8 @@ def sublayer_types(model: PreTrainedModel) -> dict[Sublayer, str]:
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
     types = {}
     for sublayer in all_sublayers(len(decoder.layers)):
-        body = getattr(decoder.layers[sublayer.layer], getattr(block, sublayer.kind).body)
+        # Layers of an exported model may lack it.
+        body = getattr(decoder.layers[sublayer.layer], getattr(block, sublayer.kind).body, None)
         seen = kinds[sublayer.layer] if kinds and sublayer.kind == "attn" else ""
         types[sublayer] = f"{type(body).__name__} {seen}"
     return types

@@ -21,6 +21,7 @@ from adaskip.runs.files import SCHEMA, Record, differences, read_json, write_jso
 from adaskip.runs.rows import GeneratedRow, Stored
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.store import Store
+from adaskip.tasks.longbench import has_files
 from adaskip.tasks.prompts import prompt_template
 from adaskip.tasks.spec import Row, task_spec
 
@@ -35,12 +36,14 @@ class TaskFacts(Stored):
         limit: the `--limit` it was asked with; None is all rows.
         max_new_tokens: the longest answer.
         prompt_sha256: of the prompt template.
+        data_dir: where its files were; None without any, and in records that do not tell.
     """
 
     rows: int
     limit: int | None
     max_new_tokens: int
     prompt_sha256: str
+    data_dir: str | None = None
 
 
 class Command(Stored):
@@ -148,13 +151,14 @@ def is_finished(config: RunConfig) -> bool:
         RunError: the run exists with other settings, or its files are damaged.
     """
     record = existing_record(config)
-    if record is None or not (_same_profile(config, record) and _same_place(config, record)):
+    if record is None or not _same_profile(config, record):
         return False
     return all(
         (facts := record.tasks.get(task)) is not None
         and facts.max_new_tokens == answer_length(config, task)
         and facts.prompt_sha256 == _prompt_digest(task)
         and _covers(task, facts.limit, config.limit)
+        and not _is_elsewhere(config, task, facts.data_dir or record.config.get("data_dir"))
         and len(task_rows(run_folder(config), task).rows()) >= facts.rows
         for task in config.tasks
     )
@@ -203,6 +207,7 @@ def begin(
         if known is None or not _covers(task, known["limit"], config.limit):
             known = {"limit": config.limit, "rows": count}
         tasks[task] = {**known, "max_new_tokens": length, "prompt_sha256": digest}
+        tasks[task] |= {} if task_spec(task).offline else {"data_dir": config.data_dir}
     record = {
         "schema": SCHEMA,
         "config": config.recorded() | {"tasks": list(tasks)},
@@ -223,12 +228,13 @@ def refuse_other_rows(config: RunConfig, task: str, rows: Iterable[Row]) -> None
             length.
     """
     now = {row.id: (list(row.answers), row.length) for row in rows}
-    for old in task_rows(run_folder(config), task).rows():
+    for old in task_rows(run_folder(config), task).unmerged():
         if now.get(old.id, (old.references, old.length)) != (old.references, old.length):
+            where = "now" if task_spec(task).offline else f"in {config.data_dir} now"
             raise RunError(
                 f"{run_folder(config)} has an answer to row {old.id} of {task}, which has other "
-                f"references or another length in {config.data_dir} now; give this run another "
-                "name (--name NAME), or the data it was made with (--data_dir)."
+                f"references or another length {where}; give this run another name (--name NAME), "
+                "or the data it was made with (--data_dir)."
             )
 
 
@@ -252,14 +258,12 @@ def _same_profile(config: RunConfig, record: RunRecord) -> bool:
     return record.config.get("importance") is None
 
 
-def _same_place(config: RunConfig, record: RunRecord) -> bool:
-    """Whether a run's rows come from the files they came from; otherwise they are compared.
-
-    A folder that is not there has no others.
-    """
-    offline = all(task_spec(task).offline for task in config.tasks)
-    moved = record.config.get("data_dir") != config.data_dir and Path(config.data_dir).is_dir()
-    return offline or not moved
+def _is_elsewhere(config: RunConfig, task: str, made_from: str | None) -> bool:
+    """Whether a task's rows may be others now: they were made from files of another folder."""
+    if task_spec(task).offline or made_from is None:
+        return False
+    moved = Path(made_from).resolve() != Path(config.data_dir).resolve()
+    return moved and has_files(task, config.data_dir, long_bench_e=config.longbench_e)
 
 
 def _covers(task: str, recorded: int | None, asked: int | None) -> bool:

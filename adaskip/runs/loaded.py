@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,8 @@ class LoadedModel:
             template=self.spec.template,
         )
 
-    def check_lengths(self, config: RunConfig, task: str, rows: Iterable[Row]) -> None:
-        """Warns of rows whose prompt and answer the model has no positions for.
+    def check_lengths(self, config: RunConfig, task: str, rows: Sequence[Row]) -> None:
+        """Warns once of rows whose prompt and answer the model has no positions for.
 
         Prompts are made for it only where the run's limit does not say that all of them fit.
 
@@ -114,8 +114,10 @@ class LoadedModel:
         room, answer = positions(self.model.config), answer_length(config, task)
         limit = config.max_length or self.spec.prompt_limit
         around = len(self.tokenizer(self.spec.wrap("")).input_ids) + _RETOKENIZED
-        if room is None or limit + around + answer <= room:
+        told = f"{task} of {len(rows)} rows, {limit} and {answer} tokens"
+        if room is None or limit + around + answer <= room or told in self._warned:
             return
+        self._warned.add(told)
         lengths = [self.prompt(config, row).tokens_after for row in rows]
         check_prompt_length(self.model, max(lengths), answer)
         # The last token of an answer is never an input.

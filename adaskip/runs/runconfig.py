@@ -24,7 +24,7 @@ from adaskip.tasks.retrieval import check_depth
 from adaskip.tasks.spec import task_spec
 
 DENSE = "dense"
-DATA = "data"
+DATA_DIR = "data_dir"
 HORIZON = "horizon"  # the field of a policy that takes the answer length
 GAINS = ("token", "norm", "none")
 # How importance is learned, which matters to policies that use it.
@@ -83,7 +83,7 @@ class RunConfig:
     model_path: str | None = option(
         None, "folder or hub id to load in place of the default weights"
     )
-    data_dir: str = option(DATA, "folder with LongBench as jsonl files or data.zip")
+    data_dir: str = option("data", "folder with LongBench as jsonl files or data.zip")
     longbench_e: bool = option(True, "use LongBench-E where the task has it")
     min_length: int = option(
         4000, "LongBench rows must be longer than this, in words or characters"
@@ -163,10 +163,10 @@ class RunConfig:
     def data_settings(self, tasks: Iterable[str]) -> dict[str, str]:
         """Where the rows of tasks come from, for records that do not keep the rows themselves.
 
-        Empty where no task has files, and for the default folder.
+        Empty where no task has files. Records of earlier versions lack it (`Store.lately`).
         """
         has_files = any(not task_spec(task).offline for task in tasks)
-        return {"data_dir": self.data_dir} if has_files and self.data_dir != DATA else {}
+        return {DATA_DIR: str(PurePath(self.data_dir))} if has_files else {}
 
     def offered(self) -> dict[str, Any]:
         """What is set of a policy's fields, if it has them; the others keep its own defaults.

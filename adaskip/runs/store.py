@@ -64,6 +64,7 @@ class Store(Generic[R]):
         about: what else a new record says.
         key: where an `x.json` holds its rows.
         hint: what to do where the settings differ.
+        lately: settings that records of earlier versions lack; there they are not compared.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class Store(Generic[R]):
     about: Mapping[str, Any] | None = None
     key: str = "rows"
     hint: str = "choose another --results_dir, or move the file away"
+    lately: Collection[str] = ()
 
     def record(self) -> Record:
         """What is known of the rows: that on the disk, or a new one.
@@ -89,7 +91,9 @@ class Store(Generic[R]):
             return record
         if not isinstance(record.get("settings"), dict):
             raise RunError(f"{path} is damaged (it has no settings); move it away and run again.")
-        if what := differences(record["settings"], new):
+        old = record["settings"]
+        told = {k: v for k, v in new.items() if k in old or k not in self.lately}
+        if what := differences(old, told):
             raise RunError(f"{path} was made with other settings ({what}); {self.hint}.")
         return record
 
@@ -109,6 +113,10 @@ class Store(Generic[R]):
         """
         # The last of an id, as `merge` keeps it.
         return [*{row.id: row for row, _ in self._read()}.values()]
+
+    def unmerged(self) -> list[R]:
+        """All rows as they are on the disk, those included that other processes left in shards."""
+        return [row for store in (self, *self._shards()) for row, _ in store._read()]
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Those of some ids that have no row yet."""

@@ -229,15 +229,21 @@ def _refuse_twice(path: Path, what: str, named: Sequence[object]) -> None:
 
 
 def _refuse_two_settings(path: Path, cells: Sequence[Cell]) -> None:
-    """Refuses tasks that would be one run but ask for different settings."""
+    """Refuses cells that would be of one run but ask for different settings."""
     first: dict[Path, Cell] = {}
     for cell in cells:
         other = first.setdefault(run_folder(cell.config), cell)
-        if what := differences(other.config.settings(), cell.config.settings()):
+        if what := differences(_of_one_run(other.config), _of_one_run(cell.config)):
             raise AdaskipError(
-                f"{path}: {other.task} and {cell.task} are tasks of one run, whose settings differ "
-                f"({what}); set that for the whole sweep, or make two sweeps of them."
+                f"{path}: {other.label} and {cell.label} would be one run, but their settings "
+                f"differ ({what}); set that for the whole sweep, rename a plan's file, or make two "
+                "sweeps."
             )
+
+
+def _of_one_run(config: RunConfig) -> dict[str, Any]:
+    """What the tasks of one run must have in common."""
+    return config.settings() | config.policy_settings() | {"importance": config.importance}
 
 
 def _cells(

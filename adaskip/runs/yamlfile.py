@@ -47,7 +47,10 @@ def read_yaml(path: Path, kind: type[M]) -> M:
         """Refuses a key that is there twice, of which YAML would take the last."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            # What is merged in (`<<`) may be there already: it gives way.
+            own = [key for key, _ in pairs if key.tag != "tag:yaml.org,2002:merge"]
+            names = [self.construct_object(key, deep=True) for key in own]
             for name in names:
                 if names.count(name) > 1:
                     raise yaml.constructor.ConstructorError(

@@ -105,9 +105,10 @@ def check_cases(
     odd = [n for n in budgets if n < 2 or n % 2]
     if odd:
         raise AdaskipError(f"A budget of {odd[0]} sublayers is not whole layers; give even ones.")
-    labels = [STOCK, DENSE, EMPTY, *(_label(p, n) for p in policies for n in budgets), *plans]
+    named = [EMPTY, *(_label(p, n) for p in policies for n in budgets), *plans]
+    labels = [STOCK, *BASELINES, *named]
     if compiled:
-        labels += [f"{label} compiled" for label in (*labels, *(f"no {kind}" for kind in KINDS))]
+        labels += [f"{label} compiled" for label in (*named, *(f"no {kind}" for kind in KINDS))]
     if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
         raise AdaskipError(
             f"Two cases would be called {twice[0]!r}, and a table could not tell them apart; name "

@@ -133,7 +133,7 @@ class SpeedRecord:
 
     def _put_aside(self) -> None:
         """Moves the record that is there out of the way, over no other one."""
-        names = (f".old{number or ''}.json" for number in count())
+        names = (f".{number}.old.json" if number else ".old.json" for number in count())
         asides = (self.path.with_suffix(name) for name in names)
         aside = next(path for path in asides if not path.exists())
         with writing(aside):

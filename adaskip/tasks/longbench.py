@@ -89,6 +89,13 @@ def _read_local(stem: str, data_dir: Path) -> list[Raw] | None:
     return None
 
 
+def has_files(task: str, data_dir: str | Path, *, long_bench_e: bool = True) -> bool:
+    """Whether there are files in which rows of a task are looked for; none is read."""
+    stems = _file_stems(task_spec(task), long_bench_e)
+    names = [*(f"{stem}.jsonl" for stem in stems), ARCHIVE]
+    return any((Path(data_dir) / folder / name).is_file() for folder in FOLDERS for name in names)
+
+
 def _load_local(spec: TaskSpec, data_dir: Path, long_bench_e: bool) -> list[Raw] | None:
     """Rows from `data_dir`, LongBench-E's if they are there; None if the task has no file there."""
     stems = _file_stems(spec, long_bench_e)
