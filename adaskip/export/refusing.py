@@ -131,16 +131,10 @@ def check_model(model: PreTrainedModel, file_format: str) -> None:
     supported.check_layers(decoder.layers, family, block)
     _refuse_windows(config)
     _refuse_weights(model)
+    _refuse_names(model)
     short_dtype(None, model, "hf")
-    saved = model.generation_config if file_format == "hf" else None
-    try:
-        if saved is not None:
-            saved.validate(strict=True)
-    except ValueError as error:
-        raise UnsupportedModelError(
-            "The model's generation configuration cannot be saved; mend model.generation_config: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+    if file_format == "hf" and model.generation_config is not None:
+        _refuse_generation(model.generation_config)
 
 
 def _refuse_windows(config: Any) -> None:
@@ -164,6 +158,10 @@ def _refuse_weights(model: PreTrainedModel) -> None:
                 f"The weight {name} is quantized, offloaded or shared out; load the model whole, "
                 "in float32, float16 or bfloat16."
             )
+
+
+def _refuse_names(model: PreTrainedModel) -> None:
+    """Refuses weights that the model's class does not have, or lacks: adapters and the like."""
     try:
         with torch.device("meta"):
             plain_names = type(model)(model.config).state_dict().keys()
@@ -177,3 +175,14 @@ def _refuse_weights(model: PreTrainedModel) -> None:
             f"The model's weights are not those of a {type(model).__name__} as it is loaded "
             f"({odd[0]}); remove adapters and parametrizations first, or merge them."
         )
+
+
+def _refuse_generation(config: Any) -> None:
+    """Refuses a generation configuration that transformers would not save."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            "The model's generation configuration cannot be saved; mend model.generation_config: "
+            f"{' '.join(str(error).split())}"
+        ) from error

@@ -229,7 +229,7 @@ def refuse_other_rows(config: RunConfig, task: str, rows: Iterable[Row]) -> None
     """
     now = {row.id: (list(row.answers), row.length) for row in rows}
     for old in task_rows(run_folder(config), task).unmerged():
-        if now.get(old.id, (old.references, old.length)) != (old.references, old.length):
+        if now.get(old.id, old.source) != old.source:
             where = "now" if task_spec(task).offline else f"in {config.data_dir} now"
             raise RunError(
                 f"{run_folder(config)} has an answer to row {old.id} of {task}, which has other "

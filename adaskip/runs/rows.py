@@ -125,3 +125,8 @@ class GeneratedRow(Stored):
     seconds: Seconds
     batch: int = 1
     command: str = Field(alias="session")  # what files have always called it
+
+    @property
+    def source(self) -> tuple[list[str], int]:
+        """What tells its row from another one of the same id: the references, and the length."""
+        return self.references, self.length

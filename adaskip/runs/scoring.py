@@ -84,7 +84,7 @@ class Asked:
     Attributes:
         max_new_tokens: of an answer.
         prompt_sha256: of the prompt template.
-        rows: per row id the references, and the length of the context.
+        rows: per row id what tells it from another one (`GeneratedRow.source`).
     """
 
     max_new_tokens: int
@@ -146,8 +146,8 @@ def score_run(folder: Path, *, min_length: int = MIN_LENGTH) -> RunScore:
         scores[task] = score_rows(
             task, rows, n_layers=record.n_layers, n_planned=facts.rows, min_length=min_length
         )
-        those = {row.id: (row.references, row.length) for row in rows}
-        asked[task] = Asked(facts.max_new_tokens, facts.prompt_sha256, those)
+        sources = {row.id: row.source for row in rows}
+        asked[task] = Asked(facts.max_new_tokens, facts.prompt_sha256, sources)
     return RunScore(folder, record.run_config, record.n_layers, scores, asked)
 
 

@@ -74,26 +74,29 @@ def _read_archive(path: Path, stem: str) -> list[Raw] | None:
 
 def _read_local(stem: str, data_dir: Path) -> list[Raw] | None:
     """The rows of `<stem>.jsonl` beneath `data_dir`, or of its archive; None if there are none."""
-    for folder in FOLDERS:
-        path = data_dir / folder / f"{stem}.jsonl"
-        if path.is_file():
-            try:
-                with path.open("rb") as lines:
-                    return list(_parse_lines(lines, str(path)))
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error}.") from error
-    for folder in FOLDERS:
-        path = data_dir / folder / ARCHIVE
-        if path.is_file() and (rows := _read_archive(path, stem)) is not None:
+    for path in _named(f"{stem}.jsonl", data_dir):
+        try:
+            with path.open("rb") as lines:
+                return list(_parse_lines(lines, str(path)))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error}.") from error
+    for path in _named(ARCHIVE, data_dir):
+        if (rows := _read_archive(path, stem)) is not None:
             return rows
     return None
+
+
+def _named(name: str, data_dir: Path) -> Iterator[Path]:
+    """The files of a name in the folders where they are looked for, the nearest first."""
+    paths = (data_dir / folder / name for folder in FOLDERS)
+    return (path for path in paths if path.is_file())
 
 
 def has_files(task: str, data_dir: str | Path, *, long_bench_e: bool = True) -> bool:
     """Whether there are files in which rows of a task are looked for; none is read."""
     stems = _file_stems(task_spec(task), long_bench_e)
     names = [*(f"{stem}.jsonl" for stem in stems), ARCHIVE]
-    return any((Path(data_dir) / folder / name).is_file() for folder in FOLDERS for name in names)
+    return any(path for name in names for path in _named(name, Path(data_dir)))
 
 
 def _load_local(spec: TaskSpec, data_dir: Path, long_bench_e: bool) -> list[Raw] | None:
