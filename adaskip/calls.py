@@ -15,6 +15,7 @@ from adaskip.errors import AdaskipError, UnsupportedCallError
 from adaskip.plan import Phase, Scope, SkipPlan, Step, Sublayer
 from adaskip.positions import positions
 from adaskip.replacements import Window
+from adaskip.summary import key_value_heads
 
 if TYPE_CHECKING:
     from adaskip.generating import Turn
@@ -90,7 +91,7 @@ def check_window(layer: int, window: Window, config: PretrainedConfig) -> None:
             f"The plan's Window of attn{layer} holds {window.size} + {window.sinks} tokens, more "
             f"than the model's {limit} positions; give a smaller one."
         )
-    n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    n_heads = key_value_heads(config)
     if window.of_heads not in (None, n_heads):
         raise AdaskipError(
             f"The plan's Window of attn{layer} is of heads {window.heads} of {window.of_heads}, "

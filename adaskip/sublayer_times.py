@@ -100,7 +100,7 @@ class PlanTimes:
 
     Attributes:
         dense: the sublayers, within a forward of the dense model.
-        replaced: seconds of a replacement by its name (`replacement_name`); gains take none.
+        replaced: seconds of a replacement, as `timed_as` calls it; gains take none.
     """
 
     dense: SublayerTimes
@@ -109,14 +109,16 @@ class PlanTimes:
     def saved(self, sublayer: Sublayer, replacement: Replacement) -> float:
         """Seconds that one replacement saves, less than 0 if it takes more than the sublayer.
 
-        A window of some heads saves their share of what one of all heads does.
+        A window of some heads, if none of so many was measured, is taken to save their share of
+        what one of all heads does.
 
         Raises:
             AdaskipError: it was not measured.
         """
-        if isinstance(replacement, Window) and replacement.heads is not None:
+        name = timed_as(replacement)
+        if isinstance(replacement, Window) and replacement.heads and name not in self.replaced:
             return replacement.share * self.saved(sublayer, replacement.whole)
-        return self.saved_by(sublayer, replacement_name(replacement))
+        return self.saved_by(sublayer, name)
 
     def saved_by(self, sublayer: Sublayer, name: str) -> float:
         """`saved`, of what was measured under a name.
@@ -158,7 +160,7 @@ class PlanTimes:
 
 
 def replacement_name(replacement: Replacement) -> str:
-    """How times call what takes a sublayer's place: "gain", "linear", "linear 64", "window 128".
+    """What takes a sublayer's place, in words: "gain", "linear", "linear 64", "window 128".
 
     A window of some heads says which, and one of other sinks than usual how many: "window 128 of
     heads 0 2", "window 128 and 0 sinks".
@@ -176,6 +178,17 @@ def replacement_name(replacement: Replacement) -> str:
         sinks = "" if usual else f" and {replacement.sinks} sinks"
         return f"window {replacement.size}{sinks}{heads}"
     return GAIN
+
+
+def timed_as(replacement: Replacement) -> str:
+    """How times call what takes a sublayer's place: by its name, whichever heads a window is of.
+
+    A window of some heads says of how many: "window 128 in 2 of 3 heads".
+    """
+    if isinstance(replacement, Window) and replacement.heads is not None:
+        n_heads = f"{len(replacement.heads)} of {replacement.of_heads}"
+        return f"{replacement_name(replacement.whole)} in {n_heads} heads"
+    return replacement_name(replacement)
 
 
 def combined(

@@ -193,7 +193,7 @@ class Tally:
     def summary(self) -> Summary:
         """What was counted so far."""
         largest = self._largest
-        per_token = largest.rows * self._itemsize * self._numbers_per_token()
+        per_token = largest.rows * self._itemsize * numbers_per_token(self._config)
         held = sum(self._held(largest, layer) for layer in self._attending)
         dense = sum(kept_tokens(self._config, layer, largest.tokens) for layer in self._attending)
         return Summary(
@@ -213,13 +213,18 @@ class Tally:
         own = kept_tokens(self._config, layer, computed)
         return own if window is None else window.held(computed)
 
-    def _numbers_per_token(self) -> int:
-        """Keys and values of one token in one layer."""
-        config = self._config
-        heads: int = config.num_attention_heads
-        kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
-        width: int = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return 2 * kv_heads * width
+
+def key_value_heads(config: PretrainedConfig) -> int:
+    """Of each attention of a text model."""
+    n_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return n_heads
+
+
+def numbers_per_token(config: PretrainedConfig) -> int:
+    """Keys and values of one token in one layer of a text model."""
+    heads: int = config.num_attention_heads
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * key_value_heads(config) * width
 
 
 def kept_tokens(config: PretrainedConfig, layer: int, tokens: int, *, static: bool = False) -> int:

@@ -25,7 +25,7 @@ from adaskip.profiling.plan_times import (
     windowable,
 )
 from adaskip.profiling.timing import RequestTimes
-from adaskip.sublayer_times import PlanTimes, SublayerTimes, replacement_name
+from adaskip.sublayer_times import PlanTimes, SublayerTimes, replacement_name, timed_as
 
 
 @pytest.fixture
@@ -83,9 +83,22 @@ def test_windows_of_other_sinks_are_others(tmp_path: Path) -> None:
         *("window 9 and 0 sinks", "window 9 and 7 sinks", "window 9"),
         "window 9 and 0 sinks of heads 1",
     ]
+    some = Window(9, 0, (1,), 2)
+    assert (
+        timed_as(some) == timed_as(Window(9, 0, (0,), 2)) == "window 9 and 0 sinks in 1 of 2 heads"
+    )
     model = tiny_model("llama")
-    found = measured_plan_times(model, "prefill", 40, [few, many], folder=tmp_path)
-    assert set(found.replaced) == {"window 9 and 0 sinks", "window 9 and 7 sinks"}
+    found = measured_plan_times(model, "prefill", 40, [few, many, some], folder=tmp_path)
+    assert set(found.replaced) == {timed_as(window) for window in (few, many, some)}
+
+
+def test_windows_of_some_heads_save_what_was_measured_else_their_share() -> None:
+    attention = Sublayer(1, "attn")
+    whole, some = {"window 8": 0.5}, Window(8, heads=(1,), of_heads=3)
+    assert PlanTimes(times(), whole).saved(attention, some) == pytest.approx(1.5 / 3)
+    measured = PlanTimes(times(), whole | {"window 8 in 1 of 3 heads": 1.9})
+    assert measured.saved(attention, some) == pytest.approx(0.1)
+    assert measured.speedup({attention: some}) == pytest.approx(15 / 14.9)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from adaskip import AdaskipError, Linear, SkipPlan, Sublayer, Window, search_plan, skipping
 from adaskip.fitting import fit_linears
 from adaskip.plan import Phase, all_sublayers
+from adaskip.search import searching
 from adaskip.search.exchange import exchange
 from adaskip.search.greedy import Choice, fill
 from adaskip.search.losses import Losses, Row
 from adaskip.search.menu import Budget, Dishes, Menu, Option
 from adaskip.streams import Sublayers, measuring
-from adaskip.sublayer_times import PlanTimes, SublayerTimes
+from adaskip.sublayer_times import PlanTimes, SublayerTimes, timed_as
 
 ROWS: list[Row] = [
     (prompt(40, seed=2), prompt(7, seed=3)),
@@ -365,6 +366,47 @@ def test_a_change_that_was_just_looked_at_is_not_computed_again(model: PreTraine
         assert losses.loss({}) == pytest.approx(divergence(model, SkipPlan(losses.plan)), rel=1e-3)
 
 
+def test_rows_that_were_just_looked_at_are_not_computed_again(model: PreTrainedModel) -> None:
+    rows = [*ROWS, *ROWS, LONG[0]]
+    change, other = {Sublayer(1, "ffn"): 1.1}, {Sublayer(1, "ffn"): 1.1}
+    with measuring(model):
+        losses = Losses(Sublayers(model), rows)
+        n_behind = len(EVERY) - Sublayer(1, "ffn").position
+        before = losses.n_run
+        losses.loss(change, few=True)
+        # Of five rows the first and the last.
+        assert losses.n_run - before == 2 * n_behind
+        lost = losses.loss(change)
+        assert losses.n_run - before == 5 * n_behind
+        # What was learned anew may be something else, and so may what runs again beside it.
+        losses.loss(other, few=True)
+        assert losses.loss(dict(other)) == lost
+        assert losses.n_run - before == 12 * n_behind
+        losses.accept({Sublayer(0, "attn"): 1.2})
+        losses.loss(change, few=True)
+        assert losses.loss(change, dropped=Sublayer(0, "attn")) == pytest.approx(lost, rel=1e-5)
+        losses.accept(change)
+        assert losses.loss({}) == pytest.approx(loss_of(model, SkipPlan(losses.plan), rows), 1e-3)
+
+
+def test_what_a_sublayer_adds_is_computed_only_where_something_took_its_place(
+    model: PreTrainedModel,
+) -> None:
+    first, second = Sublayer(0, "ffn"), Sublayer(2, "ffn")
+    with measuring(model):
+        losses = Losses(Sublayers(model), ROWS)
+        losses.accept({first: 1.3})
+        for sublayer, runs in ((first, len(ROWS)), (second, 0)):
+            before = losses.n_run
+            pairs = losses.pairs(sublayer)
+            assert losses.n_run - before == runs
+            for (x, delta), stream in zip(pairs, losses.before(sublayer), strict=True):
+                assert x is not delta
+                torch.testing.assert_close(x, stream)
+                ffn = losses.sublayers.run(sublayer, x[None], [])
+                torch.testing.assert_close(delta, (ffn - x)[0])
+
+
 def test_exchange_looks_at_all_that_is_chosen_only_when_nothing_else_is_promised() -> None:
     attn0 = {"attn0 window 16": 0.05, "attn0 window 8": 0.1}
     attn3 = {"attn3 window 16": 0.9, "attn3 window 8": 0.9, "attn3 gain": 1.0}
@@ -438,6 +480,33 @@ def test_a_search_gives_windows_to_some_heads(three_heads: PreTrainedModel) -> N
     assert plan.about["predicted kv share"] == pytest.approx(held)
     assert plan.about["loss"] == pytest.approx(divergence(three_heads, plan), rel=1e-3)
     assert plan.about["replacements"] == "heads 8"
+
+
+@pytest.mark.parametrize(("saved", "timed"), [(0.3, True), (0.2, False)])
+def test_windows_of_some_heads_are_timed_where_they_are_looked_at(
+    three_heads: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, saved: float, *, timed: bool
+) -> None:
+    attention = times().seconds[Sublayer(0, "attn")]
+    asked: list[list[Any]] = []
+    known = {
+        "window 8": (1 - saved) * attention,
+        "window 8 in 2 of 3 heads": 0.95 * attention,
+        "window 8 in 1 of 3 heads": 0.99 * attention,
+    }
+
+    def measure(model: Any, phase: str, context: int, samples: Any, **_: Any) -> PlanTimes:
+        asked.append(samples)
+        return PlanTimes(times(), {timed_as(w): known[timed_as(w)] for w in samples})
+
+    monkeypatch.setattr(searching, "measured_plan_times", measure)
+    # Two of three heads save 5 % of an attention, not two thirds of what all of them save.
+    plan = search_plan(
+        three_heads, ROWS, acceleration=1.02, replacements=["window", "heads"], windows=[8]
+    )
+    some = [Window(8, heads=(0, 2), of_heads=3), Window(8, heads=(1,), of_heads=3)]
+    assert asked == [[Window(8)], [Window(8), *some]][: 1 + timed]
+    spent = sum(attention - known[timed_as(window)] for window in plan.windows.values())
+    assert plan.about["predicted acceleration"] == pytest.approx(15 / (15 - spent))
 
 
 def test_one_head_has_no_windows_of_some() -> None:

@@ -71,6 +71,7 @@ def test_times_of_another_machine_are_measured_anew(
 
     monkeypatch.setattr(searching, "measured_plan_times", measure)
     options = OPTIONS | {"times": None, "record": tmp_path / "record.jsonl"}
+    options["replacements"] = ["gain", "linear", "window"]
     for machine, n_measured in (("one", 1), ("one", 1), ("another", 2)):
         monkeypatch.setattr(calibration, "hardware", lambda device, name=machine: name)
         search_plan(model, LONG, **options)

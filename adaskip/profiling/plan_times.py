@@ -23,7 +23,7 @@ from adaskip.profiling.calibration import REPEATS, STEPS, identity, measured_tim
 from adaskip.profiling.interleaving import Ratio, by_turns, per_round
 from adaskip.profiling.timing import MakeCache, RequestTimes, dynamic_cache, time_request
 from adaskip.replacements import Linear, Replacement, Window
-from adaskip.sublayer_times import PlanTimes, SublayerTimes, replacement_name
+from adaskip.sublayer_times import PlanTimes, SublayerTimes, replacement_name, timed_as
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +67,14 @@ def measured_plan_times(
     with suppress(OSError, ValueError, TypeError, AttributeError):
         content = json.loads(path.read_text(encoding="utf-8"))
         known = {str(name): float(share) for name, share in content.items()}
-    missing = [r for r in replacements if replacement_name(r) not in {"gain", *known}]
+    missing = [r for r in replacements if timed_as(r) not in {"gain", *known}]
     if missing:
         shares = measure_replacements(model, [dense], missing, make_cache, progress=progress)
         known |= shares[dense.phase]
         with suppress(OSError):  # a cache that cannot be written is only slower
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(known), encoding="utf-8")
-    names = {replacement_name(r) for r in replacements} - {"gain"}
+    names = {timed_as(r) for r in replacements} - {"gain"}
     return PlanTimes(dense, {name: known[name] * dense.total for name in sorted(names)})
 
 
@@ -109,7 +109,7 @@ def measure_replacements(
     plans = {_DENSE: EMPTY_PLAN}
     for replacement in replacements:
         everywhere = _everywhere(model, replacement)
-        plans[replacement_name(replacement)] = everywhere
+        plans[timed_as(replacement)] = everywhere
         plans[f"{_NOTHING} in {len(everywhere)}"] = SkipPlan(dict.fromkeys(everywhere))
     kinds = {
         name: partial(_request, model, plan, ids, n_steps, make_cache)
@@ -126,7 +126,7 @@ def measure_replacements(
     shares: dict[Phase, dict[str, float]] = {}
     for phase in (dense.phase for dense in phases):
         base, of_phase = seconds(_DENSE, phase), shares.setdefault(phase, {})
-        for name in map(replacement_name, replacements):
+        for name in map(timed_as, replacements):
             n = len(plans[name])
             own, nothing = seconds(name, phase), seconds(f"{_NOTHING} in {n}", phase)
             each = [(a - b) / n / total for a, b, total in zip(own, nothing, base, strict=True)]

@@ -57,6 +57,28 @@ class _Stream:
     dense: Tensor = field(init=False)
 
 
+@dataclass(frozen=True)
+class _Looked:
+    """A change that rows were looked at under.
+
+    Attributes:
+        change: what is replaced and what runs again; None if none was looked at.
+        behind: by row, the streams behind every sublayer from the first changed one on.
+    """
+
+    change: tuple[Mapping[Sublayer, Learned], Sublayer | None] | None = None
+    behind: Mapping[int, list[Tensor]] = field(default_factory=dict)
+
+    def under(
+        self, changed: Mapping[Sublayer, Learned], dropped: Sublayer | None
+    ) -> Mapping[int, list[Tensor]]:
+        """The streams behind a change; none if it was another one, learned anew for instance."""
+        if self.change is None:
+            return {}
+        own, runs = self.change
+        return self.behind if own is changed and runs == dropped else {}
+
+
 class Losses:
     """The loss of candidates, under a plan that grows.
 
@@ -81,9 +103,8 @@ class Losses:
         self._plan: dict[Sublayer, Learned] = {}
         self.n_run = 0
         self.measure: Measure = measure
-        # The latest change that all rows were looked at, and the streams behind it.
-        self._latest: tuple[Mapping[Sublayer, Learned] | None, list[list[Tensor]]]
-        self._latest = (None, [])
+        # The latest changes that all rows, and that few, were looked at under.
+        self._latest, self._few = _Looked(), _Looked()
         self._streams = [self._stream(number, *row) for number, row in enumerate(rows)]
         if not self._streams:
             raise AdaskipError("No calibration row was given; a search needs at least one.")
@@ -150,11 +171,13 @@ class Losses:
 
     def pairs(self, sublayer: Sublayer) -> list[tuple[Tensor, Tensor]]:
         """Per row a sublayer's input and what it adds: [tokens, hidden] each."""
-        found = []
+        found, replaced = [], sublayer in self._plan
         for stream in self._streams:
-            x = stream.before[sublayer.position]
-            found.append((x[0], (self.sublayers.run(sublayer, x, stream.calls) - x)[0]))
-        self.n_run += len(self._streams)
+            x, y = stream.before[sublayer.position : sublayer.position + 2]
+            if replaced:
+                y = self.sublayers.run(sublayer, x, stream.calls)
+            found.append((x[0], (y - x)[0]))
+        self.n_run += len(self._streams) * replaced
         return found
 
     def loss(
@@ -167,6 +190,8 @@ class Losses:
     ) -> float:
         """Nats per answer token of the plan with some sublayers replaced in addition.
 
+        Rows that the same change was just looked at under, as one of few, are not computed again.
+
         Args:
             changed: what is replaced in addition, or otherwise.
             dropped: a sublayer of the plan that runs again.
@@ -175,16 +200,19 @@ class Losses:
         """
         measure = measure or self.measure
         plan, first = self._changed(changed, dropped)
-        streams = self._looked_at(few=few)
-        losses, kept, room = [], [], _KEPT_BYTES
+        streams, known = self._looked_at(few=few), self._few.under(changed, dropped)
+        losses, kept, room = [], {}, _KEPT_BYTES
         for stream in streams:
-            behind = self._behind(stream, first, plan)
+            behind = known.get(stream.number) or self._behind(stream, first, plan)
             losses.append(self._lost(stream, behind[-1], measure))
             room -= sum(x.nbytes for x in behind)
             if room > 0:
-                kept.append(behind)
-        if not few:
-            self._latest = (changed, kept) if len(kept) == len(streams) else (None, [])
+                kept[stream.number] = behind
+        looked = _Looked((changed, dropped), kept)
+        if few:
+            self._few = looked
+        else:
+            self._latest, self._few = looked, _Looked()
         return float(torch.stack(losses).sum()) / sum(len(s.answer) for s in streams)
 
     def accept(
@@ -192,11 +220,10 @@ class Losses:
     ) -> None:
         """Makes a change part of the plan; what was just looked at is not computed again."""
         self._plan, first = self._changed(changed, dropped)
-        looked, kept = self._latest
-        self._latest = (None, [])
-        if looked is not changed:
-            kept = [self._behind(stream, first, self._plan) for stream in self._streams]
-        for stream, behind in zip(self._streams, kept, strict=True):
+        known = self._latest.under(changed, dropped)
+        self._latest, self._few = _Looked(), _Looked()
+        for stream in self._streams:
+            behind = known.get(stream.number) or self._behind(stream, first, self._plan)
             stream.before[first + 1 :] = behind
 
     def relearn(self, learn: Callable[[Sublayer], Learned]) -> bool:
@@ -209,7 +236,7 @@ class Losses:
             Whether it did.
         """
         loss, plan = self.loss({}), self._plan
-        self._latest = (None, [])
+        self._latest, self._few = _Looked(), _Looked()
         streams = [stream.before[:] for stream in self._streams]
         self._plan = dict(plan)
         for sublayer in self.order:
@@ -227,16 +254,25 @@ class Losses:
             stream.before = before
         return False
 
-    def price(self, touched: Iterable[Sublayer], n_learned: int, *, few: bool = False) -> int:
+    def price(
+        self,
+        touched: Iterable[Sublayer],
+        n_learned: int,
+        *,
+        few: bool = False,
+        seen: bool = False,
+    ) -> int:
         """What the loss of a change takes, in sublayers of a row.
 
         Args:
             touched: what is replaced in addition or otherwise, or runs again.
-            n_learned: of these, how many gains and linear maps are learned for it.
+            n_learned: gains and linear maps that are learned for it in the place of others.
             few: whether it is of every fourth row only.
+            seen: whether every fourth row was just looked at.
         """
         behind = len(self.order) - min((s.position for s in touched), default=len(self.order))
-        return n_learned * len(self._streams) + behind * len(self._looked_at(few=few))
+        n_rows = len(self._looked_at(few=few)) - (len(self._looked_at(few=True)) if seen else 0)
+        return n_learned * len(self._streams) + behind * n_rows
 
     def _looked_at(self, *, few: bool) -> list[_Stream]:
         return self._streams[::_STRIDE] if few else self._streams

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
@@ -13,7 +13,8 @@ from adaskip.errors import AdaskipError, unknown_name
 from adaskip.plan import Sublayer, all_sublayers
 from adaskip.profiling.plan_times import linear_like, windowable
 from adaskip.replacements import Linear, Replacement, Window
-from adaskip.sublayer_times import GAIN, PlanTimes, replacement_name
+from adaskip.sublayer_times import GAIN, PlanTimes, replacement_name, timed_as
+from adaskip.summary import key_value_heads
 
 # "window" is one of a whole attention, "heads" one of some of its key-value heads.
 Name = Literal["gain", "linear", "window", "heads"]
@@ -59,11 +60,7 @@ class Option:
     @property
     def sort(self) -> str:
         """What options of other sublayers are like it, whichever heads they are of."""
-        window = self.window
-        if window is None or window.heads is None:
-            return self.name
-        n_heads = f"{len(window.heads)} of {window.of_heads}"
-        return f"{replacement_name(window.whole)} in {n_heads} heads"
+        return self.name if self.window is None else timed_as(self.window)
 
     def less_than(self, other: Option) -> bool:
         """Whether it replaces less of the same sublayer: it saves less, or as much and frees less.
@@ -133,6 +130,41 @@ class Dishes:
                 windowable(model, window)
         return made
 
+    @property
+    def largest(self) -> Window:
+        """The largest window, which some heads may have."""
+        return Window(max(self.windows))
+
+    def in_some_heads(
+        self, model: PreTrainedModel, times: PlanTimes, *, frees: bool
+    ) -> frozenset[Sublayer]:
+        """The attentions in which a window of some heads is looked at.
+
+        Args:
+            model: whose masks say where a window may be.
+            times: of `samples`.
+            frees: as `Menu` takes it.
+        """
+        if "heads" not in self.names:
+            return frozenset()
+        return frozenset(
+            s
+            for s in (Sublayer(layer, "attn") for layer in windowable(model, self.largest))
+            if frees or times.saved(s, self.largest) >= _WORTH * times.dense.seconds[s]
+        )
+
+    def samples_of_some_heads(
+        self, model: PreTrainedModel, times: PlanTimes, *, frees: bool
+    ) -> list[Window]:
+        """One window of each number of heads, to be timed besides; as `in_some_heads` takes it."""
+        if not self.in_some_heads(model, times, frees=frees):
+            return []
+        n_heads = key_value_heads(model.config.get_text_config(decoder=True))
+        return [
+            replace(self.largest, heads=_spread(n, n_heads), of_heads=n_heads)
+            for n in _numbers_of_heads(n_heads)
+        ]
+
 
 class Menu:
     """Every option, by sublayer, those that replace least first.
@@ -156,14 +188,14 @@ class Menu:
         frees: bool = False,
     ) -> None:
         n_layers, context = times.dense.n_layers, times.dense.context
-        config: Any = model.config.get_text_config(decoder=True)
         dense = dense_tokens(model.config, context)
         samples = dishes.samples(model)
         learned = [GAIN] if GAIN in dishes.names else []
         learned += [replacement_name(sample) for sample in samples if isinstance(sample, Linear)]
         windows = [sample for sample in samples if isinstance(sample, Window)]
         allowed = {window: set(windowable(model, window)) for window in windows}
-        n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        some = dishes.in_some_heads(model, times, frees=frees)
+        n_heads = key_value_heads(model.config.get_text_config(decoder=True))
         found: dict[Sublayer, tuple[Option, ...]] = {}
         for sublayer in all_sublayers(n_layers):
             is_attention = sublayer.kind == "attn"
@@ -174,11 +206,8 @@ class Menu:
             ]
             own_windows = [w for w in windows if is_attention and sublayer.layer in allowed[w]]
             placed = own_windows if "window" in dishes.names else []
-            if "heads" in dishes.names and own_windows:
-                largest = max(own_windows, key=lambda window: window.size)
-                worth = _WORTH * times.dense.seconds[sublayer]
-                if frees or times.saved(sublayer, largest) >= worth:
-                    placed = placed + _of_some_heads(sublayer, largest, n_heads, by_harm)
+            if sublayer in some:
+                placed = placed + _of_some_heads(sublayer, dishes.largest, n_heads, by_harm)
             for window in placed:
                 saved, name = times.saved(sublayer, window), replacement_name(window)
                 spared = (dense[sublayer.layer] - window.held(context)) / sum(dense)
@@ -205,10 +234,20 @@ def _of_some_heads(
     if n_heads < 2:
         return []
     order = by_harm(sublayer, window, n_heads)
-    numbers = [2**power for power in range(n_heads.bit_length()) if 2**power < n_heads]
     return [
-        Window(window.size, window.sinks, tuple(order[: n_heads - n]), n_heads) for n in numbers
+        replace(window, heads=tuple(order[:n]), of_heads=n_heads)
+        for n in _numbers_of_heads(n_heads)
     ]
+
+
+def _spread(n: int, n_heads: int) -> tuple[int, ...]:
+    """So many of an attention's heads, apart from each other, as most choices of heads are."""
+    return tuple(int((i + 0.5) * n_heads / n) for i in range(n))
+
+
+def _numbers_of_heads(n_heads: int) -> list[int]:
+    """All but one, two, four, ... of an attention's."""
+    return [n_heads - 2**power for power in range(n_heads.bit_length()) if 2**power < n_heads]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from adaskip.sublayer_times import (
     GAIN,
     PlanTimes,
     SublayerTimes,
-    replacement_name,
+    timed_as,
     times_given,
 )
 
@@ -116,14 +116,16 @@ def search_plan(
         given = times_given(times, n_layers, phase=asked.phase, context=context, batch=batch)
         asked = replace(asked, context=given.dense.context)
     check_rank(rank, model.config.get_text_config(decoder=True).hidden_size)
-    samples = dishes.samples(model)
+    # What does not fit the model is refused before anything is computed.
+    dishes.samples(model)
     rows = list(calibration)
     with measuring(model):
         losses = Losses(Sublayers(model), rows)
         asked = replace(asked, context=asked.context or losses.longest_prompt)
         journal = Journal(record, identity(model, rows))
-        plan_times = given or _times(model, asked, samples, journal)
-        by_harm, frees = losses.heads_by_harm, asked.kv_share is not None
+        frees = asked.kv_share is not None
+        plan_times = given or _times(model, asked, dishes, journal, frees=frees)
+        by_harm = losses.heads_by_harm
         menu = Menu(model, dishes, plan_times, by_harm, frees=frees)
         trials = Trials(losses, rank, journal, progress=progress)
         with closing(trials):
@@ -172,11 +174,21 @@ class _Asked:
 
 
 def _times(
+    model: PreTrainedModel, asked: _Asked, dishes: Dishes, journal: Journal, *, frees: bool
+) -> PlanTimes:
+    """Measured times of what may be chosen, of some heads where they are looked at."""
+    samples = dishes.samples(model)
+    times = _known_times(model, asked, samples, journal)
+    some = dishes.samples_of_some_heads(model, times, frees=frees)
+    return _known_times(model, asked, [*samples, *some], journal) if some else times
+
+
+def _known_times(
     model: PreTrainedModel, asked: _Asked, samples: Sequence[Replacement], journal: Journal
 ) -> PlanTimes:
     """Measured times, those of the record where it has them."""
     assert asked.context is not None  # noqa: S101 - the longest prompt took its place
-    names = ", ".join(map(replacement_name, samples)) or GAIN
+    names = ", ".join(map(timed_as, samples)) or GAIN
     # A record may be taken to another machine.
     here = short_hash(place(model))
     of = f"{asked.phase} of {asked.batch} x {asked.context} tokens on {here}: {names}"

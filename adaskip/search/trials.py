@@ -42,9 +42,10 @@ class Trials:
         self._asked: set[str] = set()
         # Sublayers of a row that the record saved, less those that it did not but were counted.
         self._saved = 0
-        # The latest change whose loss on all rows was counted here, and what was learned for it
-        # unless the record had that loss.
+        # The latest changes whose loss on all rows, and on few, was asked for, and what was learned
+        # for them unless the record had that loss.
         self._latest: tuple[str, dict[Sublayer, Learned] | None] = ("", None)
+        self._few: tuple[str, dict[Sublayer, Learned] | None] = ("", None)
         self._rank = rank
         self._journal = journal
         self._bar = tqdm(desc="searching", unit=" forwards", disable=not progress)
@@ -68,15 +69,21 @@ class Trials:
         asked = self._told_with(options, dropped)
         of = f"{self.losses.measure} of {'few' if few else 'all'} rows: {asked}"
         loss, changed, before = self._journal.known("loss", of), None, self.losses.n_run
+        looked, learned = self._few
+        seen = not few and looked == asked
         if loss is None:
-            changed = self._learned(options)
+            changed = learned if seen and learned is not None else self._learned(options)
             loss = self.losses.loss(changed, dropped=dropped, few=few)
             self._journal.add("loss", of, loss)
         counts = of not in self._asked
         self._asked.add(of)
-        self._count(before, self._price(options, dropped, few=few) if counts else 0)
-        if not few:
+        price = self._price(options, dropped, few=few, seen=seen) if counts else 0
+        self._count(before, price)
+        if few:
+            self._few = asked, changed
+        else:
             self._latest = (asked, changed) if counts else ("", None)
+            self._few = ("", None)
         if not self._plan and len(options) == 1:
             [option] = options
             first, _ = self.alone.get(option.sublayer, (option.sort, loss))
@@ -97,7 +104,7 @@ class Trials:
         self._count(before, 0 if is_paid else self._price(options, dropped))
         told = {option.sublayer: self._told(option) for option in options}
         self._plan = {s: t for s, t in (self._plan | told).items() if s != dropped}
-        self._latest = ("", None)
+        self._latest = self._few = ("", None)
 
     def relearn(self, chosen: Iterable[Option]) -> None:
         """Learns gains and linear maps anew on the streams of the whole plan, if that helps."""
@@ -152,12 +159,20 @@ class Trials:
         return ", ".join(told[s] for s in sorted(told) if s != dropped) or "dense"
 
     def _price(
-        self, options: Sequence[Option], dropped: Sublayer | None, *, few: bool = False
+        self,
+        options: Sequence[Option],
+        dropped: Sublayer | None,
+        *,
+        few: bool = False,
+        seen: bool = False,
     ) -> int:
-        """What a change takes that nobody looked at, in sublayers of a row."""
+        """What a change takes that nobody looked at, in sublayers of a row.
+
+        What a sublayer that runs adds to the stream is there to learn from.
+        """
         touched = [*(o.sublayer for o in options), *([] if dropped is None else [dropped])]
-        n_learned = sum(option.is_learned for option in options)
-        return self.losses.price(touched, n_learned, few=few)
+        again = 0 if seen else sum(o.is_learned and o.sublayer in self._plan for o in options)
+        return self.losses.price(touched, again, few=few, seen=seen)
 
     def _count(self, before: int, price: int) -> None:
         """Counts what something takes, whether it was computed now or not."""

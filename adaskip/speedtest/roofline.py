@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from adaskip.blocks import block_spec, bound_parts
 from adaskip.plan import SkipPlan, Sublayer, all_sublayers
 from adaskip.replacements import Linear, Window
-from adaskip.summary import kept_tokens
+from adaskip.summary import kept_tokens, numbers_per_token
 
 Shape = Sequence[int]
 _COPY_BYTES = 2 << 30
@@ -137,10 +137,8 @@ def kv_bytes(config: Any, plan: SkipPlan, tokens: int, batch: int, itemsize: int
     the plan or the model has a window, the tokens it holds.
     """
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     gone = {*plan.layers("attn"), *plan.windows}
     running = (layer for layer in range(text.num_hidden_layers) if layer not in gone)
     held: float = sum(kept_tokens(text, layer, tokens) for layer in running)
     held += sum(window.held(tokens) for window in plan.windows.values())
-    return round(float(2 * batch * heads * width * itemsize * held))
+    return round(float(batch * numbers_per_token(text) * itemsize * held))

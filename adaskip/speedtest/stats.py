@@ -18,7 +18,7 @@ from adaskip.profiling.timing import RequestTimes, growing_cache
 from adaskip.replacements import Window
 from adaskip.speedtest.cases import DENSE_COMPILED, Case, CaseRun
 from adaskip.speedtest.roofline import Rates, forward_bytes, kv_bytes
-from adaskip.sublayer_times import GAIN, PlanTimes, SublayerTimes, replacement_name
+from adaskip.sublayer_times import GAIN, PlanTimes, SublayerTimes, timed_as
 from adaskip.summary import kept_tokens
 from adaskip.window_track import ROOM
 
@@ -102,8 +102,7 @@ def with_replacements(
 ) -> dict[Phase, PlanTimes]:
     """The sublayers' times, with those of what takes places in the cases, measured now."""
     plans = [plan for own in measured.values() for plan in own.first.plans]
-    found = [r.whole if isinstance(r, Window) else r for plan in plans for r in plan.values()]
-    sorts = {replacement_name(r): r for r in found}
+    sorts = {timed_as(r): r for plan in plans for r in plan.values()}
     sorts.pop(GAIN, None)
     if not sorts:
         return {phase: PlanTimes(times) for phase, times in dense.items()}
