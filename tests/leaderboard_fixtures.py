@@ -116,14 +116,16 @@ def whole(folder: Path) -> list[Board]:
             2000: {"accelerations": [1.1, 1.2], "models": ["llama"]},
         },
         scores={"needle_single": {"rows": 6}, "sample_summarization": {"rows": 6}},
-        other_calibrations={
-            "model": "smollm2",
-            "context": 1000,
-            "method": methods[1],
-            "acceleration": 1.2,
-            "tasks": ["sample_qa"],
-            "seeds": [1],
-        },
+        other_calibrations=[
+            {
+                "model": "smollm2",
+                "context": 1000,
+                "method": methods[1],
+                "acceleration": 1.2,
+                "tasks": ["sample_qa"],
+                "seeds": [1],
+            }
+        ],
         shipped=[
             {"model": "smollm2", "context": 1000, "method": "ADA", "acceleration": 1.2},
         ],

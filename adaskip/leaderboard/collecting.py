@@ -53,11 +53,10 @@ def table_of(board: Board) -> Table | None:
     if DENSE not in kept.losses:
         return None
     main = kept.entries(board.file.main(board.context))
-    others = kept.entries(board.file.others(board.model, board.context))
-    if others and board.file.other_calibrations is not None:
-        plain = board.file.other_calibrations.plain
-        same = [e for e in main if (e.method, e.asked) == (plain.method, plain.acceleration)]
-        others = same + others
+    made_otherwise = [*board.file.others(board.model, board.context)]
+    others = kept.entries(made_otherwise)
+    if others:
+        others = kept.entries(dict.fromkeys(p.plain for p in made_otherwise)) + others
     record = board.losses.record()
     lengths = record.get("characters", {}), record.get("prompt_characters", {})
     references = {

@@ -38,12 +38,14 @@ class Point:
         acceleration: that it is asked for, by predicted time.
         task: whose warm-up rows it is made from; None is the file's.
         seed: of the choice of those rows; None is that of all runs.
+        tokens: of each of their contexts; None are the file's.
     """
 
     method: str
     acceleration: float
     task: str | None = None
     seed: int | None = None
+    tokens: int | None = None
 
     @property
     def name(self) -> str:
@@ -51,10 +53,16 @@ class Point:
         return f"{self.method} {self.acceleration:g}{self.variant and ' '}{self.variant}"
 
     @property
+    def plain(self) -> Point:
+        """The same with the calibration of all."""
+        return Point(self.method, self.acceleration)
+
+    @property
     def variant(self) -> str:
         """How its calibration differs from the others'; empty if it does not."""
         parts = [f"from {self.task}" if self.task else ""]
         parts += [f"seed {self.seed}" if self.seed is not None else ""]
+        parts += [f"on {self.tokens} tokens" if self.tokens is not None else ""]
         return " ".join(filter(None, parts))
 
     @property
@@ -148,6 +156,7 @@ class OtherCalibrations(_Settings):
         acceleration: that is asked for.
         tasks: of another domain, to calibrate on in place of the file's.
         seeds: other choices of the file's rows.
+        tokens: other lengths of their contexts.
     """
 
     model: str
@@ -156,16 +165,13 @@ class OtherCalibrations(_Settings):
     acceleration: Acceleration
     tasks: list[str] = []
     seeds: list[int] = []
-
-    @property
-    def plain(self) -> Point:
-        """The point with the calibration of all."""
-        return Point(self.method, self.acceleration)
+    tokens: list[PositiveInt] = []
 
     def points(self) -> Iterator[Point]:
         """Those with another."""
         yield from (Point(self.method, self.acceleration, task=task) for task in self.tasks)
         yield from (Point(self.method, self.acceleration, seed=seed) for seed in self.seeds)
+        yield from (Point(self.method, self.acceleration, tokens=tokens) for tokens in self.tokens)
 
 
 class Shipped(_Settings):
@@ -207,7 +213,7 @@ class LeaderboardFile(_Settings):
         headline: the acceleration at which README tells of methods.
         contexts: by prompt tokens.
         scores: by task.
-        other_calibrations: of one point, to be shown once.
+        other_calibrations: of single points, to be shown once.
         shipped: plans that come with the package.
     """
 
@@ -223,7 +229,7 @@ class LeaderboardFile(_Settings):
     headline: Acceleration = 1.3
     contexts: Annotated[dict[PositiveInt, ContextSettings], Field(min_length=1)]
     scores: dict[str, ScoreSettings] = {}
-    other_calibrations: OtherCalibrations | None = None
+    other_calibrations: list[OtherCalibrations] = []
     shipped: list[Shipped] = []
 
     def check(self) -> None:
@@ -238,7 +244,7 @@ class LeaderboardFile(_Settings):
                 "first token: give phase: prefill."
             )
         parts = [*self.contexts.values()]
-        others = [self.other_calibrations] if self.other_calibrations else []
+        others = self.other_calibrations
         for model in (*self.models, *(m for part in parts for m in part.models or ())):
             model_spec(model)
         own = [part.methods or [] for part in parts]
@@ -279,9 +285,9 @@ class LeaderboardFile(_Settings):
 
     def others(self, model: str, context: int) -> Iterator[Point]:
         """The points of a model and context length that are made from other rows."""
-        other = self.other_calibrations
-        if other is not None and (other.model, other.context) == (model, context):
-            yield from other.points()
+        for other in self.other_calibrations:
+            if (other.model, other.context) == (model, context):
+                yield from other.points()
 
     def calibration(self, context: int, point: Point) -> Calibration:
         """The rows that a point is made from."""
@@ -289,7 +295,7 @@ class LeaderboardFile(_Settings):
         return Calibration(
             point.task or self.task,
             own.calibration_rows or self.calibration_rows,
-            own.calibration_tokens or self.calibration_tokens,
+            point.tokens or own.calibration_tokens or self.calibration_tokens,
             point.seed,
         )
 
