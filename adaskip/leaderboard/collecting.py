@@ -53,10 +53,9 @@ def table_of(board: Board) -> Table | None:
     if DENSE not in kept.losses:
         return None
     main = kept.entries(board.file.main(board.context))
-    made_otherwise = [*board.file.others(board.model, board.context)]
-    others = kept.entries(made_otherwise)
-    if others:
-        others = kept.entries(dict.fromkeys(p.plain for p in made_otherwise)) + others
+    others = kept.entries(board.file.others(board.model, board.context))
+    again = {(entry.method, entry.asked) for entry in others}
+    others = [entry for entry in main if (entry.method, entry.asked) in again] + others
     record = board.losses.record()
     lengths = record.get("characters", {}), record.get("prompt_characters", {})
     references = {

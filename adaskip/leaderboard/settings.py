@@ -53,11 +53,6 @@ class Point:
         return f"{self.method} {self.acceleration:g}{self.variant and ' '}{self.variant}"
 
     @property
-    def plain(self) -> Point:
-        """The same with the calibration of all."""
-        return Point(self.method, self.acceleration)
-
-    @property
     def variant(self) -> str:
         """How its calibration differs from the others'; empty if it does not."""
         parts = [f"from {self.task}" if self.task else ""]
