@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -484,7 +485,12 @@ def test_a_search_gives_windows_to_some_heads(three_heads: PreTrainedModel) -> N
 
 @pytest.mark.parametrize(("saved", "timed"), [(0.3, True), (0.2, False)])
 def test_windows_of_some_heads_are_timed_where_they_are_looked_at(
-    three_heads: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, saved: float, *, timed: bool
+    three_heads: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    saved: float,
+    *,
+    timed: bool,
 ) -> None:
     attention = times().seconds[Sublayer(0, "attn")]
     asked: list[list[Any]] = []
@@ -500,9 +506,11 @@ def test_windows_of_some_heads_are_timed_where_they_are_looked_at(
 
     monkeypatch.setattr(searching, "measured_plan_times", measure)
     # Two of three heads save 5 % of an attention, not two thirds of what all of them save.
-    plan = search_plan(
-        three_heads, ROWS, acceleration=1.02, replacements=["window", "heads"], windows=[8]
-    )
+    options: dict[str, Any] = {"replacements": ["window", "heads"], "windows": [8]}
+    options |= {"acceleration": 1.02, "record": tmp_path / "record.jsonl"}
+    plan = search_plan(three_heads, ROWS, **options)
+    # The record has the times of both.
+    assert dict(search_plan(three_heads, ROWS, **options)) == dict(plan)
     some = [Window(8, heads=(0, 2), of_heads=3), Window(8, heads=(1,), of_heads=3)]
     assert asked == [[Window(8)], [Window(8), *some]][: 1 + timed]
     spent = sum(attention - known[timed_as(window)] for window in plan.windows.values())
