@@ -151,6 +151,36 @@ def test_a_split_model_answers_as_a_whole_one(place: Workplace, split: tuple[str
     assert rows == lasting(rows_of(place.results / "whole-SKIP-3", "gov_report"))
 
 
+# What a model split over the processes does: the group of all is held until the very end.
+HOLDING = """
+import atexit, os, sys
+from pathlib import Path
+
+def gloo():
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+
+# Registered before the processes are connected, so called after they have left.
+atexit.register(lambda: os.write(1, f"{before} {gloo()}\\n".encode()))
+from adaskip.models.processes import team
+assert team().gather(team().rank) == [0, 1]
+assert team().on_main(lambda: [team().rank]) == [0]
+held, before = sys.modules["torch"].distributed.group.WORLD, gloo()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted by /proc")
+def test_the_threads_of_messages_end_before_the_interpreter_does() -> None:
+    # One that lets go of a message while the interpreter ends aborts the process.
+    done = launch([*TORCHRUN, "--no-python", sys.executable, "-c", HOLDING], [])
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in done.stdout.splitlines():
+        before, after = map(int, line.split())
+        # Half of the threads serve messages, and half the group that is held.
+        assert before == 2 * after > 0
+    assert len(done.stdout.splitlines()) == 2
+
+
 def test_shards_are_merged_once_and_in_order(tmp_path: Path) -> None:
     order = [str(n) for n in range(6)]
     store = Store(tmp_path / "a.jsonl", Named)

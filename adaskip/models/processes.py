@@ -1,7 +1,7 @@
 """The processes one command was started as, by torchrun or `accelerate launch`; usually one.
 
 They share a results folder. Rows are divided between them; what must happen once happens on the
-main process. Several processes need accelerate; what it would not do is said where we do it.
+main process. They tell each other by gloo, which needs no device.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Team:
             except Exception as caught:
                 error = caught
                 told[1:] = [_sentence(caught), isinstance(caught, AdaskipError)]
-        _collectives().broadcast_object_list(told, from_process=0)
+        _distributed().broadcast_object_list(told, src=0, group=_messages())
         if error is not None:
             raise error
         if told[1] is not None:
@@ -92,7 +92,8 @@ class Team:
         """What each process gives, by rank; every process gets all of it."""
         if self.world == 1:
             return [value]
-        told: list[T] = _collectives().gather_object([value])
+        told: list[Any] = [None] * self.world
+        _distributed().all_gather_object(told, value, group=_messages())
         return told
 
     def spread(self, items: Sequence[A], work: Callable[[Sequence[A]], Sequence[T]]) -> list[T]:
@@ -132,43 +133,54 @@ def team() -> Team:
     """The processes of this command; the first call connects them.
 
     Raises:
-        RunError: accelerate is not installed, the launcher's environment is incomplete, or the
-            processes cannot be connected.
+        RunError: the launcher's environment is incomplete, or the processes cannot be connected.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return Team()
     import torch
 
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        raise RunError(
-            "Several processes work together by accelerate: install it, or start one process."
-        ) from error
     on_cuda = torch.cuda.is_available()
     try:
         if on_cuda:
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
-        # PartialState connects by one backend. Messages go over gloo, which needs no device, while
-        # the parts of one model need NCCL.
+        # The parts of one model need NCCL on GPUs.
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         torch.distributed.init_process_group(backend, timeout=PATIENCE)
-        state = PartialState(cpu=True)
+        _messages()
     except (RuntimeError, ValueError) as error:
         raise RunError(
             f"The processes cannot be connected ({_sentence(error)}): start them with torchrun or "
             "accelerate launch."
         ) from error
-    atexit.register(state.destroy_process_group)
-    return Team(state.process_index, state.num_processes)
+    atexit.register(_leave)
+    return Team(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
-def _collectives() -> Any:
-    """Accelerate's collectives, loaded where there are several processes only."""
-    import accelerate.utils
+@cache
+def _messages() -> Any:
+    """The group that messages go through, which nothing but this module holds.
 
-    return accelerate.utils
+    A model split over the processes holds the group of all until the interpreter is gone, and a
+    thread of gloo that lets go of its last message meanwhile aborts the process. A group that
+    nothing holds waits for its threads.
+    """
+    return _distributed().new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _leave() -> None:
+    """Ends the groups, and first the threads that messages went through."""
+    distributed = _distributed()
+    distributed.destroy_process_group(_messages())
+    _messages.cache_clear()
+    distributed.destroy_process_group()
+
+
+def _distributed() -> Any:
+    """torch.distributed, loaded where there are several processes only."""
+    import torch
+
+    return torch.distributed
 
 
 def _sentence(error: Exception) -> str:
