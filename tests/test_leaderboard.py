@@ -294,17 +294,25 @@ def test_times_of_another_machine_are_taken_anew(
         assert board.sitting(1).record()["environment"]["threads"] == record["threads"]
 
 
-def test_a_plan_without_times_lets_no_other_have_them(tmp_path: Path) -> None:
+def test_a_plan_without_times_does_not_stand_beside_those_that_have_them(tmp_path: Path) -> None:
     board = filled(tmp_path)
-    (table,) = collect(board.file, [board]).tables
-    assert all(entry.ttft is not None for entry in table.entries)
+    (whole,) = collect(board.file, [board]).tables
+    assert whole.missing == {}
     rows = [row for row in board.sitting(1).rows() if row.id != "ADA 1.1"]
     board.sitting(1).path.unlink()
     board.sitting(1).append(rows)
     (table,) = collect(board.file, [board]).tables
-    # Predicted speeds, of all of them.
+    points = [(entry.method, entry.asked) for entry in whole.entries]
+    points.remove(("ADA", 1.1))
+    assert [(entry.method, entry.asked) for entry in table.entries] == points
+    assert all(entry.ttft is not None for entry in table.entries)
+    assert table.missing == {"ADA 1.1": "has losses, but no times yet."}
+    # Before any has times all are shown, by their predicted speeds.
+    board.sitting(1).path.unlink()
+    (table,) = collect(board.file, [board]).tables
     assert [(entry.ttft, entry.speed) for entry in table.entries] == [(None, 1.1)] * 3
     assert table.seconds is None
+    assert table.missing == {}
 
 
 def test_a_verdict_holds_at_both_ends_of_the_measured_time(tmp_path: Path) -> None:

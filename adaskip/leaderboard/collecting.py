@@ -62,7 +62,7 @@ def table_of(board: Board) -> Table | None:
         name: Reference(nll, int(tokens), *(known.get(name) for known in lengths))
         for name, (nll, tokens) in kept.losses[DENSE].rows.items()
     }
-    asked, sittings = [point.name for point in board.points], kept.sittings
+    sittings = kept.sittings
     nll, n_tokens = _sums(kept.losses[DENSE])
     return Table(
         model=board.model,
@@ -77,7 +77,7 @@ def table_of(board: Board) -> Table | None:
         entries=tuple(_compared(main, main)),
         calibrations=tuple(_compared(others, main)),
         tasks=kept.tasks(),
-        missing={r.id: r.error for r in kept.plans.values() if r.error and r.id in asked},
+        missing=kept.missing(),
         environment=_joined(
             [
                 store.record().get("environment", {})
@@ -100,13 +100,11 @@ class _Kept:
 
     @classmethod
     def of(cls, board: Board) -> _Kept:
-        """Reads it; times only once all plans with losses have them, for they are compared."""
-        losses, times = board.known(board.losses), board.timed
         return cls(
             board,
             {row.id: row for row in board.plans.rows()},
-            losses,
-            times if losses.keys() <= {DENSE, *times} else {},
+            board.known(board.losses),
+            board.timed,
             {task: board.known(board.scores(task)) for task in board.file.scores},
         )
 
@@ -121,8 +119,21 @@ class _Kept:
         return median(chain.from_iterable(found))
 
     def entries(self, points: Iterable[Point]) -> list[Entry]:
-        """Those of the points whose plans have losses, not compared yet."""
-        return [self._entry(point) for point in points if point.name in self.losses]
+        """Those of the points whose plans can be compared, not compared yet."""
+        names = self.losses.keys() - self._untimed
+        return [self._entry(point) for point in points if point.name in names]
+
+    @property
+    def _untimed(self) -> set[str]:
+        """Those without times where others have some: a predicted speed is no measured one."""
+        return {*self.losses} - {DENSE, *self.times} if self.times else set()
+
+    def missing(self) -> dict[str, str]:
+        """Points that no table shows, and why."""
+        asked, told = {point.name for point in self.board.points}, "has losses, but no times yet."
+        found = {row.id: row.error for row in self.plans.values() if row.error}
+        found |= dict.fromkeys(sorted(self._untimed), told)
+        return {name: why for name, why in found.items() if name in asked}
 
     def tasks(self) -> dict[str, TaskFacts]:
         """What the dense model can do of the tasks that it was scored on."""

@@ -172,7 +172,7 @@ class Table:
         entries: in the file's order.
         calibrations: one of them again, made from other rows.
         tasks: that are scored.
-        missing: points without a plan, and why.
+        missing: points without a plan, or without the times that others have, and why.
         environment: in which times were taken.
     """
 
