@@ -153,6 +153,16 @@ def refuse_partial(plan: SkipPlan, block: BlockSpec, absent: Collection[Sublayer
         )
 
 
+def refuse_divided(plan: SkipPlan, model: PreTrainedModel) -> None:
+    """Refuses windows of some heads where each process has heads of its own (tensor parallel)."""
+    n_processes = getattr(model, "tp_size", None) or 1
+    if n_processes > 1 and any(window.heads for window in plan.windows.values()):
+        raise UnsupportedCallError(
+            "The plan has windows of some key-value heads, but the model is split over "
+            f"{n_processes} processes, each with heads of its own; use windows of all heads."
+        )
+
+
 def refuse_lost_outputs(call: dict[str, Any], config: PretrainedConfig, plan: SkipPlan) -> None:
     """Attention weights and router logits of what is skipped would be missing among the others."""
     if plan.layers("ffn") and _flag(call, config, "output_router_logits"):

@@ -195,6 +195,7 @@ class Session:
         if changed:
             calls.check_plan(self.policy, plan, self._n_layers, config)
             calls.refuse_partial(plan, self._block, self._absent)
+            calls.refuse_divided(plan, self._model)
             if plan.fingerprint not in self._known and not isinstance(self.policy, FixedSkipping):
                 plan.check_model(self._model)
                 self._known.add(plan.fingerprint)

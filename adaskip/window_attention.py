@@ -126,7 +126,6 @@ def window_attention_forward(
     split: HeadSplit | None = config.split
     if split is None:
         return _windowed(query, key, value, window_step, window_cache, settings), None
-    split.check(key)
     queries, keys, values = (split.windowed(states) for states in (query, key, value))
     found = _windowed(queries, keys, values, window_step, window_cache, settings)
     # Those of all tokens, where there is a cache.

@@ -9,7 +9,6 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from adaskip.errors import UnsupportedCallError
 from adaskip.replacements import Window
 
 # First and last, exclusive.
@@ -39,19 +38,6 @@ class HeadSplit:
             return None
         rest = sorted({*range(window.of_heads)} - {*window.heads})
         return cls(window.of_heads, _runs(window.heads), _runs(rest))
-
-    def check(self, key: Tensor) -> None:
-        """Refuses keys [batch, heads, ...] of other heads than those of a whole attention.
-
-        Raises:
-            UnsupportedCallError: each process of a tensor-parallel model has heads of its own.
-        """
-        if key.shape[1] != self.n_heads:
-            raise UnsupportedCallError(
-                f"A window of some key-value heads numbers all {self.n_heads} of an attention, but "
-                f"this process has {key.shape[1]} of them; use windows of all heads on a model "
-                "that is split over processes."
-            )
 
     def windowed(self, states: Tensor) -> Tensor:
         """Of queries, keys or values [batch, heads, ...] those of heads that have the window."""

@@ -30,7 +30,6 @@ from adaskip import (
 from adaskip.blocks import block_spec
 from adaskip.growing_cache import kv_tensors
 from adaskip.streams import Sublayers, measuring
-from adaskip.window_heads import HeadSplit
 from adaskip.window_track import BLOCK
 
 # The prompt of the matrix has 29 tokens, the answer 12: one window is passed in prefill, one later.
@@ -400,12 +399,22 @@ def test_windows_that_cannot_be(size: Any, sinks: Any, message: str) -> None:
         Window(size, sinks)
 
 
-def test_some_heads_of_a_model_split_over_processes() -> None:
-    split = HeadSplit.of(SOME)
-    assert split is not None
-    split.check(torch.zeros(1, 2, 5, 8))
-    with pytest.raises(UnsupportedCallError, match=r"numbers all 2 .* process has 1 of them"):
-        split.check(torch.zeros(1, 1, 5, 8))
+def test_some_heads_of_a_model_split_over_processes(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = full_layers(model)[0]
+    embedded: list[Tensor] = []
+    model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]))
+    monkeypatch.setattr(model, "_tp_size", 2)  # which transformers sets
+    with skipping(model, plan_of({layer: NARROW})):
+        model(prompt(20))
+    assert len(embedded) == 1
+    with (
+        skipping(model, plan_of({layer: SOME})),
+        pytest.raises(UnsupportedCallError, match="split over 2 processes, each with heads of its"),
+    ):
+        model(prompt(20))
+    assert len(embedded) == 1
 
 
 @pytest.mark.parametrize(
