@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from adaskip.blocks import BlockSpec
+from adaskip.cache_name import CACHE, cache_in
 from adaskip.errors import AdaskipError, UnsupportedCallError
 from adaskip.plan import Phase, Scope, SkipPlan, Step, Sublayer
 from adaskip.positions import positions
@@ -31,15 +32,14 @@ def cache_of(call: dict[str, Any], config: PretrainedConfig) -> Cache | None:
     placeholders have to be in it before the forward begins.
 
     Raises:
-        UnsupportedCallError: `past_key_values` is not a transformers cache.
+        UnsupportedCallError: it is not a transformers cache.
     """
-    cache = call.get("past_key_values")
+    cache = cache_in(call)
     if cache is None and _flag(call, config, "use_cache"):
-        cache = call["past_key_values"] = DynamicCache(config=config)
+        cache = call[CACHE] = DynamicCache(config=config)
     if cache is not None and not isinstance(cache, Cache):
         raise UnsupportedCallError(
-            f"past_key_values is a {type(cache).__name__}; pass a transformers Cache, e.g. "
-            "DynamicCache()."
+            f"{CACHE} is a {type(cache).__name__}; pass a transformers Cache, e.g. DynamicCache()."
         )
     return cache
 

@@ -77,8 +77,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 class GrowingCache(DynamicCache):
     """DynamicCache without a copy of the whole context per step; the same numbers.
 
-    Pass it as `past_key_values` to `generate()` or to the model. Sliding-window layers stay as
-    transformers has them.
+    Pass it to `generate()` or to the model as `past_key_values`, which transformers calls `cache`
+    from 5.24 on. Sliding-window layers stay as transformers has them.
 
     Args:
         config: the model's configuration.

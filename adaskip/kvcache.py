@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from adaskip.cache_name import CACHE
 from adaskip.errors import CacheHoleError, UnsupportedCallError
 from adaskip.skipped_cache import SkippedCacheLayer, hole_error
 from adaskip.window_cache import TrackedWindow, WindowCacheLayer
@@ -51,7 +52,7 @@ def refuse_short(cache: Cache, n_layers: int) -> None:
     """
     if cache.layer_class_to_replicate is None and len(cache.layers) < n_layers:
         raise UnsupportedCallError(
-            f"past_key_values has {len(cache.layers)} layers, the model has {n_layers}; make the "
+            f"{CACHE} has {len(cache.layers)} layers, the model has {n_layers}; make the "
             "cache from this model's configuration, e.g. DynamicCache(config=model.config)."
         )
 

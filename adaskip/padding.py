@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from adaskip.cache_name import CACHE
 from adaskip.calls import inputs_of
 from adaskip.generating import Turn
 from adaskip.plan import Phase, Step
@@ -57,7 +58,7 @@ def real_in_call(call: dict[str, Any], turn: Turn | None, step: Step, past: int)
     """
     # A prompt that generate() computes besides its own (guidance) comes with its own mask.
     told = turn is not None and turn.tells_padding and turn.phase is step.phase
-    if turn is not None and told and call.get("past_key_values") is not None:
+    if turn is not None and told and call.get(CACHE) is not None:
         return turn.real_tokens(step.phase, past, step.tokens)
     batch = inputs_of(call).shape[0]
     return real_tokens(call.get("attention_mask"), past, step.tokens, batch)

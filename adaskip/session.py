@@ -181,7 +181,7 @@ class Session:
         tokens = inputs.shape[1]
         turn = self._turns.current
         said = None if turn is None else turn.phase
-        past = 0 if cache is None else self._past_length(cache, tokens, said)
+        past = 0 if cache is None else self._past_length(cache, tokens, turn)
         request, step = self._requests.look(cache, past, tokens, said)
         # Everything that can refuse the call comes before anything that remembers it.
         if cache is None:
@@ -285,15 +285,19 @@ class Session:
         """Whether the plan is another one in prefill and decode, or from step to step."""
         return self._scope == "decode" or self.policy.stepwise
 
-    def _past_length(self, cache: Cache, tokens: int, said: Phase | None) -> int:
-        """Tokens in the cache; reads a device only where a static cache may begin anew there."""
+    def _past_length(self, cache: Cache, tokens: int, turn: Turn | None) -> int:
+        """Tokens in the cache; reads a device only where a static cache may have fewer by now."""
         past = kvcache.past_length(cache)
         if past is not None:
             return past
         request = self._requests.of(cache)
+        said = None if turn is None else turn.phase
         unspoken = said is None and (self._steps_matter or self._scope == "prefill")
+        # Drafted tokens are taken back from static caches, too, from transformers 5.24 on.
+        drafted = turn is not None and turn.assisted
+        may_lack = unspoken or drafted or said is Phase.PREFILL
         free = all(device.type == "cpu" for device in self._cache_devices[:1])
-        if free or request is None or tokens > 1 or said is Phase.PREFILL or unspoken:
+        if free or request is None or tokens > 1 or may_lack:
             return kvcache.read_past_length(cache)
         return request.tokens
 

@@ -166,6 +166,8 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.length = max(self.length + tokens_to_remove, 0)
         elif tokens_to_remove > 0:
             self.length = min(self.length, tokens_to_remove)
+        if self.position is not None:
+            self.position.fill_(self.length)
         if self.kept > self.length:
             self.replaced.crop(self.length - self.kept)
             self.kept = self.length

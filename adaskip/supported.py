@@ -21,11 +21,12 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 
 from adaskip import patching
 from adaskip.blocks import BlockSpec, block_spec, lacks
+from adaskip.cache_name import CACHE
 from adaskip.errors import UnsupportedCallError, UnsupportedModelError
 from adaskip.plan import KINDS, Sublayer
 
 # Those whose models take the KV cache by the name that is looked for here; as in pyproject.toml.
-TRANSFORMERS = "transformers>=5.4,<5.24"
+TRANSFORMERS = "transformers>=5.4,<5.25"
 # Where torch.compile, DistributedDataParallel, PEFT and a pipeline keep the model, in the order in
 # which to look: they pass on what they do not have to what they wrap.
 _WRAPPED = ("_orig_mod", "module", "base_model.model", "model")
@@ -74,9 +75,9 @@ def check_model(model: object) -> BlockSpec:
                 f"PreTrainedModel; {_advice(part, name)}."
             )
     base: Any = getattr(model, "base_model", None)
-    if "past_key_values" not in inspect.signature(base.forward).parameters:
+    if CACHE not in inspect.signature(base.forward).parameters:
         raise UnsupportedModelError(
-            f"{type(base).__name__}.forward takes no past_key_values: the installed transformers "
+            f"{type(base).__name__}.forward takes no {CACHE}: the installed transformers "
             f"{transformers.__version__} is newer than this adaskip, which would not see the KV "
             f"cache; install one it knows: pip install '{TRANSFORMERS}'."
         )

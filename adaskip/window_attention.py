@@ -18,6 +18,7 @@ from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from adaskip.cache_name import CACHE
 from adaskip.replacements import Window
 from adaskip.window_cache import WindowCacheLayer, sinks_among
 from adaskip.window_flash import flash_windows, takes_flash
@@ -76,7 +77,7 @@ def switch(attention: nn.Module, window: Window | None) -> None:
 
 def windowed(kwargs: dict[str, Any], step: WindowStep, layer: int) -> dict[str, Any]:
     """What an attention is given in the place of what its layer was given."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     held = None if cache is None else cache.layers[layer]
     # The step has the window's mask; the one that was given is for heads that see all tokens.
     return kwargs | {

@@ -30,6 +30,7 @@ from adaskip import (
     skipping,
 )
 from adaskip.blocks import BLOCKS, BlockSpec
+from adaskip.cache_name import CACHE
 
 EMPTY = SkipPlan()
 
@@ -188,14 +189,14 @@ class Counting(SkipPolicy):
 
 
 def test_a_newer_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 5.24 on, what is called past_key_values here is called cache."""
+    """One that calls the KV cache otherwise than any before it."""
     model = tiny_model("llama")
 
-    def forward(self: object, input_ids: object = None, cache: object = None) -> None:
+    def forward(self: object, input_ids: object = None, memory: object = None) -> None:
         raise AssertionError("called")
 
     monkeypatch.setattr(type(model.model), "forward", forward)
-    refused(model, r"LlamaModel\.forward takes no past_key_values")
+    refused(model, rf"LlamaModel\.forward takes no {CACHE}")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (known,) = (line for line in project["dependencies"] if line.startswith("transformers"))
     refused(model, re.escape(f"pip install '{known}'"))

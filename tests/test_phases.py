@@ -20,6 +20,8 @@ from adaskip import (
     UnsupportedCallError,
     skipping,
 )
+from adaskip.cache_name import CACHE
+from adaskip.skipped_cache import SkippedCacheLayer
 
 PLAN = SkipPlan({Sublayer(0, "attn"): None})
 
@@ -77,6 +79,21 @@ def test_steps_of_two_requests_and_chunks(
         prefill(2, 0, 1),
         decode(2, 1),
     ]
+
+
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "base model"])
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+def test_the_cache_goes_by_both_of_its_names(
+    model: PreTrainedModel, name: str, whole: bool
+) -> None:
+    called, cache = model if whole else model.base_model, DynamicCache(config=model.config)
+    with skipping(model, PLAN) as session:
+        for tokens in (7, 1):
+            called(prompt(tokens), **{name: cache})
+        assert session.step == decode(0, 1)
+    assert cache.layers[0].get_seq_length() == 8
+    assert isinstance(cache.layers[0], SkippedCacheLayer)
 
 
 def test_two_requests_take_turns(model: PreTrainedModel) -> None:

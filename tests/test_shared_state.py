@@ -15,8 +15,8 @@ import torch
 from conftest import N_LAYERS, prompt, tiny_model
 from oracle import zeroed
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, TextIteratorStreamer
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel, StaticCache, TextIteratorStreamer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from adaskip import (
     AdaSkip,
@@ -31,6 +31,7 @@ from adaskip import (
     learn_importance,
     skipping,
 )
+from adaskip.cache_name import CACHE
 from adaskip.kvcache import prepare
 from adaskip.skipped_cache import SkippedCacheLayer
 
@@ -250,6 +251,21 @@ def test_prompt_lookup_says_its_phases(model: PreTrainedModel) -> None:
         hook.remove()
     half = len(phases) // 2
     assert phases == 2 * (["prefill"] + ["decode"] * (half - 1))
+
+
+@pytest.mark.skipif(
+    not StaticLayer.is_croppable, reason="before transformers 5.24 static caches take nothing back"
+)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_drafted_tokens_are_taken_back_from_static_caches(
+    model: PreTrainedModel, layer: int
+) -> None:
+    plan, ids = SkipPlan({Sublayer(layer, "attn"): None}), prompt(6).repeat(1, 3)
+    with skipping(model, plan):
+        expected = answer(model, ids)
+        for cache in (None, StaticCache(config=model.config, max_cache_len=64)):
+            kind = {"cache_implementation": "static"} if cache is None else {CACHE: cache}
+            assert torch.equal(answer(model, ids, prompt_lookup_num_tokens=3, **kind), expected)
 
 
 def test_a_plan_that_turns_out_to_differ_is_refused_for_drafts(model: PreTrainedModel) -> None:

@@ -28,6 +28,7 @@ from adaskip import (
     skipping,
 )
 from adaskip.blocks import block_spec
+from adaskip.cache_name import CACHE
 from adaskip.growing_cache import kv_tensors
 from adaskip.streams import Sublayers, measuring
 from adaskip.window_track import BLOCK
@@ -78,9 +79,7 @@ def masked(model: PreTrainedModel, windows: Mapping[int, Window]) -> PreTrainedM
 
 def narrowed(module: nn.Module, kwargs: dict[str, Any], window: Window) -> dict[str, Any]:
     """What an attention is given, with the mask of a window."""
-    x, cache, given = (
-        kwargs.get(n) for n in ("hidden_states", "past_key_values", "attention_mask")
-    )
+    x, cache, given = (kwargs.get(n) for n in ("hidden_states", CACHE, "attention_mask"))
     past = 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
     n_keys = past + x.shape[1] if given is None else given.shape[-1]
     if cache is not None and cache.is_compileable:

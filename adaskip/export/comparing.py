@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from adaskip.cache_name import CACHE
 from adaskip.entering import skipping
 from adaskip.errors import AdaskipError, ExportError
 from adaskip.evaluating import evaluating
@@ -111,7 +112,7 @@ def greedy(model: PreTrainedModel, ids: Tensor, n_new: int) -> tuple[Tensor, Ten
     cache = DynamicCache(config=model.config)
     given, steps = ids[None].to(model.device), list[Tensor]()
     while len(steps) < n_new:
-        logits = model(given, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        logits = model(given, **{CACHE: cache}, logits_to_keep=1).logits[0, -1]
         steps.append(logits.double().log_softmax(-1).cpu())
         given = logits.argmax()[None, None]
     found = torch.stack(steps)

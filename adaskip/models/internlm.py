@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from adaskip.cache_name import cache_in
 from adaskip.errors import UnsupportedCallError, UnsupportedModelError
 
 MODEL_TYPE = "internlm"
@@ -117,7 +118,7 @@ class PositionGuard:
         if inputs is None:
             inputs = given.get("inputs_embeds")
         new = 0 if inputs is None else int(inputs.shape[1])
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        cache, mask = cache_in(given), given.get("attention_mask")
         past = cache.get_seq_length() if cache is not None else 0
         # A static cache counts on the device; its mask, if there is one, has the length then.
         total = new + past if isinstance(past, int) else new

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from adaskip.cache_name import CACHE
 from adaskip.growing_cache import GrowingCache, kv_tensors
 from adaskip.plan import Phase
 
@@ -58,9 +59,9 @@ def next_logits(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{CACHE: cache},
     )
     logits: Tensor = output.logits[:, -1]
     return logits

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 from typing_extensions import override
 
+from adaskip.cache_name import CACHE
 from adaskip.entering import skipping
 from adaskip.errors import UnsupportedCallError
 from adaskip.growing_cache import GrowingCache, kv_tensors
@@ -115,12 +116,12 @@ class Conversation:
             made: Tensor = generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 eos_token_id=sorted(self.ends) or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 streamer=streamer,
+                **{CACHE: cache},
             )
         text = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
         assert isinstance(text, str)  # noqa: S101 - of one sequence

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from adaskip.cache_name import CACHE
 from adaskip.entering import skipping
 from adaskip.errors import AdaskipError, DataError
 from adaskip.models.internlm import check_prompt_length
@@ -234,6 +235,6 @@ def _nll(
 
 def _forward(model: PreTrainedModel, ids: Tensor, cache: DynamicCache, keep: int) -> Tensor:
     """Logits after the last `keep` tokens: [keep, vocabulary]."""
-    output = model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=keep)
+    output = model(input_ids=ids[None], **{CACHE: cache}, use_cache=True, logits_to_keep=keep)
     logits: Tensor = output.logits[0, -keep:]
     return logits
