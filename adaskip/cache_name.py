@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # Until transformers 5.23; later releases take this name, too, and warn.
 _OLD = "past_key_values"
-CACHE = "cache" if "cache" in {f.name for f in fields(BaseModelOutputWithPast)} else _OLD
+CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else _OLD
 
 
 def cache_in(arguments: dict[str, Any]) -> Any:

@@ -83,7 +83,6 @@ def test_steps_of_two_requests_and_chunks(
 
 @pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
 @pytest.mark.parametrize("whole", [True, False], ids=["model", "base model"])
-@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
 def test_the_cache_goes_by_both_of_its_names(
     model: PreTrainedModel, name: str, whole: bool
 ) -> None:
