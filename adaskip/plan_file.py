@@ -70,29 +70,20 @@ def write_plan(
         OSError: it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    rows = []
-    version = VERSIONS[0]
+    in_some_heads = False
     for sublayer, replacement in content.replacements.items():
-        row: dict[str, Any] = {"layer": sublayer.layer, "kind": sublayer.kind}
         if isinstance(replacement, Window):
-            row["window"] = [replacement.size, replacement.sinks]
-            if replacement.heads is not None:
-                row["window"] += [replacement.heads, replacement.of_heads]
-                version = VERSIONS[1]
+            in_some_heads |= replacement.heads is not None
         elif isinstance(replacement, Linear):
-            row["factors"] = len(replacement.factors)
             kept = replacement if dtype is None else _narrowed(sublayer, replacement, dtype)
             names = _tensor_names(sublayer, len(replacement.factors))
             tensors |= dict(zip(names, kept.tensors, strict=True))
-        else:
-            row["gain"] = replacement
-        rows.append(row)
     told = {
-        "version": version,
+        "version": VERSIONS[in_some_heads],
         "adaskip": __version__,
         "fingerprint": content.fingerprint,
         "about": dict(content.about),
-        "sublayers": rows,
+        "sublayers": sublayer_rows(content.replacements),
     }
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +96,36 @@ def write_plan(
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sublayer_rows(replacements: Mapping[P, Replacement]) -> list[dict[str, Any]]:
+    """What is in the place of each sublayer, ready for JSON: all but the numbers of linear maps."""
+    rows = []
+    for sublayer, replacement in replacements.items():
+        row: dict[str, Any] = {"layer": sublayer.layer, "kind": sublayer.kind}
+        if isinstance(replacement, Window):
+            row["window"] = [replacement.size, replacement.sinks]
+            if replacement.heads is not None:
+                row["window"] += [[*replacement.heads], replacement.of_heads]
+        elif isinstance(replacement, Linear):
+            row["factors"] = len(replacement.factors)
+        else:
+            row["gain"] = replacement
+        rows.append(row)
+    return rows
+
+
+def is_linear(row: Mapping[str, Any]) -> bool:
+    """Whether a row of `sublayer_rows` is of a linear map."""
+    return "factors" in row
+
+
+def told_replacement(row: Mapping[str, Any]) -> Replacement:
+    """What a row of `sublayer_rows` has in a sublayer's place, if that is no linear map."""
+    if "window" in row:
+        return Window(*row["window"])
+    gain: float | None = row["gain"]
+    return gain
 
 
 def read_plan(path: str | os.PathLike[str], sublayer_of: Callable[[Any, Any], P]) -> PlanContent[P]:
@@ -158,13 +179,10 @@ def _replacement(
     sublayer: object, row: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Replacement:
     """What a row of a file has in a sublayer's place."""
-    if "factors" in row:
+    if is_linear(row):
         *factors, bias = (tensors[name] for name in _tensor_names(sublayer, row["factors"]))
         return Linear.of(factors, bias)
-    if "window" in row:
-        return Window(*row["window"])
-    gain: float | None = row["gain"]
-    return gain
+    return told_replacement(row)
 
 
 def _narrowed(sublayer: object, linear: Linear, dtype: torch.dtype) -> Linear:

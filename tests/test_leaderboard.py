@@ -8,21 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, prompt, tiny_model
 from leaderboard_fixtures import FILE, file, filled, whole
 from tiny_loaded import TinyLoaded, tiny_rows
 from typing_extensions import override
 
-from adaskip import AdaskipError, PlanError, SkipPlan, Sublayer, shipped
+from adaskip import AdaskipError, PlanError, SkipPlan, Sublayer, fit_linears, shipped
 from adaskip.cli.leaderboard import leaderboard_main
 from adaskip.configuration import config_path
+from adaskip.fingerprint import fingerprint_name
 from adaskip.leaderboard import making
+from adaskip.leaderboard.again import put_together
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.collecting import collect
 from adaskip.leaderboard.making import PARTS, Maker
+from adaskip.leaderboard.rows import PlanRow
 from adaskip.leaderboard.settings import LeaderboardFile, Shipped
 from adaskip.leaderboard.shipping import ship
 from adaskip.leaderboard.values import REPORT_FILE, read_report
+from adaskip.plan_file import sublayer_rows
 from adaskip.profiling.interleaving import Ratio
 from adaskip.replacements import Linear, Window
 from adaskip.reports.leaderboard_readme import readme_table
@@ -91,7 +96,7 @@ def test_every_part_is_made_once(
     assert found
     for name in found:
         assert made[name].about["predicted acceleration"] >= 1.05
-        assert made[name].replaced
+        assert made[name].sublayers
     stores = (board.losses, board.sitting(1), board.scores("sample_qa"))
     expected = {name: made[name].plan_digest for name in found}
     for store in stores:
@@ -119,9 +124,65 @@ def test_every_part_is_made_once(
         store.keep(["dense", *found[:-1]])
         with pytest.raises(PlanError, match="give --parts plans first"):
             maker.make(part)
-        with pytest.raises(AssertionError, match="a second time"):
-            maker.make("plans")
+        # It is put together again from the records: neither searched nor chosen anew.
+        maker.make("plans")
+        assert [board.plan(found[-1]).digest] == [made[found[-1]].plan_digest]
+        assert board.plans.path.read_bytes() == before[board.plans.path]
+        board.path_of(next(p for p in board.points if p.name == found[-1])).unlink()
         store.path.write_bytes(before[store.path])
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_plans_are_put_together_from_what_a_board_has(rank: int | None) -> None:
+    model = tiny_model("llama")
+    rows = [(prompt(90, seed=seed)[0], [seed, 5, 6]) for seed in (1, 2)]
+    # What the model reads of a row: all but the last token of its answer.
+    reads = [torch.tensor([[*ids.tolist(), *answer[:-1]]]) for ids, answer in rows]
+    kept = {
+        Sublayer(0, "attn"): Window(16, 2),
+        Sublayer(1, "attn"): Window(16, 4, (1,), 2),
+        Sublayer(1, "ffn"): 1.0123456789012345,
+        Sublayer(2, "ffn"): None,
+    }
+    linears = [Sublayer(2, "attn"), Sublayer(3, "ffn")]
+    plan = fit_linears(model, reads, linears, rank=rank, plan=SkipPlan(kept))
+    row = PlanRow(
+        id="SEARCH 1.2",
+        recipe={"rank": rank},
+        plan_digest=plan.digest,
+        about={"method": "SEARCH", "loss": 0.5, "context": 90},
+        model=fingerprint_name(plan.fingerprint),
+        sublayers=sublayer_rows(plan),
+    )
+    # As it is read from a file.
+    row = PlanRow.from_dict(json.loads(json.dumps(row.as_dict())))
+    again = put_together(model, row, lambda: rows)
+    assert again is not None
+    assert again.digest == plan.digest
+    assert (again.about, again.fingerprint) == (row.about, plan.fingerprint)
+    # Maps that are not those that were there: what was measured with them is not told of these.
+    others = put_together(model, row, lambda: rows[::-1][:1] * 2)
+    assert others is not None
+    assert {s: others[s] for s in kept} == kept
+    assert others.digest != plan.digest
+    expected = {"method": "SEARCH", "context": 90, "linear maps": "fitted anew"}
+    assert dict(others.about) == expected
+
+    def refuse() -> list[Any]:
+        raise AssertionError("calibrated")
+
+    digest = SkipPlan(kept, fingerprint=plan.fingerprint).digest
+    without = row.model_copy(update={"sublayers": sublayer_rows(kept), "plan_digest": digest})
+    whole = put_together(model, without, refuse)
+    assert whole is not None
+    assert dict(whole) == kept
+    assert whole.about == row.about
+    # Of a record that was changed by hand.
+    changed = without.model_copy(update={"plan_digest": "another"})
+    assert put_together(model, changed, refuse) is None
+    # Those of a method's own maps, of records without sublayers and of another model are made anew.
+    for changes in ({"about": {"method": "NBL"}}, {"sublayers": []}, {"model": "another"}):
+        assert put_together(model, row.model_copy(update=changes), refuse) is None
 
 
 def test_a_menu_says_the_rank_of_its_maps_and_the_share_of_keys_and_values(

@@ -227,6 +227,23 @@ def test_another_profile_under_the_same_name_changes_nothing(place: Workplace) -
     assert len(rows_of(folder)) == 1
 
 
+def test_other_weights_under_the_same_name_change_nothing(place: Workplace) -> None:
+    folder = run(place.config(limit=1))
+    path = folder / "run.json"
+    record = json.loads(path.read_text())
+    name, _, weights = record["model"].partition(":")
+    # Another precision of the same weights is no other model; nothing is known of older records.
+    for model in (f"{name}:{weights}", ""):
+        path.write_text(json.dumps(record | {"model": model}))
+        run(place.config(limit=2))
+        assert json.loads(path.read_text())["model"] == record["model"]
+    path.write_text(json.dumps(record | {"model": f"{name}:{weights[::-1]}"}))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(RunError, match=f"was made with model {name}-.* is now {name}-"):
+        run(place.config())
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_rows_of_other_data_are_not_mixed_in(place: Workplace, tmp_path: Path) -> None:
     run(place.config(limit=2))
     data = save_data(tmp_path / "other")

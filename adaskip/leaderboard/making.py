@@ -18,11 +18,14 @@ import torch
 
 from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
+from adaskip.fingerprint import fingerprint_name
+from adaskip.leaderboard.again import put_together
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.rows import LossRow, PlanRow, ScoreRow, TimesRow
 from adaskip.leaderboard.settings import Point
 from adaskip.methods import make_plan
-from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer
+from adaskip.plan import EMPTY_PLAN, SkipPlan
+from adaskip.plan_file import sublayer_rows
 from adaskip.policies import FixedSkipping
 from adaskip.policies.made_plan import PlanFile
 from adaskip.profiling.calibration import random_prompt
@@ -38,7 +41,6 @@ from adaskip.runs.scoring import score_run
 from adaskip.runs.store import Store
 from adaskip.search import SEARCH, search_plan
 from adaskip.search.losses import Row as CalibrationRow
-from adaskip.sublayer_times import replacement_name
 from adaskip.tasks.prompts import Prompt
 from adaskip.tasks.spec import Row
 
@@ -71,7 +73,8 @@ class Maker:
     def make_plans(self) -> None:
         """Makes the plans that are missing, and those that were made from or for something else.
 
-        One whose file is gone is made anew if there is still something to measure under it.
+        One whose file is gone is put together again if there is still something to measure under
+        it, or made anew where that cannot be.
         """
         board, store = self.board, self.board.plans
         made = {row.id: row for row in store.rows()}
@@ -79,10 +82,10 @@ class Maker:
         lacking |= {name for task in board.file.scores for name in board.unscored(task)}
         for point in board.points:
             row = made.get(point.name)
-            same = row is not None and row.recipe == board.recipe(point)
-            gone = point.name in lacking and board.plan_of(point, row) is None
-            if not same or gone:
+            if row is None or row.recipe != board.recipe(point):
                 store.append([self._made(point)])
+            elif point.name in lacking and board.plan_of(point, row) is None:
+                store.append([self._again(point, row) or self._made(point)])
 
     def measure_losses(self) -> None:
         """Scores the test rows under the plans that have no losses yet, dense first."""
@@ -199,13 +202,23 @@ class Maker:
             if "reach" not in str(error):
                 raise
             return PlanRow(id=point.name, recipe=recipe, error=str(error))
-        plan.save(board.path_of(point))
+        return self._kept(point, plan)
+
+    def _again(self, point: Point, row: PlanRow) -> PlanRow | None:
+        """A plan put together again from what is known of it; None if that is too little."""
+        plan = put_together(self._model, row, partial(self._calibration, point))
+        return None if plan is None else self._kept(point, plan)
+
+    def _kept(self, point: Point, plan: SkipPlan) -> PlanRow:
+        """Writes a plan's file, and what the board has of it."""
+        plan.save(self.board.path_of(point))
         return PlanRow(
             id=point.name,
-            recipe=recipe,
+            recipe=self.board.recipe(point),
             plan_digest=plan.digest,
             about=plan.facts,
-            replaced={str(sublayer): _told(plan, sublayer) for sublayer in plan},
+            model=fingerprint_name(plan.fingerprint),
+            sublayers=sublayer_rows(plan),
         )
 
     def _record(self, point: Point) -> Path:
@@ -280,16 +293,6 @@ def dense_config(board: Board, **changes: Any) -> RunConfig:
 def _same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether times of two environments are times of one machine."""
     return all(one.get(key) == other.get(key) for key in ("device", "threads", "torch"))
-
-
-def _told(plan: SkipPlan, sublayer: Sublayer) -> str:
-    """What takes a sublayer's place, for people."""
-    replacement = plan[sublayer]
-    return (
-        f"gain {replacement:.3f}"
-        if isinstance(replacement, float)
-        else ("nothing" if replacement is None else replacement_name(replacement))
-    )
 
 
 PARTS: dict[str, Callable[[Maker], None]] = {

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import PositiveInt
 
 from adaskip.errors import RunError
+from adaskip.fingerprint import fingerprint_name, same_model
 from adaskip.importance import Importance
 from adaskip.models.processes import team
 from adaskip.policies.factory import LEARNED, takes
@@ -58,6 +59,7 @@ class RunRecord(Stored):
     Attributes:
         config: the fields of its `RunConfig`.
         policy: what its policy was made with; None in files that do not tell.
+        model: its fingerprint; empty in files that do not tell.
         importance: the name of its importance profile.
         sessions: the commands that worked on it, as files have always called them.
     """
@@ -65,6 +67,7 @@ class RunRecord(Stored):
     config: dict[str, Any]
     policy: dict[str, Any] | None = None
     n_layers: PositiveInt
+    model: str = ""
     importance: str | None
     tasks: dict[str, TaskFacts]
     sessions: list[Command]
@@ -170,6 +173,7 @@ def begin(
     n_layers: int,
     profile: str | None,
     n_rows: Mapping[str, int],
+    model: str = "",
     attention: str | None = None,
 ) -> None:
     """Writes `run.json` for a start or a continuation.
@@ -179,12 +183,19 @@ def begin(
         n_layers: decoder layers of the model.
         profile: name of the importance profile, if the policy has one.
         n_rows: rows of each task.
+        model: its fingerprint; empty if nothing is known of it.
         attention: the implementation that the model uses.
 
     Raises:
-        RunError: the run was made with other settings or another profile, or cannot be written.
+        RunError: the run was made with other settings, another profile or other weights, or cannot
+            be written.
     """
     folder, old = run_folder(config), existing_record(config)
+    if old and old.model and model and not same_model(old.model, model):
+        raise RunError(
+            f"{folder} was made with model {fingerprint_name(old.model)}, {config.model_name} is "
+            f"now {fingerprint_name(model)}; give this run another name (--name NAME)."
+        )
     if old and old.importance != profile:
         raise RunError(
             f"{folder} was made with importance profile {old.importance}, now it is "
@@ -213,6 +224,7 @@ def begin(
         "config": config.recorded() | {"tasks": list(tasks)},
         "policy": config.policy_settings(),
         "n_layers": n_layers,
+        "model": model,
         "importance": profile,
         "tasks": tasks,
         "sessions": _commands(old, environment(str(config.device), attention)),

@@ -15,6 +15,7 @@ import torch
 from adaskip.budget import check_acceleration, sublayers_for
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, RunError
+from adaskip.fingerprint import model_fingerprint
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.processes import team
 from adaskip.plan import Phase
@@ -104,6 +105,7 @@ def run(config: RunConfig, loaded: LoadedModel | None = None) -> Path:
     profile = loaded.importance(config).name if takes(config.policy, LEARNED) else None
     facts = {
         "n_layers": loaded.n_layers,
+        "model": model_fingerprint(loaded.model),
         "n_rows": {task: len(rows[task]) for task in config.tasks},
         "attention": loaded.model.config._attn_implementation,
     }

@@ -79,6 +79,28 @@ class _Looked:
         return self.behind if own is changed and runs == dropped else {}
 
 
+def row_ids(prompt: Ids, answer: Ids) -> tuple[Tensor, Tensor]:
+    """Ids of a calibration row: prompt and answer together, [1, tokens], and the answer's, [n].
+
+    The last of them is only predicted: what the model reads ends before it.
+
+    Raises:
+        AdaskipError: it is of texts, or has no prompt or no answer tokens.
+    """
+    if isinstance(prompt, str) or isinstance(answer, str):
+        raise AdaskipError(
+            "A calibration row is of texts; give the ids of both, e.g. "
+            "(tokenizer(prompt).input_ids, tokenizer(answer).input_ids)."
+        )
+    parts = [torch.as_tensor(part, dtype=torch.long).flatten() for part in (prompt, answer)]
+    if not all(map(len, parts)):
+        raise AdaskipError(
+            "A calibration row has no prompt or no answer tokens; the loss is taken over the "
+            "answer's. Give (prompt ids, answer ids) with one token or more each."
+        )
+    return torch.cat(parts)[None], parts[1]
+
+
 class Losses:
     """The loss of candidates, under a plan that grows.
 
@@ -287,21 +309,11 @@ class Losses:
 
     def _stream(self, number: int, prompt: Ids, answer: Ids) -> _Stream:
         vocab_size = self.sublayers.model.config.get_text_config(decoder=True).vocab_size
-        if isinstance(prompt, str) or isinstance(answer, str):
-            raise AdaskipError(
-                "A calibration row is of texts; give the ids of both, e.g. "
-                "(tokenizer(prompt).input_ids, tokenizer(answer).input_ids)."
-            )
-        parts = [torch.as_tensor(part, dtype=torch.long).flatten() for part in (prompt, answer)]
-        if not all(map(len, parts)):
-            raise AdaskipError(
-                "A calibration row has no prompt or no answer tokens; the loss is taken over the "
-                "answer's. Give (prompt ids, answer ids) with one token or more each."
-            )
-        [inputs] = checked_prompts([torch.cat(parts)[None]], vocab_size)
+        both, answer_ids = row_ids(prompt, answer)
+        [inputs] = checked_prompts([both], vocab_size)
         ids = inputs["input_ids"][:, :-1]
         x, calls = self.sublayers.begin({"input_ids": ids})
-        stream = _Stream(number, ids.to(x.device), parts[1].to(x.device), calls, [x])
+        stream = _Stream(number, ids.to(x.device), answer_ids.to(x.device), calls, [x])
         stream.before += self._behind(stream, 0, {})
         stream.dense = self._log_probabilities(stream, stream.before[-1])
         return stream
