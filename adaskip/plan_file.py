@@ -70,20 +70,29 @@ def write_plan(
         OSError: it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    in_some_heads = False
+    rows = []
+    version = VERSIONS[0]
     for sublayer, replacement in content.replacements.items():
+        row: dict[str, Any] = {"layer": sublayer.layer, "kind": sublayer.kind}
         if isinstance(replacement, Window):
-            in_some_heads |= replacement.heads is not None
+            row["window"] = [replacement.size, replacement.sinks]
+            if replacement.heads is not None:
+                row["window"] += [replacement.heads, replacement.of_heads]
+                version = VERSIONS[1]
         elif isinstance(replacement, Linear):
+            row["factors"] = len(replacement.factors)
             kept = replacement if dtype is None else _narrowed(sublayer, replacement, dtype)
             names = _tensor_names(sublayer, len(replacement.factors))
             tensors |= dict(zip(names, kept.tensors, strict=True))
+        else:
+            row["gain"] = replacement
+        rows.append(row)
     told = {
-        "version": VERSIONS[in_some_heads],
+        "version": version,
         "adaskip": __version__,
         "fingerprint": content.fingerprint,
         "about": dict(content.about),
-        "sublayers": sublayer_rows(content.replacements),
+        "sublayers": rows,
     }
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,36 +105,6 @@ def write_plan(
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def sublayer_rows(replacements: Mapping[P, Replacement]) -> list[dict[str, Any]]:
-    """What is in the place of each sublayer, ready for JSON: all but the numbers of linear maps."""
-    rows = []
-    for sublayer, replacement in replacements.items():
-        row: dict[str, Any] = {"layer": sublayer.layer, "kind": sublayer.kind}
-        if isinstance(replacement, Window):
-            row["window"] = [replacement.size, replacement.sinks]
-            if replacement.heads is not None:
-                row["window"] += [[*replacement.heads], replacement.of_heads]
-        elif isinstance(replacement, Linear):
-            row["factors"] = len(replacement.factors)
-        else:
-            row["gain"] = replacement
-        rows.append(row)
-    return rows
-
-
-def is_linear(row: Mapping[str, Any]) -> bool:
-    """Whether a row of `sublayer_rows` is of a linear map."""
-    return "factors" in row
-
-
-def told_replacement(row: Mapping[str, Any]) -> Replacement:
-    """What a row of `sublayer_rows` has in a sublayer's place, if that is no linear map."""
-    if "window" in row:
-        return Window(*row["window"])
-    gain: float | None = row["gain"]
-    return gain
 
 
 def read_plan(path: str | os.PathLike[str], sublayer_of: Callable[[Any, Any], P]) -> PlanContent[P]:
@@ -179,10 +158,13 @@ def _replacement(
     sublayer: object, row: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Replacement:
     """What a row of a file has in a sublayer's place."""
-    if is_linear(row):
+    if "factors" in row:
         *factors, bias = (tensors[name] for name in _tensor_names(sublayer, row["factors"]))
         return Linear.of(factors, bias)
-    return told_replacement(row)
+    if "window" in row:
+        return Window(*row["window"])
+    gain: float | None = row["gain"]
+    return gain
 
 
 def _narrowed(sublayer: object, linear: Linear, dtype: torch.dtype) -> Linear:

@@ -14,12 +14,12 @@ from leaderboard_fixtures import FILE, file, filled, whole
 from tiny_loaded import TinyLoaded, tiny_rows
 from typing_extensions import override
 
-from adaskip import AdaskipError, PlanError, SkipPlan, Sublayer, fit_linears, shipped
+from adaskip import AdaskipError, PlanError, RunError, SkipPlan, Sublayer, fit_linears, shipped
 from adaskip.cli.leaderboard import leaderboard_main
 from adaskip.configuration import config_path
 from adaskip.fingerprint import fingerprint_name
 from adaskip.leaderboard import making
-from adaskip.leaderboard.again import put_together
+from adaskip.leaderboard.again import put_together, stand_in, told
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.collecting import collect
 from adaskip.leaderboard.making import PARTS, Maker
@@ -27,7 +27,6 @@ from adaskip.leaderboard.rows import PlanRow
 from adaskip.leaderboard.settings import LeaderboardFile, Shipped
 from adaskip.leaderboard.shipping import ship
 from adaskip.leaderboard.values import REPORT_FILE, read_report
-from adaskip.plan_file import sublayer_rows
 from adaskip.profiling.interleaving import Ratio
 from adaskip.replacements import Linear, Window
 from adaskip.reports.leaderboard_readme import readme_table
@@ -96,7 +95,7 @@ def test_every_part_is_made_once(
     assert found
     for name in found:
         assert made[name].about["predicted acceleration"] >= 1.05
-        assert made[name].sublayers
+        assert made[name].replaced
     stores = (board.losses, board.sitting(1), board.scores("sample_qa"))
     expected = {name: made[name].plan_digest for name in found}
     for store in stores:
@@ -111,25 +110,32 @@ def test_every_part_is_made_once(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("made a second time")
 
-    for name in ("make_plan", "search_plan", "reference_perplexity", "time_request", "run"):
+    for name in ("make_plan", "search_plan", "reference_perplexity", "run"):
         monkeypatch.setattr(making, name, fail)
-    everything(maker)
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "time_request", fail)
+        everything(maker)
     assert {path: path.read_bytes() for path in board.folder.rglob("*.json")} == before
     # Of a plan whose file is gone nothing is made again as long as all of it is known.
     for path in board.folder.rglob("*.safetensors"):
         path.unlink()
     everything(maker)
     assert {path: path.read_bytes() for path in board.folder.rglob("*.json")} == before
-    for store, part in ((board.losses, "losses"), (board.sitting(1), "times")):
-        store.keep(["dense", *found[:-1]])
-        with pytest.raises(PlanError, match="give --parts plans first"):
-            maker.make(part)
-        # It is put together again from the records: neither searched nor chosen anew.
-        maker.make("plans")
-        assert [board.plan(found[-1]).digest] == [made[found[-1]].plan_digest]
-        assert board.plans.path.read_bytes() == before[board.plans.path]
-        board.path_of(next(p for p in board.points if p.name == found[-1])).unlink()
-        store.path.write_bytes(before[store.path])
+    # Times take no file.
+    board.sitting(1).path.unlink()
+    maker.make("times")
+    assert {name: digests(board.sitting(1))[name] for name in found} == expected
+    assert not [*board.folder.rglob("*.safetensors")]
+    # Losses do: it is put together from the records, neither searched nor chosen anew.
+    board.losses.keep(["dense", *found[:-1]])
+    with pytest.raises(PlanError, match="give --parts plans first"):
+        maker.make("losses")
+    maker.make("plans")
+    assert board.plan(found[-1]).digest == made[found[-1]].plan_digest
+    assert [path.name for path in board.folder.rglob("*.safetensors")] == [
+        board.path_of(board.point(found[-1])).name
+    ]
+    assert board.plans.path.read_bytes() == before[board.plans.path]
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -152,16 +158,14 @@ def test_plans_are_put_together_from_what_a_board_has(rank: int | None) -> None:
         plan_digest=plan.digest,
         about={"method": "SEARCH", "loss": 0.5, "context": 90},
         model=fingerprint_name(plan.fingerprint),
-        sublayers=sublayer_rows(plan),
+        replaced={str(sublayer): told(replacement) for sublayer, replacement in plan.items()},
     )
-    # As it is read from a file.
-    row = PlanRow.from_dict(json.loads(json.dumps(row.as_dict())))
     again = put_together(model, row, lambda: rows)
     assert again is not None
     assert again.digest == plan.digest
     assert (again.about, again.fingerprint) == (row.about, plan.fingerprint)
     # Maps that are not those that were there: what was measured with them is not told of these.
-    others = put_together(model, row, lambda: rows[::-1][:1] * 2)
+    others = put_together(model, row, lambda: rows[:1] * 2)
     assert others is not None
     assert {s: others[s] for s in kept} == kept
     assert others.digest != plan.digest
@@ -171,18 +175,24 @@ def test_plans_are_put_together_from_what_a_board_has(rank: int | None) -> None:
     def refuse() -> list[Any]:
         raise AssertionError("calibrated")
 
-    digest = SkipPlan(kept, fingerprint=plan.fingerprint).digest
-    without = row.model_copy(update={"sublayers": sublayer_rows(kept), "plan_digest": digest})
-    whole = put_together(model, without, refuse)
+    # What is timed has the same in every place, with maps of the same shape, each its own.
+    timed = stand_in(model, row)
+    assert timed is not None
+    assert {s: timed[s] for s in kept} == kept
+    made = [r for r in timed.values() if isinstance(r, Linear)]
+    assert [told(r) for r in made] == [told(plan[s]) for s in linears]
+    assert made[0].factors[0].data_ptr() != made[1].factors[0].data_ptr()
+    # Without linear maps there is nothing to fit.
+    names = {name: text for name, text in row.replaced.items() if not text.startswith("linear")}
+    whole = put_together(model, row.model_copy(update={"replaced": names}), refuse)
     assert whole is not None
     assert dict(whole) == kept
-    assert whole.about == row.about
-    # Of a record that was changed by hand.
-    changed = without.model_copy(update={"plan_digest": "another"})
-    assert put_together(model, changed, refuse) is None
-    # Those of a method's own maps, of records without sublayers and of another model are made anew.
-    for changes in ({"about": {"method": "NBL"}}, {"sublayers": []}, {"model": "another"}):
+    # Those of a method's own maps, of records that say nothing and of another model are made anew.
+    for changes in ({"about": {"method": "NBL"}}, {"replaced": {}}, {"model": "another"}):
         assert put_together(model, row.model_copy(update=changes), refuse) is None
+    for wrong in ({"attn0": "magic"}, {"attn7": "nothing"}, {"ffn0": "gain x"}):
+        with pytest.raises(RunError, match=r"record of SEARCH 1\.2 is damaged"):
+            stand_in(model, row.model_copy(update={"replaced": wrong}))
 
 
 def test_a_menu_says_the_rank_of_its_maps_and_the_share_of_keys_and_values(

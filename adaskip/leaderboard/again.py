@@ -6,20 +6,67 @@ board's records, so that whoever has those can measure it anew without the hours
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel
 
+from adaskip.errors import RunError
 from adaskip.fingerprint import fingerprint_name, model_fingerprint
 from adaskip.fitting import fit_linears
 from adaskip.leaderboard.rows import PlanRow
-from adaskip.plan import SkipPlan, Sublayer
-from adaskip.plan_file import is_linear, told_replacement
+from adaskip.plan import SkipPlan, all_sublayers
+from adaskip.profiling.plan_times import linear_like
+from adaskip.replacements import Linear, Replacement, Window
 from adaskip.search import SEARCH
 from adaskip.search.losses import Row, row_ids
+from adaskip.search.menu import NOTHING
+from adaskip.sublayer_times import replacement_name
+from adaskip.summary import key_value_heads
 
-# What `about` says of a plan whose linear maps are not, to the bit, those that it had.
-FITTED_ANEW = "linear maps"
+_WINDOW = re.compile(r"window (\d+)(?: and (\d+) sinks)?(?: of heads ([\d ]+))?")
+_LINEAR = re.compile(r"linear(?: (\d+))?")
+_GAIN = "gain "
+
+
+def told(replacement: Replacement) -> str:
+    """What takes a sublayer's place, in words that `stand_in` reads: "nothing", "gain 1.015"."""
+    if replacement is None:
+        return NOTHING
+    if isinstance(replacement, Linear | Window):
+        return replacement_name(replacement)
+    return f"{_GAIN}{replacement!r}"
+
+
+def stand_in(model: PreTrainedModel, row: PlanRow) -> SkipPlan | None:
+    """The plan that a row tells of, with any numbers in its linear maps: it takes the same time.
+
+    Args:
+        model: that it is for.
+        row: what is known of it.
+
+    Returns:
+        The plan; None if the row is of another model, or has too little.
+
+    Raises:
+        RunError: it says something that cannot be in a sublayer's place.
+    """
+    made_for = model_fingerprint(model)
+    if not row.replaced or row.model not in ("", fingerprint_name(made_for)):
+        return None
+    config = model.config.get_text_config(decoder=True)
+    n_layers, n_heads = config.num_hidden_layers, key_value_heads(config)
+    by_name = {str(sublayer): sublayer for sublayer in all_sublayers(n_layers)}
+    try:
+        replacements = {
+            by_name[name]: _read(text, n_heads, model) for name, text in row.replaced.items()
+        }
+    except (KeyError, ValueError) as error:
+        raise RunError(
+            f"The record of {row.id} is damaged: {error} is nothing that can be in a sublayer's "
+            "place; delete the row, and --parts plans makes the plan anew."
+        ) from error
+    return SkipPlan(replacements, fingerprint=made_for, about=row.about)
 
 
 def put_together(
@@ -28,8 +75,8 @@ def put_together(
     """The plan that a row tells of.
 
     Linear maps of a search are fitted anew, in depth order on the streams that the plan makes, as
-    the search does last. If that did not help it then, or this is another machine, the plan has
-    another digest: what was measured under the former one does not count for it.
+    the search does last. If that did not help it then, or this is a machine of other roundings, the
+    plan has another digest: what was lost under the former one does not count for it.
 
     Args:
         model: that it is for.
@@ -37,25 +84,39 @@ def put_together(
         calibration: gives the rows that it was made from.
 
     Returns:
-        The plan; None if the row is of another model, has too little, or is of a method that fits
-        linear maps in its own way.
+        The plan; None if `stand_in` has none, or the method fits linear maps in its own way.
     """
-    made_for = model_fingerprint(model)
-    if not row.sublayers or row.model != fingerprint_name(made_for):
-        return None
-    places = {Sublayer(told["layer"], told["kind"]): told for told in row.sublayers}
-    linears = [sublayer for sublayer, told in places.items() if is_linear(told)]
-    kept = {s: told_replacement(told) for s, told in places.items() if s not in linears}
-    plan = SkipPlan(kept, fingerprint=made_for, about=row.about)
-    if not linears:
-        return plan if plan.digest == row.plan_digest else None
+    plan = stand_in(model, row)
+    linears = [] if plan is None else [s for s, r in plan.items() if isinstance(r, Linear)]
+    if plan is None or not linears:
+        return plan
     if row.about.get("method") != SEARCH:
         return None
     prompts = [row_ids(*each)[0][:, :-1] for each in calibration()]
-    fitted = fit_linears(model, prompts, linears, rank=row.recipe["rank"], plan=plan)
+    fitted = fit_linears(model, prompts, linears, rank=row.recipe.get("rank"), plan=plan)
     about = dict(row.about)
     if fitted.digest != row.plan_digest:
         # What it loses on the calibration rows was measured with the former maps.
         about = {key: value for key, value in about.items() if key != "loss"}
-        about[FITTED_ANEW] = "fitted anew"
-    return SkipPlan(fitted, fingerprint=made_for, about=about)
+        about["linear maps"] = "fitted anew"
+    return SkipPlan(fitted, fingerprint=plan.fingerprint, about=about)
+
+
+def _read(text: str, n_heads: int, model: PreTrainedModel) -> Replacement:
+    """What takes a sublayer's place, as `told` has it; a linear map with any numbers."""
+    if text == NOTHING:
+        return None
+    if text.startswith(_GAIN):
+        return float(text.removeprefix(_GAIN))
+    if found := _LINEAR.fullmatch(text):
+        return linear_like(model, None if found[1] is None else int(found[1]))
+    found = _WINDOW.fullmatch(text)
+    if found is None:
+        raise ValueError(repr(text))
+    size, sinks, heads = found.groups()
+    return Window(
+        int(size),
+        Window.sinks if sinks is None else int(sinks),
+        None if heads is None else tuple(map(int, heads.split())),
+        None if heads is None else n_heads,
+    )

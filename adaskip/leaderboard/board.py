@@ -55,6 +55,10 @@ class Board:
         file, here = self.file, self.context
         return [*file.main(here), *file.others(self.model, here)]
 
+    def point(self, name: str) -> Point:
+        """The one of a name."""
+        return next(point for point in self.points if point.name == name)
+
     @property
     def n_rows(self) -> int:
         """Test rows whose references are scored."""
@@ -141,7 +145,7 @@ class Board:
         """
         if name == DENSE:
             return EMPTY_PLAN
-        point = next(point for point in self.points if point.name == name)
+        point = self.point(name)
         plan = self.plan_of(point, self.made[name])
         if plan is None:
             raise PlanError(

@@ -19,13 +19,12 @@ import torch
 from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.fingerprint import fingerprint_name
-from adaskip.leaderboard.again import put_together
+from adaskip.leaderboard.again import put_together, stand_in, told
 from adaskip.leaderboard.board import Board
-from adaskip.leaderboard.rows import LossRow, PlanRow, ScoreRow, TimesRow
+from adaskip.leaderboard.rows import DENSE_DIGEST, LossRow, PlanRow, ScoreRow, TimesRow
 from adaskip.leaderboard.settings import Point
 from adaskip.methods import make_plan
 from adaskip.plan import EMPTY_PLAN, SkipPlan
-from adaskip.plan_file import sublayer_rows
 from adaskip.policies import FixedSkipping
 from adaskip.policies.made_plan import PlanFile
 from adaskip.profiling.calibration import random_prompt
@@ -73,12 +72,13 @@ class Maker:
     def make_plans(self) -> None:
         """Makes the plans that are missing, and those that were made from or for something else.
 
-        One whose file is gone is put together again if there is still something to measure under
-        it, or made anew where that cannot be.
+        One whose file is gone is put together again if losses or scores are still to be measured
+        under it, or made anew where that cannot be. Times take no file.
         """
         board, store = self.board, self.board.plans
         made = {row.id: row for row in store.rows()}
-        lacking = {*board.lacking(board.losses), *board.untimed}
+        lacking = {*board.lacking(board.losses)}
+        lacking |= {name for name in board.untimed if not made[name].replaced}
         lacking |= {name for task in board.file.scores for name in board.unscored(task)}
         for point in board.points:
             row = made.get(point.name)
@@ -118,7 +118,8 @@ class Maker:
         """Times requests by turns, round by round: dense and the plans that have no times yet.
 
         Times compare only within a sitting, so each has dense requests of its own, and one that was
-        interrupted goes on with the same plans.
+        interrupted goes on with the same plans. In the place of a plan whose file is gone one is
+        timed that has the same in every place, but for the numbers of linear maps.
         """
         board = self.board
         for store in board.sittings:
@@ -148,7 +149,9 @@ class Maker:
 
     def _take_turns(self, store: Store[TimesRow], names: Sequence[str]) -> None:
         """Times the rounds that a sitting lacks."""
-        board, plans = self.board, self._plans([DENSE, *names])
+        board = self.board
+        plans = {name: self._timed(name) for name in [DENSE, *names]}
+        digests = {DENSE: DENSE_DIGEST} | {n: row.plan_digest for n, row in board.made.items()}
         taken = {row.id: row for row in store.rows()}
         n_taken = min((len(row.ttft) for row in taken.values()), default=0)
         ids = random_prompt(self._model, board.context)
@@ -162,13 +165,13 @@ class Maker:
             title=f"{board.name} times",
             progress=self.progress,
         ):
-            for name, plan in plans.items():
+            for name in plans:
                 (ttft,) = per_round([each], name, lambda request: request.ttft)
                 (per_token,) = per_round([each], name, lambda request: request.per_token)
                 before = taken.get(name)
                 taken[name] = TimesRow(
                     id=name,
-                    plan_digest=plan.digest,
+                    plan_digest=digests[name],
                     ttft=[*(before.ttft if before else []), ttft],
                     per_token=[*(before.per_token if before else []), per_token],
                     kv_bytes=each[name][0].kv_bytes,
@@ -178,6 +181,13 @@ class Maker:
     def _plans(self, names: Sequence[str]) -> dict[str, SkipPlan]:
         """The plans of some points, all of which are there before anything is measured."""
         return {name: self.board.plan(name) for name in names}
+
+    def _timed(self, name: str) -> SkipPlan:
+        """The plan of a point, or one that takes as long."""
+        row = self.board.made.get(name)
+        gone = row is not None and self.board.plan_of(self.board.point(name), row) is None
+        other = stand_in(self._model, row) if row is not None and gone else None
+        return self.board.plan(name) if other is None else other
 
     def _made(self, point: Point) -> PlanRow:
         board, recipe = self.board, self.board.recipe(point)
@@ -218,7 +228,7 @@ class Maker:
             plan_digest=plan.digest,
             about=plan.facts,
             model=fingerprint_name(plan.fingerprint),
-            sublayers=sublayer_rows(plan),
+            replaced={str(sublayer): told(replacement) for sublayer, replacement in plan.items()},
         )
 
     def _record(self, point: Point) -> Path:
@@ -269,8 +279,7 @@ class Maker:
         asked = self.board.file.scores[task]
         own: dict[str, Any] = {"name": f"{self.board.name}-{DENSE}"}
         if name != DENSE:
-            point = next(point for point in self.board.points if point.name == name)
-            path = str(self.board.path_of(point))
+            path = str(self.board.path_of(self.board.point(name)))
             # A plan that is made anew has a run of its own.
             own = {"name": PlanFile.read(path).name, "policy": "PLAN", "plan": path}
         own |= {"max_new_tokens": asked.new_tokens, "limit": asked.rows}

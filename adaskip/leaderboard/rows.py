@@ -19,9 +19,8 @@ class PlanRow(Stored):
         recipe: what it was made from and for.
         plan_digest: of the plan; empty if there is none, or it was made before digests were kept.
         about: what the plan tells of itself; empty if there is none.
-        model: the name of the model's fingerprint; empty if there is no plan.
-        sublayers: what is in their place, as the plan's file has it; the numbers of linear maps are
-            not among it.
+        model: the name of the model's fingerprint; empty if there is no plan, and in earlier files.
+        replaced: by what each sublayer is replaced, as `again.told` has it.
         error: why the method reaches no such acceleration.
     """
 
@@ -30,7 +29,7 @@ class PlanRow(Stored):
     plan_digest: str = ""
     about: dict[str, Any] = Field(default_factory=dict)
     model: str = ""
-    sublayers: list[dict[str, Any]] = Field(default_factory=list)
+    replaced: dict[str, str] = Field(default_factory=dict)
     error: str | None = None
 
 
