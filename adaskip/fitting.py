@@ -27,6 +27,10 @@ from adaskip.warmup import checked_prompts
 
 Prompts = Iterable[Tensor | Mapping[str, Tensor]]
 
+# What a plan's `about` calls the prompts of its linear maps.
+FITTED_ON = "fitted on"
+_UNNAMED = "unnamed prompts"
+
 
 def fit_linears(
     model: PreTrainedModel,
@@ -70,28 +74,89 @@ def fit_linears(
     """
     sublayers_of = Sublayers(model)
     plan.check_model(model)
-    wanted = _checked(model, sublayers, rank, plan)
+    ranks = dict.fromkeys(_checked(model, sublayers, rank, plan), rank)
+    made = _fitted(sublayers_of, prompts, ranks, plan, ridge, sinks, progress=progress)
+    # What `plan` tells of itself, a loss or a time, is not true of this one.
+    about = {"linear maps": len(ranks), "rank": rank, FITTED_ON: source or _UNNAMED}
+    about |= {"besides": plan.digest} if plan else {}
+    return SkipPlan(made, fingerprint=model_fingerprint(model), about=about)
+
+
+def refit_linears(
+    model: PreTrainedModel,
+    plan: SkipPlan,
+    prompts: Prompts,
+    *,
+    ridge: float = 1e-3,
+    sinks: int = 4,
+    source: str = "",
+    progress: bool = False,
+) -> SkipPlan:
+    """A plan with its linear maps fitted anew, on more prompts than it was chosen by.
+
+    A search looks at every row for every candidate, so it is given few; a full map has as many
+    numbers as some thousand tokens can tell. This takes one forward of each prompt: `fit_linears`
+    with each map's own rank.
+
+    Args:
+        model: a causal language model of a supported family, outside of `skipping()`.
+        plan: whose linear maps are fitted; what else it does stays.
+        prompts: input ids [batch, tokens], or mappings with `input_ids` and `attention_mask`; those
+            that the plan was made from among them.
+        ridge: as `fit_linears` takes it.
+        sinks: likewise.
+        source: what the prompts are, kept in the plan.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The plan; of what it told of itself the loss is missing, which was that of other maps.
+
+    Raises:
+        AdaskipError: the plan has no linear map, or there are too few tokens.
+        ProfileError: a prompt is none.
+        UnsupportedModelError: the architecture is not supported, or the model is patched.
+    """
+    ranks = {s: r.rank for s, r in plan.items() if isinstance(r, Linear)}
+    if not ranks:
+        raise AdaskipError("The plan has no linear map to fit anew; give one that has some.")
+    sublayers_of = Sublayers(model)
+    plan.check_model(model)
+    _checked(model, ranks, None, plan)
+    made = _fitted(sublayers_of, prompts, ranks, plan, ridge, sinks, progress=progress)
+    about = {key: value for key, value in plan.about.items() if key != "loss"}
+    about[FITTED_ON] = source or _UNNAMED
+    return SkipPlan(made, fingerprint=model_fingerprint(model), about=about)
+
+
+def _fitted(
+    sublayers_of: Sublayers,
+    prompts: Prompts,
+    ranks: Mapping[Sublayer, int | None],
+    plan: SkipPlan,
+    ridge: float,
+    sinks: int,
+    *,
+    progress: bool,
+) -> dict[Sublayer, Replacement]:
+    """What a plan replaces, with maps of these ranks fitted, in depth order."""
     if not (is_finite(ridge) and ridge >= 0):
         raise AdaskipError(f"A ridge of {ridge!r} is none; give a number, 0 or more.")
     if not (is_whole(sinks) and sinks >= 0):
         raise AdaskipError(f"sinks is {sinks!r}; give a whole number of tokens, 0 or more.")
     made: dict[Sublayer, Replacement] = dict(plan)
-    with measuring(model):
+    with measuring(sublayers_of.model):
         streams = _streams(sublayers_of, prompts, sinks)
         order = all_sublayers(len(sublayers_of.decoder.layers))
         for sublayer in tqdm(order, "fitting", disable=not progress):
-            if sublayer in wanted:
+            if sublayer in ranks:
                 moments = Moments(streams[0].x)
                 for stream in streams:
                     delta = sublayers_of.run(sublayer, stream.x, stream.calls) - stream.x
                     moments.add(stream.x[stream.counted], delta[stream.counted])
-                made[sublayer] = moments.solve(rank, ridge)
+                made[sublayer] = moments.solve(ranks[sublayer], ridge)
             for stream in streams:
                 stream.x = sublayers_of.through(sublayer, stream.x, stream.calls, made)
-    # What `plan` tells of itself, a loss or a time, is not true of this one.
-    about = {"linear maps": len(wanted), "rank": rank, "fitted on": source or "unnamed prompts"}
-    about |= {"besides": plan.digest} if plan else {}
-    return SkipPlan(made, fingerprint=model_fingerprint(model), about=about)
+    return made
 
 
 def _checked(

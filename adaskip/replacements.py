@@ -74,6 +74,11 @@ class Linear:
         return self.weight if isinstance(self.weight, tuple) else (self.weight,)
 
     @property
+    def rank(self) -> int | None:
+        """Of the factors; None for a full map."""
+        return self.factors[0].shape[1] if len(self.factors) == 2 else None
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything it holds: the factors, then the bias."""
         return (*self.factors, self.bias)

@@ -166,8 +166,7 @@ def replacement_name(replacement: Replacement) -> str:
     heads 0 2", "window 128 and 0 sinks".
     """
     if isinstance(replacement, Linear):
-        low_rank = len(replacement.factors) == 2
-        return f"linear {replacement.factors[0].shape[1]}" if low_rank else "linear"
+        return "linear" if replacement.rank is None else f"linear {replacement.rank}"
     if isinstance(replacement, Window):
         heads = (
             ""

@@ -19,7 +19,7 @@ from adaskip.cli.leaderboard import leaderboard_main
 from adaskip.configuration import config_path
 from adaskip.fingerprint import fingerprint_name
 from adaskip.leaderboard import making
-from adaskip.leaderboard.again import put_together, stand_in, told
+from adaskip.leaderboard.again import put_together, reads, stand_in, told
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.collecting import collect
 from adaskip.leaderboard.making import PARTS, Maker
@@ -156,7 +156,7 @@ def test_plans_are_put_together_from_what_a_board_has(rank: int | None) -> None:
         id="SEARCH 1.2",
         recipe={"rank": rank},
         plan_digest=plan.digest,
-        about={"method": "SEARCH", "loss": 0.5, "context": 90},
+        about={"method": "SEARCH", "loss": 0.5, "calibration": "2 rows"},
         model=fingerprint_name(plan.fingerprint),
         replaced={str(sublayer): told(replacement) for sublayer, replacement in plan.items()},
     )
@@ -169,7 +169,7 @@ def test_plans_are_put_together_from_what_a_board_has(rank: int | None) -> None:
     assert others is not None
     assert {s: others[s] for s in kept} == kept
     assert others.digest != plan.digest
-    expected = {"method": "SEARCH", "context": 90, "linear maps": "fitted anew"}
+    expected = {"method": "SEARCH", "calibration": "2 rows", "fitted on": "2 rows"}
     assert dict(others.about) == expected
 
     def refuse() -> list[Any]:
@@ -193,6 +193,56 @@ def test_plans_are_put_together_from_what_a_board_has(rank: int | None) -> None:
     for wrong in ({"attn0": "magic"}, {"attn7": "nothing"}, {"ffn0": "gain x"}):
         with pytest.raises(RunError, match=r"record of SEARCH 1\.2 is damaged"):
             stand_in(model, row.model_copy(update={"replaced": wrong}))
+
+
+def test_linear_maps_are_fitted_anew_on_more_rows(
+    make: Callable[..., tuple[Board, Maker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, fitted = "SEARCH linear2", "SEARCH linear2 fit4"
+    methods = ["ADA", "ADA fit4", plain, fitted]
+    contexts = {40: {"accelerations": [1.05], "calibration_rows": 3, "calibration_tokens": 60}}
+    board, maker = make(methods=methods, contexts=contexts, scores={})
+    everything(maker)
+    rows = {row.id: row for row in board.plans.rows()}
+    assert rows["ADA fit4 1.05"].error == "ADA 1.05 has no linear map to fit anew."
+    chosen, again = rows[f"{plain} 1.05"], rows[f"{fitted} 1.05"]
+    assert again.replaced == chosen.replaced
+    assert "linear 2" in again.replaced.values()
+    assert again.plan_digest != chosen.plan_digest
+    assert again.about["calibration"].endswith("; its linear maps fitted on 4")
+    assert again.about["predicted acceleration"] == chosen.about["predicted acceleration"]
+    assert "loss" not in again.about
+    # Maps of four rows, three of which the search had: those that fit_linears makes.
+    plan = board.plan(chosen.id)
+    linears = [sublayer for sublayer, r in plan.items() if isinstance(r, Linear)]
+    point = board.point(again.id)
+    prompts = reads(maker._calibration(point, 4))
+    searched = reads(maker._calibration(point))
+    assert [ids.tolist() for ids in prompts[:3]] == [ids.tolist() for ids in searched]
+    expected = fit_linears(maker._model, prompts, linears, rank=2, plan=plan)
+    assert board.plan(again.id).digest == expected.digest
+    # A map takes as long whatever its numbers are, and is timed once.
+    assert [*digests(board.sitting(1))] == ["dense", "ADA 1.05", chosen.id]
+    assert board.timed[again.id] == board.timed[chosen.id]
+    (table,) = collect(board.file, [board]).tables
+    gaps = {entry.method: entry.gap for entry in table.entries}
+    assert gaps[fitted] != gaps[plain]
+    assert {e.method: e.ttft for e in table.entries}[fitted] is not None
+    # Where what it was fitted from is made anew, so is it.
+    content = json.loads(board.plans.path.read_text(encoding="utf-8"))
+    content["rows"][3]["recipe"]["fitted"] = "of an earlier plan"
+    board.plans.path.write_text(json.dumps(content), encoding="utf-8")
+    stock, calls = making.refit_linears, []
+
+    def counted(*args: Any, **kwargs: Any) -> SkipPlan:
+        calls.append(1)
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(making, "refit_linears", counted)
+    maker.make("plans")
+    maker.make("plans")
+    assert len(calls) == 1
+    assert digests(board.plans)[again.id] == again.plan_digest
 
 
 def test_a_menu_says_the_rank_of_its_maps_and_the_share_of_keys_and_values(

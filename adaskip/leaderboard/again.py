@@ -7,13 +7,14 @@ board's records, so that whoever has those can measure it anew without the hours
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaskip.errors import RunError
 from adaskip.fingerprint import fingerprint_name, model_fingerprint
-from adaskip.fitting import fit_linears
+from adaskip.fitting import refit_linears
 from adaskip.leaderboard.rows import PlanRow
 from adaskip.plan import SkipPlan, all_sublayers
 from adaskip.profiling.plan_times import linear_like
@@ -70,7 +71,7 @@ def stand_in(model: PreTrainedModel, row: PlanRow) -> SkipPlan | None:
 
 
 def put_together(
-    model: PreTrainedModel, row: PlanRow, calibration: Callable[[], Sequence[Row]]
+    model: PreTrainedModel, row: PlanRow, calibration: Callable[[], Iterable[Row]]
 ) -> SkipPlan | None:
     """The plan that a row tells of.
 
@@ -87,19 +88,23 @@ def put_together(
         The plan; None if `stand_in` has none, or the method fits linear maps in its own way.
     """
     plan = stand_in(model, row)
-    linears = [] if plan is None else [s for s, r in plan.items() if isinstance(r, Linear)]
-    if plan is None or not linears:
+    if plan is None or not has_linears(plan):
         return plan
     if row.about.get("method") != SEARCH:
         return None
-    prompts = [row_ids(*each)[0][:, :-1] for each in calibration()]
-    fitted = fit_linears(model, prompts, linears, rank=row.recipe.get("rank"), plan=plan)
-    about = dict(row.about)
-    if fitted.digest != row.plan_digest:
-        # What it loses on the calibration rows was measured with the former maps.
-        about = {key: value for key, value in about.items() if key != "loss"}
-        about["linear maps"] = "fitted anew"
-    return SkipPlan(fitted, fingerprint=plan.fingerprint, about=about)
+    fitted = refit_linears(model, plan, reads(calibration()), source=row.about["calibration"])
+    same = fitted.digest == row.plan_digest
+    return SkipPlan(fitted, fingerprint=plan.fingerprint, about=row.about) if same else fitted
+
+
+def has_linears(plan: SkipPlan) -> bool:
+    """Whether there are linear maps in a plan."""
+    return any(isinstance(replacement, Linear) for replacement in plan.values())
+
+
+def reads(rows: Iterable[Row]) -> list[Tensor]:
+    """What the model reads of calibration rows: [1, tokens] each."""
+    return [row_ids(*each)[0][:, :-1] for each in rows]
 
 
 def _read(text: str, n_heads: int, model: PreTrainedModel) -> Replacement:

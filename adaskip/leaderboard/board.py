@@ -94,13 +94,35 @@ class Board:
 
     @property
     def timed(self) -> dict[str, Timed]:
-        """Times of the plans that there are now, each beside those of the dense model."""
+        """Times of the plans that there are now, each beside those of the dense model.
+
+        A plan whose linear maps were fitted anew has those of the plan that it was before: a map
+        takes as long whatever its numbers are.
+        """
         found: dict[str, Timed] = {}
         for store in self.sittings:
             known = self.known(store)
             if dense := known.pop(DENSE, None):
                 found |= {name: Timed(own, dense) for name, own in known.items()}
-        return found
+        chosen = self._same_choice
+        return found | {n: found[of] for n, of in chosen.items() if n not in found and of in found}
+
+    @property
+    def to_time(self) -> list[str]:
+        """Points whose times are still to be taken."""
+        timed, chosen = self.timed, self._same_choice
+        return [name for name in self.made if name not in timed and name not in chosen]
+
+    @property
+    def _same_choice(self) -> dict[str, str]:
+        """Of each point whose linear maps are fitted anew the one that they were fitted for."""
+        rows, fitted = self.made, [p for p in self.points if p.fit_rows is not None]
+        pairs = ((point.name, point.unfitted.name) for point in fitted)
+        return {
+            name: chosen
+            for name, chosen in pairs
+            if name in rows and chosen in rows and rows[name].replaced == rows[chosen].replaced
+        }
 
     def scores(self, task: str) -> Store[ScoreRow]:
         """Scores of a task, of each point and of the dense model."""
@@ -115,13 +137,18 @@ class Board:
 
     def recipe(self, point: Point) -> dict[str, Any]:
         """What a point's plan is made from and for, ready for JSON."""
-        return {
+        recipe = {
             "calibration": str(self.file.calibration(self.context, point)),
             "reference_tokens": self.file.reference_tokens,
             "phase": str(self.file.phase),
             "planned_at": self.context,
             "rank": point.rank,
         }
+        if point.fit_rows is not None:
+            chosen = self.made.get(point.unfitted.name)
+            recipe["fit_rows"] = point.fit_rows
+            recipe["fitted"] = None if chosen is None else chosen.plan_digest
+        return recipe
 
     def plan_of(self, point: Point, row: PlanRow | None) -> SkipPlan | None:
         """The plan that a row tells of, None if its file is gone, or is another plan's."""

@@ -19,7 +19,8 @@ import torch
 from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.fingerprint import fingerprint_name
-from adaskip.leaderboard.again import put_together, stand_in, told
+from adaskip.fitting import refit_linears
+from adaskip.leaderboard.again import has_linears, put_together, reads, stand_in, told
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.rows import DENSE_DIGEST, LossRow, PlanRow, ScoreRow, TimesRow
 from adaskip.leaderboard.settings import Point
@@ -82,10 +83,11 @@ class Maker:
         lacking |= {name for task in board.file.scores for name in board.unscored(task)}
         for point in board.points:
             row = made.get(point.name)
+            make = self._made if point.fit_rows is None else self._refitted
             if row is None or row.recipe != board.recipe(point):
-                store.append([self._made(point)])
+                store.append([make(point)])
             elif point.name in lacking and board.plan_of(point, row) is None:
-                store.append([self._again(point, row) or self._made(point)])
+                store.append([self._again(point, row) or make(point)])
 
     def measure_losses(self) -> None:
         """Scores the test rows under the plans that have no losses yet, dense first."""
@@ -124,8 +126,7 @@ class Maker:
         board = self.board
         for store in board.sittings:
             self._go_on(store)
-        timed = board.timed
-        if names := [name for name in board.made if name not in timed]:
+        if names := board.to_time:
             numbers = range(1, len(board.sittings) + 2)
             store = next(s for s in map(board.sitting, numbers) if not s.path.exists())
             self._take_turns(store, names)
@@ -214,9 +215,28 @@ class Maker:
             return PlanRow(id=point.name, recipe=recipe, error=str(error))
         return self._kept(point, plan)
 
+    def _refitted(self, point: Point) -> PlanRow:
+        """The plan of a method with its linear maps fitted anew, on more rows."""
+        board, n_rows = self.board, point.fit_rows
+        chosen = board.made.get(point.unfitted.name)
+        plan = None if chosen is None else board.plan_of(point.unfitted, chosen)
+        if plan is None and chosen is not None:
+            plan = stand_in(self._model, chosen)
+        if plan is None or not has_linears(plan):
+            error = f"{point.unfitted.name} has no linear map to fit anew."
+            return PlanRow(id=point.name, recipe=board.recipe(point), error=error)
+        source = f"{plan.about['calibration']}; its linear maps fitted on {n_rows}"
+        about = dict(plan.about) | {"calibration": source}
+        plan = SkipPlan(plan, fingerprint=plan.fingerprint, about=about)
+        prompts = reads(self._calibration(point, n_rows))
+        fitted = refit_linears(
+            self._model, plan, prompts, source=f"{n_rows} rows", progress=self.progress
+        )
+        return self._kept(point, fitted)
+
     def _again(self, point: Point, row: PlanRow) -> PlanRow | None:
         """A plan put together again from what is known of it; None if that is too little."""
-        plan = put_together(self._model, row, partial(self._calibration, point))
+        plan = put_together(self._model, row, partial(self._calibration, point, point.fit_rows))
         return None if plan is None else self._kept(point, plan)
 
     def _kept(self, point: Point, plan: SkipPlan) -> PlanRow:
@@ -267,12 +287,13 @@ class Maker:
         prompts = {name: len(prompt.text) for name, (prompt, _) in self._items.items()}
         return {"characters": characters, "prompt_characters": prompts}
 
-    def _calibration(self, point: Point) -> list[CalibrationRow]:
+    def _calibration(self, point: Point, n_rows: int | None = None) -> list[CalibrationRow]:
+        """The rows that a point is made from, or so many of them and those that follow."""
         asked = self.board.file.calibration(self.board.context, point)
         seed = {} if asked.seed is None else {"seed": asked.seed}
         config = dense_config(self.board, tasks=[asked.task], sample_tokens=asked.tokens, **seed)
         n_tokens = self.board.file.reference_tokens
-        return calibration_rows(self._loaded, config, [asked.task], asked.rows, n_tokens)
+        return calibration_rows(self._loaded, config, [asked.task], n_rows or asked.rows, n_tokens)
 
     def _run_config(self, task: str, name: str) -> RunConfig:
         """The run that generates a task's answers under a plan."""

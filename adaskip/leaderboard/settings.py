@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Annotated, Any
 
@@ -19,6 +19,8 @@ from adaskip.tasks.spec import task_spec
 
 # Of a search: "kv25" holds a quarter of the dense keys and values.
 _KV = "kv"
+# Of any method: with "fit32", its linear maps are fitted anew on 32 rows.
+_FIT = "fit"
 
 Acceleration = Annotated[float, Field(gt=1)]
 Names = Annotated[list[str], Field(min_length=1)]
@@ -34,7 +36,8 @@ class Point:
 
     Attributes:
         method: as in the file; with a menu, "SEARCH gain window", "SEARCH linear64" for maps of
-            that rank, or "SEARCH window kv25" to hold a quarter of the keys and values.
+            that rank, or "SEARCH window kv25" to hold a quarter of the keys and values; "NBL fit32"
+            for the plan of NBL with its linear maps fitted anew on 32 rows.
         acceleration: that it is asked for, by predicted time.
         task: whose warm-up rows it is made from; None is the file's.
         seed: of the choice of those rows; None is that of all runs.
@@ -63,7 +66,7 @@ class Point:
     @property
     def menu(self) -> list[Any]:
         """What a search may put in a sublayer's place, in the search's words; empty for all."""
-        return [word for word in self._words if word != _KV]
+        return [word for word in self._words if word not in (_KV, _FIT)]
 
     @property
     def rank(self) -> int | None:
@@ -75,6 +78,16 @@ class Point:
         """The largest share of the dense keys and values that a search's plan may hold."""
         percent = self._words.get(_KV)
         return None if percent is None else percent / 100
+
+    @property
+    def fit_rows(self) -> int | None:
+        """Rows that the linear maps of the same point without it are fitted on; None for none."""
+        return self._words.get(_FIT)
+
+    @property
+    def unfitted(self) -> Point:
+        """The point whose linear maps this one fits anew."""
+        return replace(self, method=_without_fit(self.method))
 
     @property
     def _words(self) -> dict[str, int | None]:
@@ -204,7 +217,8 @@ class LeaderboardFile(_Settings):
         rounds: in which times are taken, every plan and the dense model in each; more of them go on
             from those that were taken.
         methods: names of `adaskip.methods`; SEARCH may be followed by its menu, in which "linear64"
-            are linear maps of rank 64, and by "kv25", to hold 25 % of the keys and values.
+            are linear maps of rank 64, and by "kv25", to hold 25 % of the keys and values; whatever
+            comes before it, too, may be followed by "fit32".
         headline: the acceleration at which README tells of methods.
         contexts: by prompt tokens.
         scores: by task.
@@ -246,6 +260,14 @@ class LeaderboardFile(_Settings):
         scored = [task.methods or [] for task in self.scores.values()]
         for method in chain(self.methods, *own, *scored):
             _check_method(method)
+        for methods in filter(None, (self.methods, *own)):
+            for number, method in enumerate(methods):
+                chosen = _without_fit(method)
+                if chosen != method and chosen not in methods[:number]:
+                    raise AdaskipError(
+                        f"The method {method!r} fits the linear maps of {chosen!r} anew, which "
+                        "does not stand before it; name it there."
+                    )
         for task in (self.task, *self.scores, *(task for other in others for task in other.tasks)):
             task_spec(task)
         for one in others:
@@ -300,16 +322,22 @@ def _check_method(method: str) -> None:
     name, *menu = method.split()
     if name not in method_names():
         raise unknown_name("method", name, method_names())
-    if menu and name != SEARCH:
+    if name != SEARCH and any(_dish(word)[0] != _FIT for word in menu):
         raise AdaskipError(f"The method {method!r} has a menu, which {SEARCH} alone takes.")
     for word in menu:
         dish, number = _dish(word)
-        numbered = {"linear": range(1, sys.maxsize), _KV: range(1, 101)}
+        above_0 = range(1, sys.maxsize)
+        numbered = {"linear": above_0, _KV: range(1, 101), _FIT: above_0}
         is_right = number in numbered.get(dish, ()) if number is not None else dish in MENU
         if not is_right:
-            raise unknown_name("replacement", word, [*MENU, f"{_KV}25"])
+            raise unknown_name("replacement", word, [*MENU, f"{_KV}25", f"{_FIT}32"])
     if len({_dish(word)[0] for word in menu}) < len(menu):
         raise AdaskipError(f"The method {method!r} names a replacement twice; name each once.")
+
+
+def _without_fit(method: str) -> str:
+    """A method as it is before its linear maps are fitted anew."""
+    return " ".join(word for word in method.split() if _dish(word)[0] != _FIT)
 
 
 def _dish(word: str) -> tuple[str, int | None]:
