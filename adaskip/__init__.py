@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     )
     from adaskip.export.exporting import export_checkpoint as export_checkpoint
     from adaskip.export.report import ExportReport as ExportReport
-    from adaskip.fitting import fit_linears as fit_linears
+    from adaskip.fitting import (
+        fit_linears as fit_linears,
+        refit_linears as refit_linears,
+    )
     from adaskip.growing_cache import GrowingCache as GrowingCache
     from adaskip.importance import Importance as Importance
     from adaskip.learning import learn_importance as learn_importance
@@ -84,7 +87,7 @@ _HOMES = {
     ),
     "adaskip.export.exporting": ("export_checkpoint",),
     "adaskip.export.report": ("ExportReport",),
-    "adaskip.fitting": ("fit_linears",),
+    "adaskip.fitting": ("fit_linears", "refit_linears"),
     "adaskip.growing_cache": ("GrowingCache",),
     "adaskip.importance": ("Importance",),
     "adaskip.learning": ("learn_importance",),

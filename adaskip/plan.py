@@ -222,6 +222,11 @@ class SkipPlan(Mapping[Sublayer, Replacement]):
         return {s.layer: r for s, r in self.items() if isinstance(r, Window)}
 
     @property
+    def has_linears(self) -> bool:
+        """Whether linear maps take the place of sublayers."""
+        return any(isinstance(r, Linear) for r in self._replacements.values())
+
+    @property
     def digest(self) -> str:
         """A hash of the model and of all that the plan computes, whatever it says of itself."""
         digest = hashlib.sha256(self.fingerprint.encode())

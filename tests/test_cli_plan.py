@@ -115,6 +115,30 @@ def test_what_is_refused(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_linear_maps_are_fitted_anew_on_more_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options(tmp_path, "--replacements", "linear", "--rank", "2", "--acceleration", "1.05")
+    assert plan_main(given) == 0
+    assert plan_main([*given, "--fit_rows", "5", "--method", "SEARCH", "EE"]) == 0
+    out = capsys.readouterr().out
+    assert "| SEARCH-linear-rank2-fit5-1.05 " in out
+    before, after = (
+        SkipPlan.load(tmp_path / f"SEARCH-linear-rank2{part}-1.05.safetensors")
+        for part in ("", "-fit5")
+    )
+    assert [*before] == [*after]
+    assert after.has_linears
+    assert after.digest != before.digest
+    about = after.about
+    assert (about["fitted on"], about["fit rows"], about["method"]) == ("5 rows", 5, "SEARCH")
+    assert about["calibration"] == before.about["calibration"]
+    # One without linear maps has nothing to fit.
+    assert "fitted on" not in SkipPlan.load(tmp_path / "EE-fit5-1.05.safetensors").about
+    assert plan_main([*given, "--fit_rows", "2"]) == 2
+    assert "fewer than the 3 calibration rows" in capsys.readouterr().err
+
+
 def test_a_plan_made_otherwise_is_not_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,7 +190,8 @@ def test_texts_of_the_users_calibrate(tmp_path: Path, capsys: pytest.CaptureFixt
         in capsys.readouterr().err
     )
     for more, message in (
-        (["--rows", "2"], "leave --rows and --tasks out"),
+        (["--rows", "2"], "leave --rows, --fit_rows and --tasks out"),
+        (["--fit_rows", "9"], "leave --rows, --fit_rows and --tasks out"),
         (["--texts", str(text), str(text)], "named twice"),
         (["--texts", str(tmp_path / "none.txt")], "cannot be read"),
     ):

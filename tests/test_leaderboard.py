@@ -19,7 +19,7 @@ from adaskip.cli.leaderboard import leaderboard_main
 from adaskip.configuration import config_path
 from adaskip.fingerprint import fingerprint_name
 from adaskip.leaderboard import making
-from adaskip.leaderboard.again import put_together, reads, stand_in, told
+from adaskip.leaderboard.again import put_together, stand_in, told
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.collecting import collect
 from adaskip.leaderboard.making import PARTS, Maker
@@ -33,6 +33,7 @@ from adaskip.reports.leaderboard_readme import readme_table
 from adaskip.reports.leaderboard_tables import dense_sentence
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.yamlfile import read_yaml
+from adaskip.search.losses import reads
 from adaskip.tasks.spec import Row
 
 RESULTS = ROOT / "results/leaderboard"

@@ -29,6 +29,7 @@ from adaskip import (
     Step,
     Sublayer,
     fit_linears,
+    refit_linears,
     skipping,
 )
 from adaskip.fingerprint import model_fingerprint
@@ -406,6 +407,26 @@ def test_a_fit_does_not_tell_what_is_true_of_another_plan(model: PreTrainedModel
         "fitted on": "unnamed prompts",
         "besides": plan.digest,
     }
+
+
+def test_maps_of_a_plan_are_fitted_anew_each_with_its_rank(model: PreTrainedModel) -> None:
+    ids = [*prompts()]
+    full = fit_linears(model, ids[:2], [FFN1], plan=SkipPlan({Sublayer(0, "ffn"): 1.02}))
+    both = fit_linears(model, ids[:2], [Sublayer(3, "attn")], rank=5, plan=full)
+    about = {"method": "SEARCH", "loss": 0.01, "predicted acceleration": 1.2}
+    plan = SkipPlan(both, fingerprint=both.fingerprint, about=about)
+    found = refit_linears(model, plan, ids, source="all of them")
+    # Those that fit_linears makes of the same prompts, in depth order.
+    first = fit_linears(model, ids, [FFN1], plan=SkipPlan({Sublayer(0, "ffn"): 1.02}))
+    expected = fit_linears(model, ids, [Sublayer(3, "attn")], rank=5, plan=first)
+    assert (found.digest, found.fingerprint) == (expected.digest, plan.fingerprint)
+    assert found.digest != plan.digest
+    told = {"method": "SEARCH", "predicted acceleration": 1.2, "fitted on": "all of them"}
+    assert dict(found.about) == told
+    with pytest.raises(AdaskipError, match="The plan has no linear map to fit anew"):
+        refit_linears(model, SkipPlan({FFN1: 1.1}), ids)
+    with pytest.raises(PlanError, match="was made for model"):
+        refit_linears(tiny_model("llama", seed=3), plan, ids)
 
 
 def test_padding_is_not_fitted_on(model: PreTrainedModel) -> None:

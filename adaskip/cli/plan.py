@@ -15,6 +15,7 @@ from typing import Any
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
 from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
+from adaskip.fitting import refit_linears
 from adaskip.methods import make_plan, method_names
 from adaskip.models.spec import model_names, model_spec
 from adaskip.plan import Phase, SkipPlan
@@ -26,7 +27,7 @@ from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.runner import resolve
 from adaskip.search import MENU, SEARCH, WINDOWS, search_plan
 from adaskip.search.describing import record_name, with_measured
-from adaskip.search.losses import Row
+from adaskip.search.losses import Row, reads
 from adaskip.search.menu import Dishes
 from adaskip.tables import markdown_table, number, percent
 from adaskip.tasks.spec import task_spec
@@ -52,6 +53,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--context", type=int, default=1000, metavar="N", help="prompt tokens; 1000")
     add("--batch", type=int, default=1, metavar="N", help="sequences at which times count; 1")
     add("--rows", type=int, metavar="N", help=f"calibration rows; {_ROWS}")
+    add(
+        "--fit_rows",
+        type=int,
+        metavar="N",
+        help="fit linear maps anew on so many rows at last, those of --rows among them",
+    )
     add("--reference_tokens", type=int, default=96, metavar="N", help="of each answer; 96")
     add(
         "--tasks",
@@ -108,6 +115,11 @@ def _make(given: argparse.Namespace) -> int:
     texts = _read(given)
     counts = ("context", "batch", "rows", "reference_tokens")
     refuse_below_one({name: getattr(given, name) for name in counts})
+    if given.fit_rows is not None and given.fit_rows < given.rows:
+        raise AdaskipError(
+            f"--fit_rows is {given.fit_rows}, fewer than the {given.rows} calibration rows, which "
+            "are among them; give more, or leave it out."
+        )
     folder = Path(given.out)
     wanted = [*dict.fromkeys((m, ratio) for m in methods for ratio in given.acceleration)]
     plans = {_path(folder, given, *one): _kept(folder, given, *one) for one in wanted}
@@ -155,8 +167,10 @@ def _read(given: argparse.Namespace) -> dict[str, str]:
             f"{given.reference_tokens} tokens of each answer, seed {given.seed}"
         )
         return {}
-    if given.rows is not None or given.tasks is not None:
-        raise AdaskipError("--texts are the rows to calibrate with; leave --rows and --tasks out.")
+    if (given.rows, given.tasks, given.fit_rows) != (None, None, None):
+        raise AdaskipError(
+            "--texts are the rows to calibrate with; leave --rows, --fit_rows and --tasks out."
+        )
     texts = read_texts(given.texts)
     given.rows, given.tasks = len(texts), []
     digest = hashlib.sha256(repr([*texts.values()]).encode()).hexdigest()[:8]
@@ -165,7 +179,7 @@ def _read(given: argparse.Namespace) -> dict[str, str]:
 
 
 def _opened(given: argparse.Namespace, texts: Mapping[str, str]) -> tuple[LoadedModel, list[Row]]:
-    """The model, and the rows to calibrate with."""
+    """The model, and the rows to calibrate with, first those that plans are chosen by."""
     settings: dict[str, Any] = {name: getattr(given, name) for name in _LOADING}
     settings |= {"tasks": tuple(given.tasks), "name": Path(given.model).name, "policy": DENSE}
     settings |= {"sample_tokens": given.context, "max_length": given.context}
@@ -183,7 +197,7 @@ def _opened(given: argparse.Namespace, texts: Mapping[str, str]) -> tuple[Loaded
     tasks, answers = list(config.tasks), given.reference_tokens
     if texts:
         return loaded, text_rows(loaded.tokenizer, texts, given.context, answers)
-    return loaded, calibration_rows(loaded, config, tasks, given.rows, answers)
+    return loaded, calibration_rows(loaded, config, tasks, given.fit_rows or given.rows, answers)
 
 
 def _made(
@@ -198,8 +212,9 @@ def _made(
     options: dict[str, Any] = {"phase": given.phase, "context": given.context}
     options |= {"batch": given.batch, "measure": given.measure, "progress": True}
     options |= {"source": given.source, "acceleration": ratio}
+    chosen_by = rows[: given.rows]
     # One record serves all plans that are made from the same rows.
-    options["record"] = path.with_name(record_name(loaded.model, rows))
+    options["record"] = path.with_name(record_name(loaded.model, chosen_by))
     if method == SEARCH:
         make = partial(
             search_plan,
@@ -212,13 +227,17 @@ def _made(
         exact = given.exact and method in ("SLEB", "BLOCKPRUNER")
         looks = given.html is not None
         make = partial(make_plan, method=method, exact=exact, losses_on_the_way=looks)
-    plan = make(loaded.model, rows, **options)
+    plan = make(loaded.model, chosen_by, **options)
+    if given.fit_rows is not None and plan.has_linears:
+        source = f"{given.fit_rows} rows"
+        plan = refit_linears(loaded.model, plan, reads(rows), source=source, progress=True)
     return SkipPlan(plan, fingerprint=plan.fingerprint, about={**plan.about, **_made_of(given)})
 
 
 def _made_of(given: argparse.Namespace) -> dict[str, Any]:
     """What else tells a plan's file from another one of its name."""
-    return {"model": given.model_path or given.model, "exact": given.exact}
+    made = {"model": given.model_path or given.model, "exact": given.exact}
+    return made | {"fit rows": given.fit_rows}
 
 
 def _is_ready(plan: SkipPlan | None, given: argparse.Namespace) -> bool:
@@ -235,6 +254,8 @@ def _path(folder: Path, given: argparse.Namespace, method: str, ratio: float) ->
         parts.append(f"rank{given.rank}")
     if method == SEARCH and given.kv_share is not None:
         parts.append(f"kv{given.kv_share:g}")
+    if given.fit_rows is not None:
+        parts.append(f"fit{given.fit_rows}")
     return folder / f"{'-'.join(parts)}-{ratio:g}.safetensors"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaskip.errors import RunError
@@ -20,7 +19,7 @@ from adaskip.plan import SkipPlan, all_sublayers
 from adaskip.profiling.plan_times import linear_like
 from adaskip.replacements import Linear, Replacement, Window
 from adaskip.search import SEARCH
-from adaskip.search.losses import Row, row_ids
+from adaskip.search.losses import Row, reads
 from adaskip.search.menu import NOTHING
 from adaskip.sublayer_times import replacement_name
 from adaskip.summary import key_value_heads
@@ -88,23 +87,13 @@ def put_together(
         The plan; None if `stand_in` has none, or the method fits linear maps in its own way.
     """
     plan = stand_in(model, row)
-    if plan is None or not has_linears(plan):
+    if plan is None or not plan.has_linears:
         return plan
     if row.about.get("method") != SEARCH:
         return None
     fitted = refit_linears(model, plan, reads(calibration()), source=row.about["calibration"])
     same = fitted.digest == row.plan_digest
     return SkipPlan(fitted, fingerprint=plan.fingerprint, about=row.about) if same else fitted
-
-
-def has_linears(plan: SkipPlan) -> bool:
-    """Whether there are linear maps in a plan."""
-    return any(isinstance(replacement, Linear) for replacement in plan.values())
-
-
-def reads(rows: Iterable[Row]) -> list[Tensor]:
-    """What the model reads of calibration rows: [1, tokens] each."""
-    return [row_ids(*each)[0][:, :-1] for each in rows]
 
 
 def _read(text: str, n_heads: int, model: PreTrainedModel) -> Replacement:

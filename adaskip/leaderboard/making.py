@@ -20,7 +20,7 @@ from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.fingerprint import fingerprint_name
 from adaskip.fitting import refit_linears
-from adaskip.leaderboard.again import has_linears, put_together, reads, stand_in, told
+from adaskip.leaderboard.again import put_together, stand_in, told
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.rows import DENSE_DIGEST, LossRow, PlanRow, ScoreRow, TimesRow
 from adaskip.leaderboard.settings import Point
@@ -40,7 +40,7 @@ from adaskip.runs.runner import resolve, run
 from adaskip.runs.scoring import score_run
 from adaskip.runs.store import Store
 from adaskip.search import SEARCH, search_plan
-from adaskip.search.losses import Row as CalibrationRow
+from adaskip.search.losses import Row as CalibrationRow, reads
 from adaskip.tasks.prompts import Prompt
 from adaskip.tasks.spec import Row
 
@@ -222,7 +222,7 @@ class Maker:
         plan = None if chosen is None else board.plan_of(point.unfitted, chosen)
         if plan is None and chosen is not None:
             plan = stand_in(self._model, chosen)
-        if plan is None or not has_linears(plan):
+        if plan is None or not plan.has_linears:
             error = f"{point.unfitted.name} has no linear map to fit anew."
             return PlanRow(id=point.name, recipe=board.recipe(point), error=error)
         source = f"{plan.about['calibration']}; its linear maps fitted on {n_rows}"

@@ -101,6 +101,11 @@ def row_ids(prompt: Ids, answer: Ids) -> tuple[Tensor, Tensor]:
     return torch.cat(parts)[None], parts[1]
 
 
+def reads(rows: Iterable[Row]) -> list[Tensor]:
+    """What the model reads of calibration rows: [1, tokens] each."""
+    return [row_ids(*each)[0][:, :-1] for each in rows]
+
+
 class Losses:
     """The loss of candidates, under a plan that grows.
 
