@@ -63,6 +63,7 @@ def test_the_examples_of_the_documents_run(tmp_path: Path, monkeypatch: pytest.M
         "my_long_documents": ["one text", "another text"],
         "my_long_prompt": "a third text",
         "my_prompts_and_answers": [("a text of some length " * 5, " an answer")],
+        "my_prompts": ["another text of some length " * 5, "a third of them " * 9],
     }
     for document, least in (("README.md", 1), ("docs/USE.md", 5)):
         text = (ROOT / document).read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from adaskip.errors import RunError
+from adaskip.leaderboard.settings import Point
 from adaskip.profiling.interleaving import Ratio
 from adaskip.runs.files import SCHEMA, read_json, write_json
 
@@ -253,6 +254,11 @@ def read_report(path: Path) -> Report:
         raise RunError(
             f"{path} is damaged or of another version; make it anew with --parts report."
         ) from error
+
+
+def is_rival(method: str) -> bool:
+    """Whether a method is another than the search, learned from as many rows as the search is."""
+    return not method.startswith("SEARCH") and Point(method, 1.0).fit_rows is None
 
 
 def first_search(methods: Sequence[str]) -> str | None:

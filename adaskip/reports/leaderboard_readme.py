@@ -7,7 +7,7 @@ from statistics import fmean
 
 from adaskip.errors import AdaskipError
 from adaskip.leaderboard.comparing import at_speed, beside
-from adaskip.leaderboard.values import BASE, Report, Table
+from adaskip.leaderboard.values import BASE, Report, Table, is_rival
 from adaskip.profiling.intervals import paired_interval
 from adaskip.reports.leaderboard_tables import NAMES, bracketed, percent_of
 from adaskip.tables import MISSING, markdown_table
@@ -26,7 +26,7 @@ def _readme_rows(table: Table) -> list[list[str]]:
     speed, search = table.headline, table.search
     gaps = {name: at_speed(table.entries, name, speed) for name in table.methods}
     reached = {name: gap for name, gap in gaps.items() if gap is not None}
-    field = {n: g for n, g in reached.items() if n != BASE and not n.startswith("SEARCH")}
+    field = {name: gap for name, gap in reached.items() if name != BASE and is_rival(name)}
     best = min(field, key=lambda name: fmean(field[name].values()), default=None)
     if not reached or not any(entry.ttft for entry in table.entries):
         return []

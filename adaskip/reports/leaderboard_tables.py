@@ -7,7 +7,15 @@ from statistics import fmean
 
 from adaskip.leaderboard.axes import Axis, same_axes
 from adaskip.leaderboard.comparing import at_speed, beside
-from adaskip.leaderboard.values import BASE, Interval, Report, Score, Table, TaskFacts
+from adaskip.leaderboard.values import (
+    BASE,
+    Interval,
+    Report,
+    Score,
+    Table,
+    TaskFacts,
+    is_rival,
+)
 from adaskip.tables import MISSING, markdown_table, number
 
 # The header of a table, and its rows.
@@ -76,7 +84,7 @@ def dense_sentence(table: Table) -> str:
 def search_sentence(table: Table) -> str:
     """Whether another method is better than the searched plan; empty without one."""
     search = table.search
-    rivals = [e for e in table.entries if search in e.beside and not e.method.startswith("SEARCH")]
+    rivals = [e for e in table.entries if search in e.beside and is_rival(e.method)]
     if search is None or not rivals:
         return ""
     better = [f"{e.method} {e.asked:g}" for e in rivals if e.beside[search].verdict == "better"]
