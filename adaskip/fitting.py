@@ -29,6 +29,8 @@ Prompts = Iterable[Tensor | Mapping[str, Tensor]]
 
 # What a plan's `about` calls the prompts of its linear maps.
 FITTED_ON = "fitted on"
+# And the loss that it had with the maps that it was chosen by.
+LOSS_BEFORE = "loss before fit"
 _UNNAMED = "unnamed prompts"
 
 
@@ -109,7 +111,7 @@ def refit_linears(
         progress: whether to show a progress bar.
 
     Returns:
-        The plan; of what it told of itself the loss is missing, which was that of other maps.
+        The plan; what it told of as its loss, that of other maps, is now its "loss before fit".
 
     Raises:
         AdaskipError: the plan has no linear map, or there are too few tokens.
@@ -123,7 +125,7 @@ def refit_linears(
     plan.check_model(model)
     _checked(model, ranks, None, plan)
     made = _fitted(sublayers_of, prompts, ranks, plan, ridge, sinks, progress=progress)
-    about = {key: value for key, value in plan.about.items() if key != "loss"}
+    about = {LOSS_BEFORE if key == "loss" else key: value for key, value in plan.about.items()}
     about[FITTED_ON] = source or _UNNAMED
     return SkipPlan(made, fingerprint=model_fingerprint(model), about=about)
 

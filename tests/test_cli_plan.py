@@ -118,24 +118,29 @@ def test_what_is_refused(
 def test_linear_maps_are_fitted_anew_on_more_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = options(tmp_path, "--replacements", "linear", "--rank", "2", "--acceleration", "1.05")
-    assert plan_main(given) == 0
-    assert plan_main([*given, "--fit_rows", "5", "--method", "SEARCH", "EE"]) == 0
-    out = capsys.readouterr().out
-    assert "| SEARCH-linear-rank2-fit5-1.05 " in out
-    before, after = (
-        SkipPlan.load(tmp_path / f"SEARCH-linear-rank2{part}-1.05.safetensors")
-        for part in ("", "-fit5")
-    )
-    assert [*before] == [*after]
-    assert after.has_linears
-    assert after.digest != before.digest
-    about = after.about
-    assert (about["fitted on"], about["fit rows"], about["method"]) == ("5 rows", 5, "SEARCH")
-    assert about["calibration"] == before.about["calibration"]
-    # One without linear maps has nothing to fit.
-    assert "fitted on" not in SkipPlan.load(tmp_path / "EE-fit5-1.05.safetensors").about
-    assert plan_main([*given, "--fit_rows", "2"]) == 2
+    linear = ["--replacements", "linear", "--rank", "2", "--acceleration", "1.05"]
+    plans, losses = {}, {}
+    for name, more in {"3": ["--fit_rows", "3"], "5": ["--fit_rows", "5"], "32": []}.items():
+        given = options(tmp_path / name, *linear, "--method", "SEARCH", "EE", *more)
+        assert plan_main(given) == 0
+        out = capsys.readouterr().out
+        (losses[name],) = re.findall(r"^\| SEARCH-linear-rank2-1.05 .*$", out, flags=re.M)
+        plans[name] = SkipPlan.load(tmp_path / name / "SEARCH-linear-rank2-1.05.safetensors")
+        about = plans[name].about
+        told = (about["fitted on"], about["fit rows"], about["method"])
+        assert told == (f"{name} rows", int(name), "SEARCH")
+        assert "loss before fit" in about
+        # One without linear maps has nothing to fit.
+        other = SkipPlan.load(tmp_path / name / "EE-1.05.safetensors").about
+        assert not {"fitted on", "fit rows"} & {*other}
+    assert plans["32"].has_linears
+    assert [*plans["3"]] == [*plans["5"]] == [*plans["32"]]
+    assert len({plan.digest for plan in plans.values()}) == 3
+    assert len({plan.about["calibration"] for plan in plans.values()}) == 1
+    assert len(set(losses.values())) == 1
+    assert plan_main(options(tmp_path / "3", *linear)) == 2
+    assert "was made with another fit rows (3, asked for: 32)" in capsys.readouterr().err
+    assert plan_main(options(tmp_path / "new", *linear, "--fit_rows", "2")) == 2
     assert "fewer than the 3 calibration rows" in capsys.readouterr().err
 
 

@@ -171,6 +171,7 @@ def test_plans_are_put_together_from_what_a_board_has(rank: int | None) -> None:
     assert {s: others[s] for s in kept} == kept
     assert others.digest != plan.digest
     expected = {"method": "SEARCH", "calibration": "2 rows", "fitted on": "2 rows"}
+    expected |= {"loss before fit": 0.5}
     assert dict(others.about) == expected
 
     def refuse() -> list[Any]:

@@ -15,8 +15,8 @@ from typing import Any
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
 from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
-from adaskip.fitting import refit_linears
-from adaskip.methods import make_plan, method_names
+from adaskip.fitting import LOSS_BEFORE, refit_linears
+from adaskip.methods import METHODS, make_plan, method_names
 from adaskip.models.spec import model_names, model_spec
 from adaskip.plan import Phase, SkipPlan
 from adaskip.policies.made_plan import read_plans
@@ -33,7 +33,7 @@ from adaskip.tables import markdown_table, number, percent
 from adaskip.tasks.spec import task_spec
 
 ALL = "all"
-_ROWS, _TASKS = 4, ("sample_summarization", "sample_qa")
+_ROWS, _FIT_ROWS, _TASKS = 4, 32, ("sample_summarization", "sample_qa")
 _LOADING = ("model_path", "dtype", "device", "allow_pickle", "seed", "data_dir", "min_length")
 
 
@@ -57,7 +57,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--fit_rows",
         type=int,
         metavar="N",
-        help="fit linear maps anew on so many rows at last, those of --rows among them",
+        help="fit linear maps anew on so many rows at last, those of --rows among them; "
+        f"{_FIT_ROWS} of packaged documents",
     )
     add("--reference_tokens", type=int, default=96, metavar="N", help="of each answer; 96")
     add(
@@ -162,6 +163,8 @@ def _read(given: argparse.Namespace) -> dict[str, str]:
         given.tasks = given.tasks or [*_TASKS]
         # LongBench has no rows apart from those of its tests.
         split = all(task_spec(task).offline for task in given.tasks)
+        if given.fit_rows is None and split:
+            given.fit_rows = max(_FIT_ROWS, given.rows)
         given.source = (
             f"{given.rows} {'warm-up' if split else 'first'} rows of {' '.join(given.tasks)}, "
             f"{given.reference_tokens} tokens of each answer, seed {given.seed}"
@@ -228,16 +231,22 @@ def _made(
         looks = given.html is not None
         make = partial(make_plan, method=method, exact=exact, losses_on_the_way=looks)
     plan = make(loaded.model, chosen_by, **options)
-    if given.fit_rows is not None and plan.has_linears:
+    if plan.has_linears and given.fit_rows is not None:
         source = f"{given.fit_rows} rows"
         plan = refit_linears(loaded.model, plan, reads(rows), source=source, progress=True)
-    return SkipPlan(plan, fingerprint=plan.fingerprint, about={**plan.about, **_made_of(given)})
+    about = {**plan.about, **_made_of(given, method)}
+    return SkipPlan(plan, fingerprint=plan.fingerprint, about=about)
 
 
-def _made_of(given: argparse.Namespace) -> dict[str, Any]:
+def _made_of(given: argparse.Namespace, method: str) -> dict[str, Any]:
     """What else tells a plan's file from another one of its name."""
+    menu = (
+        "linear" in given.replacements
+        if method == SEARCH
+        else method in METHODS and METHODS[method].linear
+    )
     made = {"model": given.model_path or given.model, "exact": given.exact}
-    return made | {"fit rows": given.fit_rows}
+    return made | ({"fit rows": given.fit_rows} if menu else {})
 
 
 def _is_ready(plan: SkipPlan | None, given: argparse.Namespace) -> bool:
@@ -254,8 +263,6 @@ def _path(folder: Path, given: argparse.Namespace, method: str, ratio: float) ->
         parts.append(f"rank{given.rank}")
     if method == SEARCH and given.kv_share is not None:
         parts.append(f"kv{given.kv_share:g}")
-    if given.fit_rows is not None:
-        parts.append(f"fit{given.fit_rows}")
     return folder / f"{'-'.join(parts)}-{ratio:g}.safetensors"
 
 
@@ -270,7 +277,7 @@ def _kept(folder: Path, given: argparse.Namespace, method: str, ratio: float) ->
         return None
     plan = SkipPlan.load(path)
     wanted = {"method": method, "acceleration": ratio, "calibration": given.source}
-    wanted |= _made_of(given)
+    wanted |= _made_of(given, method)
     wanted |= {key: getattr(given, key) for key in ("phase", "context", "batch")}
     if method == SEARCH:
         wanted["replacements"] = str(Dishes(given.replacements, given.windows, given.rank))
@@ -298,7 +305,7 @@ def _table(plans: dict[str, SkipPlan]) -> str:
                 number(about.get("predicted acceleration"), 3),
                 measured,
                 percent(about.get("predicted kv share")),
-                number(about.get("loss"), 4),
+                number(about.get("loss", about.get(LOSS_BEFORE)), 4),
                 number(about.get("forwards"), 0),
                 _replaces(plan),
             ]
