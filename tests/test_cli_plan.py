@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_loaded import TinyLoaded, character_tokenizer, tiny_rows
 
-from adaskip import SkipPlan
+from adaskip import DataError, SkipPlan
 from adaskip.cli.plan import plan_main
 from adaskip.plan import Phase, all_sublayers
 from adaskip.policies.made_plan import PlanFile
@@ -116,7 +116,7 @@ def test_what_is_refused(
 
 
 def test_linear_maps_are_fitted_anew_on_more_rows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     linear = ["--replacements", "linear", "--rank", "2", "--acceleration", "1.05"]
     plans, losses = {}, {}
@@ -138,6 +138,20 @@ def test_linear_maps_are_fitted_anew_on_more_rows(
     assert len({plan.digest for plan in plans.values()}) == 3
     assert len({plan.about["calibration"] for plan in plans.values()}) == 1
     assert len(set(losses.values())) == 1
+
+    def few(task: str, tokenizer: Any, n: int, **_: Any) -> list[Any]:
+        if n > 9:
+            raise DataError("has 9 rows; choose at most 9")
+        return tiny_rows(task, n)
+
+    # By default as many as there are; what was asked for, or not at all.
+    monkeypatch.setattr("adaskip.runs.loaded.sample_rows", few)
+    assert plan_main(options(tmp_path / "few", *linear)) == 0
+    found = SkipPlan.load(tmp_path / "few" / "SEARCH-linear-rank2-1.05.safetensors").about
+    assert (found["fitted on"], found["fit rows"]) == ("8 rows", 32)
+    capsys.readouterr()
+    assert plan_main(options(tmp_path / "new", *linear, "--fit_rows", "12")) == 2
+    assert "choose at most 9" in capsys.readouterr().err
     assert plan_main(options(tmp_path / "3", *linear)) == 2
     assert "was made with another fit rows (3, asked for: 32)" in capsys.readouterr().err
     assert plan_main(options(tmp_path / "new", *linear, "--fit_rows", "2")) == 2

@@ -14,7 +14,7 @@ from typing import Any
 
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
-from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
+from adaskip.errors import AdaskipError, DataError, refuse_below_one, unknown_name
 from adaskip.fitting import LOSS_BEFORE, refit_linears
 from adaskip.methods import METHODS, make_plan, method_names
 from adaskip.models.spec import model_names, model_spec
@@ -58,7 +58,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="fit linear maps anew on so many rows at last, those of --rows among them; "
-        f"{_FIT_ROWS} of packaged documents",
+        f"of packaged documents up to {_FIT_ROWS}, as many as there are",
     )
     add("--reference_tokens", type=int, default=96, metavar="N", help="of each answer; 96")
     add(
@@ -163,7 +163,8 @@ def _read(given: argparse.Namespace) -> dict[str, str]:
         given.tasks = given.tasks or [*_TASKS]
         # LongBench has no rows apart from those of its tests.
         split = all(task_spec(task).offline for task in given.tasks)
-        if given.fit_rows is None and split:
+        given.fits_what_there_is = given.fit_rows is None and split
+        if given.fits_what_there_is:
             given.fit_rows = max(_FIT_ROWS, given.rows)
         given.source = (
             f"{given.rows} {'warm-up' if split else 'first'} rows of {' '.join(given.tasks)}, "
@@ -200,7 +201,15 @@ def _opened(given: argparse.Namespace, texts: Mapping[str, str]) -> tuple[Loaded
     tasks, answers = list(config.tasks), given.reference_tokens
     if texts:
         return loaded, text_rows(loaded.tokenizer, texts, given.context, answers)
-    return loaded, calibration_rows(loaded, config, tasks, given.fit_rows or given.rows, answers)
+    wanted = given.fit_rows or given.rows
+    while True:
+        try:
+            return loaded, calibration_rows(loaded, config, tasks, wanted, answers)
+        except DataError:
+            # In short contexts few documents fit.
+            if not given.fits_what_there_is or wanted == given.rows:
+                raise
+            wanted = max(given.rows, wanted // 2)
 
 
 def _made(
@@ -232,7 +241,7 @@ def _made(
         make = partial(make_plan, method=method, exact=exact, losses_on_the_way=looks)
     plan = make(loaded.model, chosen_by, **options)
     if plan.has_linears and given.fit_rows is not None:
-        source = f"{given.fit_rows} rows"
+        source = f"{len(rows)} rows"
         plan = refit_linears(loaded.model, plan, reads(rows), source=source, progress=True)
     about = {**plan.about, **_made_of(given, method)}
     return SkipPlan(plan, fingerprint=plan.fingerprint, about=about)
