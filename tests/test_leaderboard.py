@@ -229,7 +229,11 @@ def test_linear_maps_are_fitted_anew_on_more_rows(
     (table,) = collect(board.file, [board]).tables
     gaps = {entry.method: entry.gap for entry in table.entries}
     assert gaps[fitted] != gaps[plain]
-    assert {e.method: e.ttft for e in table.entries}[fitted] is not None
+    entry = next(entry for entry in table.entries if entry.method == fitted)
+    assert entry.ttft is not None
+    assert entry.beside[plain].difference == pytest.approx(gaps[fitted] - gaps[plain], abs=0.01)
+    # One is as fast as the other, whatever that is.
+    assert entry.beside[plain].steady
     # Where what it was fitted from is made anew, so is it.
     content = json.loads(board.plans.path.read_text(encoding="utf-8"))
     content["rows"][3]["recipe"]["fitted"] = "of an earlier plan"
