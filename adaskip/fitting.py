@@ -115,6 +115,7 @@ def refit_linears(
 
     Raises:
         AdaskipError: the plan has no linear map, or there are too few tokens.
+        PlanError: it was made for another model.
         ProfileError: a prompt is none.
         UnsupportedModelError: the architecture is not supported, or the model is patched.
     """

@@ -19,10 +19,10 @@ from adaskip.cli.leaderboard import leaderboard_main
 from adaskip.configuration import config_path
 from adaskip.fingerprint import fingerprint_name
 from adaskip.leaderboard import making
-from adaskip.leaderboard.again import put_together, stand_in, told
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.collecting import collect
 from adaskip.leaderboard.making import PARTS, Maker
+from adaskip.leaderboard.restoring import put_together, stand_in, told
 from adaskip.leaderboard.rows import PlanRow
 from adaskip.leaderboard.settings import LeaderboardFile, Shipped
 from adaskip.leaderboard.shipping import ship
@@ -144,7 +144,7 @@ def test_plans_are_put_together_from_what_a_board_has(rank: int | None) -> None:
     model = tiny_model("llama")
     rows = [(prompt(90, seed=seed)[0], [seed, 5, 6]) for seed in (1, 2)]
     # What the model reads of a row: all but the last token of its answer.
-    reads = [torch.tensor([[*ids.tolist(), *answer[:-1]]]) for ids, answer in rows]
+    seen = [torch.tensor([[*ids.tolist(), *answer[:-1]]]) for ids, answer in rows]
     kept = {
         Sublayer(0, "attn"): Window(16, 2),
         Sublayer(1, "attn"): Window(16, 4, (1,), 2),
@@ -152,7 +152,7 @@ def test_plans_are_put_together_from_what_a_board_has(rank: int | None) -> None:
         Sublayer(2, "ffn"): None,
     }
     linears = [Sublayer(2, "attn"), Sublayer(3, "ffn")]
-    plan = fit_linears(model, reads, linears, rank=rank, plan=SkipPlan(kept))
+    plan = fit_linears(model, seen, linears, rank=rank, plan=SkipPlan(kept))
     row = PlanRow(
         id="SEARCH 1.2",
         recipe={"rank": rank},
@@ -630,6 +630,10 @@ def test_shipped_plans_tell_what_was_measured(
         (json.dumps(FILE | {"methods": ["SEARCH kv"]}), "Unknown replacement 'kv'"),
         (json.dumps(FILE | {"methods": ["SEARCH kv101"]}), "Unknown replacement 'kv101'"),
         (json.dumps(FILE | {"methods": ["SEARCH linear linear64"]}), "names a replacement twice"),
+        (json.dumps(FILE | {"methods": ["NBL fit32"]}), "fits the linear maps of 'NBL' anew"),
+        (json.dumps(FILE | {"methods": ["NBL fit32", "NBL"]}), "does not stand before it"),
+        (json.dumps(FILE | {"methods": ["NBL", "NBL fit"]}), "fit32"),
+        (json.dumps(FILE | {"methods": ["NBL", "NBL gain"]}), "has a menu, which SEARCH alone"),
         (json.dumps(FILE | {"methods": ["EE gain"]}), "which SEARCH alone takes"),
         (json.dumps(FILE | {"scores": {"sample_qu": {"rows": 1}}}), "Unknown task 'sample_qu'"),
         (

@@ -249,13 +249,13 @@ def _made(
 
 def _made_of(given: argparse.Namespace, method: str) -> dict[str, Any]:
     """What else tells a plan's file from another one of its name."""
-    menu = (
+    fits = (
         "linear" in given.replacements
         if method == SEARCH
         else method in METHODS and METHODS[method].linear
     )
     made = {"model": given.model_path or given.model, "exact": given.exact}
-    return made | ({"fit rows": given.fit_rows} if menu else {})
+    return made | ({"fit rows": given.fit_rows} if fits else {})
 
 
 def _is_ready(plan: SkipPlan | None, given: argparse.Namespace) -> bool:

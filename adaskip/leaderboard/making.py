@@ -20,8 +20,8 @@ from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.fingerprint import fingerprint_name
 from adaskip.fitting import refit_linears
-from adaskip.leaderboard.again import put_together, stand_in, told
 from adaskip.leaderboard.board import Board
+from adaskip.leaderboard.restoring import put_together, stand_in, told
 from adaskip.leaderboard.rows import DENSE_DIGEST, LossRow, PlanRow, ScoreRow, TimesRow
 from adaskip.leaderboard.settings import Point
 from adaskip.methods import make_plan
@@ -185,10 +185,17 @@ class Maker:
 
     def _timed(self, name: str) -> SkipPlan:
         """The plan of a point, or one that takes as long."""
-        row = self.board.made.get(name)
-        gone = row is not None and self.board.plan_of(self.board.point(name), row) is None
-        other = stand_in(self._model, row) if row is not None and gone else None
-        return self.board.plan(name) if other is None else other
+        plan = EMPTY_PLAN if name == DENSE else self._choice(self.board.point(name))
+        # It says what to do about a plan that is gone.
+        return self.board.plan(name) if plan is None else plan
+
+    def _choice(self, point: Point) -> SkipPlan | None:
+        """The plan of a point, or one that has the same in every place but for linear maps."""
+        row = self.board.made.get(point.name)
+        if row is None:
+            return None
+        plan = self.board.plan_of(point, row)
+        return stand_in(self._model, row) if plan is None else plan
 
     def _made(self, point: Point) -> PlanRow:
         board, recipe = self.board, self.board.recipe(point)
@@ -218,10 +225,7 @@ class Maker:
     def _refitted(self, point: Point) -> PlanRow:
         """The plan of a method with its linear maps fitted anew, on more rows."""
         board, n_rows = self.board, point.fit_rows
-        chosen = board.made.get(point.unfitted.name)
-        plan = None if chosen is None else board.plan_of(point.unfitted, chosen)
-        if plan is None and chosen is not None:
-            plan = stand_in(self._model, chosen)
+        plan = self._choice(point.unfitted)
         if plan is None or not plan.has_linears:
             error = f"{point.unfitted.name} has no linear map to fit anew."
             return PlanRow(id=point.name, recipe=board.recipe(point), error=error)

@@ -20,7 +20,7 @@ class PlanRow(Stored):
         plan_digest: of the plan; empty if there is none, or it was made before digests were kept.
         about: what the plan tells of itself; empty if there is none.
         model: the name of the model's fingerprint; empty if there is no plan, and in earlier files.
-        replaced: by what each sublayer is replaced, as `again.told` has it.
+        replaced: by what each sublayer is replaced, as `restoring.told` has it.
         error: why the method reaches no such acceleration.
     """
 

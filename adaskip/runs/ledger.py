@@ -173,7 +173,7 @@ def begin(
     n_layers: int,
     profile: str | None,
     n_rows: Mapping[str, int],
-    model: str = "",
+    model: str,
     attention: str | None = None,
 ) -> None:
     """Writes `run.json` for a start or a continuation.
@@ -183,7 +183,7 @@ def begin(
         n_layers: decoder layers of the model.
         profile: name of the importance profile, if the policy has one.
         n_rows: rows of each task.
-        model: its fingerprint; empty if nothing is known of it.
+        model: its fingerprint.
         attention: the implementation that the model uses.
 
     Raises:
@@ -191,7 +191,7 @@ def begin(
             be written.
     """
     folder, old = run_folder(config), existing_record(config)
-    if old and old.model and model and not same_model(old.model, model):
+    if old and old.model and not same_model(old.model, model):
         raise RunError(
             f"{folder} was made with model {fingerprint_name(old.model)}, {config.model_name} is "
             f"now {fingerprint_name(model)}; give this run another name (--name NAME)."
