@@ -231,8 +231,9 @@ def test_linear_maps_are_fitted_anew_on_more_rows(
     assert gaps[fitted] != gaps[plain]
     entry = next(entry for entry in table.entries if entry.method == fitted)
     assert entry.ttft is not None
-    assert entry.beside[plain].difference == pytest.approx(gaps[fitted] - gaps[plain], abs=0.01)
-    # One is as fast as the other, whatever that is.
+    # One is as fast as the other, whatever that is: a tiny model's plan may be no faster than dense.
+    theirs = gaps[plain] if entry.speed > 1 else 0.0
+    assert entry.beside[plain].difference == pytest.approx(gaps[fitted] - theirs, abs=0.01)
     assert entry.beside[plain].steady
     # Where what it was fitted from is made anew, so is it.
     content = json.loads(board.plans.path.read_text(encoding="utf-8"))
