@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from adaskip.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from adaskip.distilling import distill_plan as distill_plan
     from adaskip.entering import skipping as skipping
     from adaskip.errors import (
         AdaskipError as AdaskipError,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from adaskip.summary import PhaseSummary as PhaseSummary, Summary as Summary
 
 _HOMES = {
+    "adaskip.distilling": ("distill_plan",),
     "adaskip.entering": ("skipping",),
     "adaskip.errors": (
         "AdaskipError",

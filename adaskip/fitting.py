@@ -31,7 +31,8 @@ Prompts = Iterable[Tensor | Mapping[str, Tensor]]
 FITTED_ON = "fitted on"
 # And the loss that it had with the maps that it was chosen by.
 LOSS_BEFORE = "loss before fit"
-_UNNAMED = "unnamed prompts"
+# What it says of prompts that nothing is said of.
+UNNAMED = "unnamed prompts"
 
 
 def fit_linears(
@@ -79,7 +80,7 @@ def fit_linears(
     ranks = dict.fromkeys(_checked(model, sublayers, rank, plan), rank)
     made = _fitted(sublayers_of, prompts, ranks, plan, ridge, sinks, progress=progress)
     # What `plan` tells of itself, a loss or a time, is not true of this one.
-    about = {"linear maps": len(ranks), "rank": rank, FITTED_ON: source or _UNNAMED}
+    about = {"linear maps": len(ranks), "rank": rank, FITTED_ON: source or UNNAMED}
     about |= {"besides": plan.digest} if plan else {}
     return SkipPlan(made, fingerprint=model_fingerprint(model), about=about)
 
@@ -127,7 +128,7 @@ def refit_linears(
     _checked(model, ranks, None, plan)
     made = _fitted(sublayers_of, prompts, ranks, plan, ridge, sinks, progress=progress)
     about = {LOSS_BEFORE if key == "loss" else key: value for key, value in plan.about.items()}
-    about[FITTED_ON] = source or _UNNAMED
+    about[FITTED_ON] = source or UNNAMED
     return SkipPlan(made, fingerprint=model_fingerprint(model), about=about)
 
 

@@ -158,6 +158,39 @@ def test_linear_maps_are_fitted_anew_on_more_rows(
     assert "fewer than the 3 calibration rows" in capsys.readouterr().err
 
 
+def test_gains_and_maps_are_distilled_when_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linear = ["--replacements", "gain", "linear", "--rank", "2", "--acceleration", "1.05"]
+    linear += ["--fit_rows", "6", "--method", "SEARCH", "EE"]
+    name = "SEARCH-gain+linear-rank2-1.05.safetensors"
+    assert plan_main(options(tmp_path / "fitted", *linear)) == 0
+    assert plan_main([*options(tmp_path / "trained", *linear), "--distill", "2"]) == 0
+    fitted, trained = (SkipPlan.load(tmp_path / run / name) for run in ("fitted", "trained"))
+    told = (trained.about["distilled on"], trained.about["distilled epochs"])
+    assert told == ("6 rows", 2)
+    assert trained.about["divergence"] <= trained.about["divergence before distilling"]
+    assert [*trained] == [*fitted]
+    assert trained.about["predicted acceleration"] == fitted.about["predicted acceleration"]
+    # One that has nothing to train stays as it is, and serves both.
+    other = SkipPlan.load(tmp_path / "trained" / "EE-1.05.safetensors")
+    assert "distilled on" not in other.about
+    assert other.digest == SkipPlan.load(tmp_path / "fitted" / "EE-1.05.safetensors").digest
+    capsys.readouterr()
+    for asked, message in (
+        ([*options(tmp_path / "trained", *linear)], "distilled epochs (2, asked for: None)"),
+        ([*options(tmp_path / "fitted", *linear), "--distill", "1"], "(None, asked for: 1)"),
+        ([*options(tmp_path / "new", *linear), "--distill", "-1"], "--distill is -1; give 0"),
+        (
+            [*options(tmp_path / "new"), "--rows", "1", "--fit_rows", "1", "--distill", "2"],
+            "--distill takes at least 2 rows or texts, as one is held out to judge by; there is 1",
+        ),
+    ):
+        assert plan_main(asked) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_plan_made_otherwise_is_not_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,16 @@ from leaderboard_fixtures import FILE, file, filled, whole
 from tiny_loaded import TinyLoaded, tiny_rows
 from typing_extensions import override
 
-from adaskip import AdaskipError, PlanError, RunError, SkipPlan, Sublayer, fit_linears, shipped
+from adaskip import (
+    AdaskipError,
+    PlanError,
+    RunError,
+    SkipPlan,
+    Sublayer,
+    distill_plan,
+    fit_linears,
+    shipped,
+)
 from adaskip.cli.leaderboard import leaderboard_main
 from adaskip.configuration import config_path
 from adaskip.fingerprint import fingerprint_name
@@ -200,8 +209,8 @@ def test_plans_are_put_together_from_what_a_board_has(rank: int | None) -> None:
 def test_linear_maps_are_fitted_anew_on_more_rows(
     make: Callable[..., tuple[Board, Maker]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, fitted = "SEARCH linear2", "SEARCH linear2 fit4"
-    methods = ["ADA", "ADA fit4", plain, fitted]
+    plain, fitted, trained = "SEARCH linear2", "SEARCH linear2 fit4", "SEARCH linear2 distill4"
+    methods = ["ADA", "ADA fit4", plain, fitted, trained]
     contexts = {40: {"accelerations": [1.05], "calibration_rows": 3, "calibration_tokens": 60}}
     board, maker = make(methods=methods, contexts=contexts, scores={})
     everything(maker)
@@ -223,18 +232,28 @@ def test_linear_maps_are_fitted_anew_on_more_rows(
     assert [ids.tolist() for ids in prompts[:3]] == [ids.tolist() for ids in searched]
     expected = fit_linears(maker._model, prompts, linears, rank=2, plan=plan)
     assert board.plan(again.id).digest == expected.digest
+    # Of the same rows, those that distill_plan makes from there.
+    expected = distill_plan(maker._model, expected, prompts)
+    assert board.plan(f"{trained} 1.05").digest == expected.digest
+    assert rows[f"{trained} 1.05"].about["divergence"] == expected.about["divergence"]
+    assert rows[f"{trained} 1.05"].about["calibration"].endswith("; its linear maps trained on 4")
     # A map takes as long whatever its numbers are, and is timed once.
     assert [*digests(board.sitting(1))] == ["dense", "ADA 1.05", chosen.id]
-    assert board.timed[again.id] == board.timed[chosen.id]
+    assert board.timed[again.id] == board.timed[f"{trained} 1.05"] == board.timed[chosen.id]
     (table,) = collect(board.file, [board]).tables
     gaps = {entry.method: entry.gap for entry in table.entries}
     assert gaps[fitted] != gaps[plain]
     entry = next(entry for entry in table.entries if entry.method == fitted)
     assert entry.ttft is not None
-    # One is as fast as the other, whatever that is: a tiny model's plan may be no faster than dense.
+    # One is as fast as the other, whatever that is; a tiny model may be no faster than dense.
     theirs = gaps[plain] if entry.speed > 1 else 0.0
     assert entry.beside[plain].difference == pytest.approx(gaps[fitted] - theirs, abs=0.01)
     assert entry.beside[plain].steady
+    # One whose file is gone is trained again, not only fitted.
+    board.path_of(board.point(f"{trained} 1.05")).unlink()
+    board.losses.path.unlink()
+    maker.make("plans")
+    assert board.plan(f"{trained} 1.05").digest == expected.digest
     # Where what it was fitted from is made anew, so is it.
     content = json.loads(board.plans.path.read_text(encoding="utf-8"))
     content["rows"][3]["recipe"]["fitted"] = "of an earlier plan"
@@ -634,6 +653,8 @@ def test_shipped_plans_tell_what_was_measured(
         (json.dumps(FILE | {"methods": ["NBL fit32"]}), "fits the linear maps of 'NBL' anew"),
         (json.dumps(FILE | {"methods": ["NBL fit32", "NBL"]}), "does not stand before it"),
         (json.dumps(FILE | {"methods": ["NBL", "NBL fit"]}), "fit32"),
+        (json.dumps(FILE | {"methods": ["NBL distill9", "NBL"]}), "does not stand before it"),
+        (json.dumps(FILE | {"methods": ["NBL", "NBL fit9 distill9"]}), "of its own each"),
         (json.dumps(FILE | {"methods": ["NBL", "NBL gain"]}), "has a menu, which SEARCH alone"),
         (json.dumps(FILE | {"methods": ["EE gain"]}), "which SEARCH alone takes"),
         (json.dumps(FILE | {"scores": {"sample_qu": {"rows": 1}}}), "Unknown task 'sample_qu'"),

@@ -14,6 +14,7 @@ from typing import Any
 
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
+from adaskip.distilling import EPOCHS, LEAST_PROMPTS, can_learn, distill_plan
 from adaskip.errors import AdaskipError, DataError, refuse_below_one, unknown_name
 from adaskip.fitting import LOSS_BEFORE, refit_linears
 from adaskip.methods import METHODS, make_plan, method_names
@@ -59,6 +60,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="fit linear maps anew on so many rows at last, those of --rows among them; "
         f"of packaged documents up to {_FIT_ROWS}, as many as there are",
+    )
+    add(
+        "--distill",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train gains and linear maps on the same rows at last, N times over; none by default, "
+        "2 is a good number",
     )
     add("--reference_tokens", type=int, default=96, metavar="N", help="of each answer; 96")
     add(
@@ -116,6 +125,8 @@ def _make(given: argparse.Namespace) -> int:
     texts = _read(given)
     counts = ("context", "batch", "rows", "reference_tokens")
     refuse_below_one({name: getattr(given, name) for name in counts})
+    if given.distill < 0:
+        raise AdaskipError(f"--distill is {given.distill}; give 0 to leave it out, or more.")
     if given.fit_rows is not None and given.fit_rows < given.rows:
         raise AdaskipError(
             f"--fit_rows is {given.fit_rows}, fewer than the {given.rows} calibration rows, which "
@@ -127,6 +138,11 @@ def _make(given: argparse.Namespace) -> int:
     failures: dict[str, str] = {}
     if not all(_is_ready(plan, given) for plan in plans.values()):
         loaded, rows = _opened(given, texts)
+        if given.distill and len(rows) < LEAST_PROMPTS:
+            raise AdaskipError(
+                f"--distill takes at least {LEAST_PROMPTS} rows or texts, as one is held out to "
+                f"judge by; there is {len(rows)}. Give more, or leave it out."
+            )
         for (method, ratio), (path, kept) in zip(wanted, [*plans.items()], strict=True):
             if _is_ready(kept, given):
                 continue
@@ -243,6 +259,9 @@ def _made(
     if plan.has_linears and given.fit_rows is not None:
         source = f"{len(rows)} rows"
         plan = refit_linears(loaded.model, plan, reads(rows), source=source, progress=True)
+    if given.distill and can_learn(plan):
+        told: dict[str, Any] = {"source": f"{len(rows)} rows", "progress": True}
+        plan = distill_plan(loaded.model, plan, reads(rows), epochs=given.distill, **told)
     about = {**plan.about, **_made_of(given, method)}
     return SkipPlan(plan, fingerprint=plan.fingerprint, about=about)
 
@@ -288,6 +307,8 @@ def _kept(folder: Path, given: argparse.Namespace, method: str, ratio: float) ->
     wanted = {"method": method, "acceleration": ratio, "calibration": given.source}
     wanted |= _made_of(given, method)
     wanted |= {key: getattr(given, key) for key in ("phase", "context", "batch")}
+    if can_learn(plan):
+        wanted[EPOCHS] = given.distill or None
     if method == SEARCH:
         wanted["replacements"] = str(Dishes(given.replacements, given.windows, given.rank))
         wanted["kv share"] = given.kv_share

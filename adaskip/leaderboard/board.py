@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from adaskip.errors import PlanError
+from adaskip.leaderboard.restoring import GAIN
 from adaskip.leaderboard.rows import (
     DENSE_DIGEST,
     LossRow,
@@ -96,8 +97,8 @@ class Board:
     def timed(self) -> dict[str, Timed]:
         """Times of the plans that there are now, each beside those of the dense model.
 
-        A plan whose linear maps were fitted anew has those of the plan that it was before: a map
-        takes as long whatever its numbers are.
+        A plan whose linear maps were fitted anew has those of the plan that it was before: maps and
+        gains take as long whatever their numbers are.
         """
         found: dict[str, Timed] = {}
         for store in self.sittings:
@@ -121,7 +122,7 @@ class Board:
         return {
             name: chosen
             for name, chosen in pairs
-            if name in rows and chosen in rows and rows[name].replaced == rows[chosen].replaced
+            if name in rows and chosen in rows and _takes(rows[name]) == _takes(rows[chosen])
         }
 
     def scores(self, task: str) -> Store[ScoreRow]:
@@ -148,6 +149,7 @@ class Board:
             chosen = self.made.get(point.unfitted.name)
             recipe["fit_rows"] = point.fit_rows
             recipe["fitted"] = None if chosen is None else chosen.plan_digest
+            recipe |= {"distilled": True} if point.is_distilled else {}
         return recipe
 
     def plan_of(self, point: Point, row: PlanRow | None) -> SkipPlan | None:
@@ -212,3 +214,8 @@ class Board:
     def _store(self, part: str, kind: type[Any], **settings: Any) -> Store[Any]:
         common = {"model": self.model, "task": self.file.task, "context": self.context}
         return Store(self.folder / f"{self.name}-{part}.json", kind, common | settings)
+
+
+def _takes(row: PlanRow) -> dict[str, str]:
+    """What decides how long a plan takes: all but the numbers of its gains and maps."""
+    return {name: GAIN if text.startswith(GAIN) else text for name, text in row.replaced.items()}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from adaskip.distilling import distill_plan
 from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.fingerprint import fingerprint_name
@@ -223,19 +224,21 @@ class Maker:
         return self._kept(point, plan)
 
     def _refitted(self, point: Point) -> PlanRow:
-        """The plan of a method with its linear maps fitted anew, on more rows."""
+        """The plan of a method with its linear maps fitted anew on more rows, or trained, too."""
         board, n_rows = self.board, point.fit_rows
         plan = self._choice(point.unfitted)
         if plan is None or not plan.has_linears:
             error = f"{point.unfitted.name} has no linear map to fit anew."
             return PlanRow(id=point.name, recipe=board.recipe(point), error=error)
-        source = f"{plan.about['calibration']}; its linear maps fitted on {n_rows}"
+        done = "trained" if point.is_distilled else "fitted"
+        source = f"{plan.about['calibration']}; its linear maps {done} on {n_rows}"
         about = dict(plan.about) | {"calibration": source}
         plan = SkipPlan(plan, fingerprint=plan.fingerprint, about=about)
         prompts = reads(self._calibration(point, n_rows))
-        fitted = refit_linears(
-            self._model, plan, prompts, source=f"{n_rows} rows", progress=self.progress
-        )
+        told: dict[str, Any] = {"source": f"{n_rows} rows", "progress": self.progress}
+        fitted = refit_linears(self._model, plan, prompts, **told)
+        if point.is_distilled:
+            fitted = distill_plan(self._model, fitted, prompts, **told)
         return self._kept(point, fitted)
 
     def _again(self, point: Point, row: PlanRow) -> PlanRow | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedModel
 
+from adaskip.distilling import DISTILLED_ON
 from adaskip.errors import RunError
 from adaskip.fingerprint import fingerprint_name, model_fingerprint
 from adaskip.fitting import refit_linears
@@ -26,7 +27,8 @@ from adaskip.summary import key_value_heads
 
 _WINDOW = re.compile(r"window (\d+)(?: and (\d+) sinks)?(?: of heads ([\d ]+))?")
 _LINEAR = re.compile(r"linear(?: (\d+))?")
-_GAIN = "gain "
+# What `told` says of a gain, before the number.
+GAIN = "gain "
 
 
 def told(replacement: Replacement) -> str:
@@ -35,7 +37,7 @@ def told(replacement: Replacement) -> str:
         return NOTHING
     if isinstance(replacement, Linear | Window):
         return replacement_name(replacement)
-    return f"{_GAIN}{replacement!r}"
+    return f"{GAIN}{replacement!r}"
 
 
 def stand_in(model: PreTrainedModel, row: PlanRow) -> SkipPlan | None:
@@ -84,12 +86,12 @@ def put_together(
         calibration: gives the rows that it was made from.
 
     Returns:
-        The plan; None if `stand_in` has none, or the method fits linear maps in its own way.
+        The plan; None if `stand_in` has none, or its linear maps were made in another way.
     """
     plan = stand_in(model, row)
     if plan is None or not plan.has_linears:
         return plan
-    if row.about.get("method") != SEARCH:
+    if row.about.get("method") != SEARCH or DISTILLED_ON in row.about:
         return None
     fitted = refit_linears(model, plan, reads(calibration()), source=row.about["calibration"])
     same = fitted.digest == row.plan_digest
@@ -100,8 +102,8 @@ def _read(text: str, n_heads: int, model: PreTrainedModel) -> Replacement:
     """What takes a sublayer's place, as `told` has it; a linear map with any numbers."""
     if text == NOTHING:
         return None
-    if text.startswith(_GAIN):
-        return float(text.removeprefix(_GAIN))
+    if text.startswith(GAIN):
+        return float(text.removeprefix(GAIN))
     if found := _LINEAR.fullmatch(text):
         return linear_like(model, None if found[1] is None else int(found[1]))
     found = _WINDOW.fullmatch(text)

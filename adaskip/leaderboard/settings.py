@@ -21,6 +21,9 @@ from adaskip.tasks.spec import task_spec
 _KV = "kv"
 # Of any method: with "fit32", its linear maps are fitted anew on 32 rows.
 _FIT = "fit"
+# And with "distill32", trained on them from there.
+_DISTILL = "distill"
+_AFTERWARDS = (_FIT, _DISTILL)
 
 Acceleration = Annotated[float, Field(gt=1)]
 Names = Annotated[list[str], Field(min_length=1)]
@@ -37,7 +40,8 @@ class Point:
     Attributes:
         method: as in the file; with a menu, "SEARCH gain window", "SEARCH linear64" for maps of
             that rank, or "SEARCH window kv25" to hold a quarter of the keys and values; "NBL fit32"
-            for the plan of NBL with its linear maps fitted anew on 32 rows.
+            for the plan of NBL with its linear maps fitted anew on 32 rows, "NBL distill32" for
+            maps and gains that are trained on these, too.
         acceleration: that it is asked for, by predicted time.
         task: whose warm-up rows it is made from; None is the file's.
         seed: of the choice of those rows; None is that of all runs.
@@ -66,7 +70,7 @@ class Point:
     @property
     def menu(self) -> list[Any]:
         """What a search may put in a sublayer's place, in the search's words; empty for all."""
-        return [word for word in self._words if word not in (_KV, _FIT)]
+        return [word for word in self._words if word not in (_KV, *_AFTERWARDS)]
 
     @property
     def rank(self) -> int | None:
@@ -82,12 +86,17 @@ class Point:
     @property
     def fit_rows(self) -> int | None:
         """Rows that the linear maps of the same point without it are fitted on; None for none."""
-        return self._words.get(_FIT)
+        return self._words.get(_FIT) or self._words.get(_DISTILL)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether its gains and linear maps are trained on these rows, too."""
+        return _DISTILL in self._words
 
     @property
     def unfitted(self) -> Point:
         """The point whose linear maps this one fits anew."""
-        return replace(self, method=_without_fit(self.method))
+        return replace(self, method=_as_chosen(self.method))
 
     @property
     def _words(self) -> dict[str, int | None]:
@@ -218,7 +227,7 @@ class LeaderboardFile(_Settings):
             from those that were taken.
         methods: names of `adaskip.methods`; SEARCH may be followed by its menu, in which "linear64"
             are linear maps of rank 64, and by "kv25", to hold 25 % of the keys and values; whatever
-            comes before it, too, may be followed by "fit32".
+            comes before it, too, may be followed by "fit32" or "distill32".
         headline: the acceleration at which README tells of methods.
         contexts: by prompt tokens.
         scores: by task.
@@ -262,7 +271,7 @@ class LeaderboardFile(_Settings):
             _check_method(method)
         for methods in filter(None, (self.methods, *own)):
             for number, method in enumerate(methods):
-                chosen = _without_fit(method)
+                chosen = _as_chosen(method)
                 if chosen != method and chosen not in methods[:number]:
                     raise AdaskipError(
                         f"The method {method!r} fits the linear maps of {chosen!r} anew, which "
@@ -322,22 +331,29 @@ def _check_method(method: str) -> None:
     name, *menu = method.split()
     if name not in method_names():
         raise unknown_name("method", name, method_names())
-    if name != SEARCH and any(_dish(word)[0] != _FIT for word in menu):
+    if name != SEARCH and any(_dish(word)[0] not in _AFTERWARDS for word in menu):
         raise AdaskipError(f"The method {method!r} has a menu, which {SEARCH} alone takes.")
     for word in menu:
         dish, number = _dish(word)
         above_0 = range(1, sys.maxsize)
-        numbered = {"linear": above_0, _KV: range(1, 101), _FIT: above_0}
+        numbered = {"linear": above_0, _KV: range(1, 101)} | dict.fromkeys(_AFTERWARDS, above_0)
         is_right = number in numbered.get(dish, ()) if number is not None else dish in MENU
         if not is_right:
-            raise unknown_name("replacement", word, [*MENU, f"{_KV}25", f"{_FIT}32"])
+            raise unknown_name(
+                "replacement", word, [*MENU, f"{_KV}25", *(f"{name}32" for name in _AFTERWARDS)]
+            )
     if len({_dish(word)[0] for word in menu}) < len(menu):
         raise AdaskipError(f"The method {method!r} names a replacement twice; name each once.")
+    if {*_AFTERWARDS} <= {_dish(word)[0] for word in menu}:
+        raise AdaskipError(
+            f"The method {method!r} is fitted and distilled on rows of its own each; {_DISTILL}32 "
+            "fits on 32 rows before it trains on them."
+        )
 
 
-def _without_fit(method: str) -> str:
+def _as_chosen(method: str) -> str:
     """A method as it is before its linear maps are fitted anew."""
-    return " ".join(word for word in method.split() if _dish(word)[0] != _FIT)
+    return " ".join(word for word in method.split() if _dish(word)[0] not in _AFTERWARDS)
 
 
 def _dish(word: str) -> tuple[str, int | None]:

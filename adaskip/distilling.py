@@ -1,0 +1,312 @@
+"""Trains the gains and linear maps of a plan by gradient, towards the dense model's predictions.
+
+A fit in closed form brings each sublayer's map near to what that sublayer adds. What counts is what
+the model says at last: here all of them are trained together on it, and make up for each other and
+for the windows and skips between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from adaskip.blocks import execution_device
+from adaskip.errors import AdaskipError
+from adaskip.evaluating import evaluating
+from adaskip.fingerprint import model_fingerprint
+from adaskip.fitting import LOSS_BEFORE, UNNAMED, Prompts
+from adaskip.numbers import is_finite, is_whole
+from adaskip.padding import real_tokens
+from adaskip.plan import SkipPlan, Sublayer, all_sublayers
+from adaskip.replacements import Linear, Replacement
+from adaskip.streams import Sublayers
+from adaskip.warmup import checked_prompts
+
+# What a plan's `about` calls the prompts, and the divergence of those held out of training.
+DISTILLED_ON, EPOCHS = "distilled on", "distilled epochs"
+BEFORE, AFTER = "divergence before distilling", "divergence"
+# One to learn from, one to judge by.
+LEAST_PROMPTS = 2
+# Of so many prompts one is held out, to tell by whether training helped; of fewer, one.
+_HELD_OUT = 8
+# Positions of a prompt that are looked at in a step: logits of a whole one take more than layers.
+_POSITIONS = 256
+# Gains are near 1 and few, entries of maps far below and many.
+_GAIN_RATE = 10.0
+# The share of the steps in which the rate rises.
+_RISE = 0.1
+
+
+def distill_plan(
+    model: PreTrainedModel,
+    plan: SkipPlan,
+    prompts: Prompts,
+    *,
+    epochs: int = 2,
+    learning_rate: float = 3e-4,
+    seed: int = 0,
+    source: str = "",
+    progress: bool = False,
+) -> SkipPlan:
+    """A plan whose gains and linear maps are trained towards the dense model's predictions.
+
+    Minimizes KL(dense || plan) of the next token over the prompts' tokens, one prompt a step, by
+    Adam with a rate that rises over a tenth of the steps and falls to nothing. Windows, skips and
+    the model's weights stay as they are, and so does the plan's time. An eighth of the prompts, the
+    last ones, is held out: what is returned is what diverged least on them after an epoch, or the
+    plan's own numbers where training did not help.
+
+    Args:
+        model: a causal language model of a supported family, outside of `skipping()`.
+        plan: with gains or linear maps; fitted on the same prompts is a good start.
+        prompts: input ids [batch, tokens], or mappings with `input_ids` and `attention_mask`.
+        epochs: passes over the prompts.
+        learning_rate: the highest, of linear maps; gains learn ten times as fast.
+        seed: of the order of prompts and the choice of their positions.
+        source: what the prompts are, kept in the plan.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The plan, its maps in float32 on the CPU. `about` has the divergence on the prompts held
+        out, in nats per token, before and after.
+
+    Raises:
+        AdaskipError: the plan has nothing to train, there are fewer than two prompts, a number is
+            none, or the model's weights are quantized.
+        PlanError: it was made for another model.
+        ProfileError: a prompt is none.
+        UnsupportedModelError: the architecture is not supported, or the model is patched.
+
+    Source: knowledge distillation (arXiv 1503.02531); METHOD, "Distilling a plan".
+    """
+    sublayers_of = Sublayers(model)
+    plan.check_model(model)
+    if not (is_whole(epochs) and epochs >= 1):
+        raise AdaskipError(f"epochs is {epochs!r}; give a whole number of passes, 1 or more.")
+    if not (is_finite(learning_rate) and learning_rate > 0):
+        raise AdaskipError(f"A learning rate of {learning_rate!r} is none; give one above 0.")
+    if not is_whole(seed):
+        raise AdaskipError(f"A seed of {seed!r} is none; give a whole number.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise AdaskipError(
+            "The model's weights are quantized, and gradients do not pass through them; distil the "
+            "plan on the model as it was before, whose plan fits both."
+        )
+    if not can_learn(plan):
+        raise AdaskipError(
+            "The plan has no gain and no linear map, so nothing of it can be trained; give one "
+            "that has some."
+        )
+    given = checked_prompts(prompts, model.config.get_text_config(decoder=True).vocab_size)
+    if len(given) < LEAST_PROMPTS:
+        raise AdaskipError(
+            f"Distilling takes at least {LEAST_PROMPTS} prompts, as one is held out to judge by; "
+            f"{len(given)} given."
+        )
+    with torch.inference_mode(False), evaluating(model), _frozen(model):
+        trained = _Trained(sublayers_of, plan)
+        course = _Course(trained, given, seed, progress=progress)
+        before = course.divergence()
+        least, best = before, dict(plan)
+        for _ in course.train(epochs, learning_rate):
+            found = course.divergence()
+            if found < least:
+                least, best = found, trained.now()
+    about = {LOSS_BEFORE if key == "loss" else key: value for key, value in plan.about.items()}
+    about |= {DISTILLED_ON: source or UNNAMED, EPOCHS: epochs, BEFORE: before, AFTER: least}
+    return SkipPlan(best, fingerprint=model_fingerprint(model), about=about)
+
+
+def can_learn(plan: SkipPlan) -> bool:
+    """Whether a plan has a gain or a linear map."""
+    return any(isinstance(each, float | Linear) for each in plan.values())
+
+
+class _Trained:
+    """The gains and maps of a plan as tensors that learn.
+
+    Args:
+        sublayers_of: of the model.
+        plan: it stays as it is.
+
+    Attributes:
+        replacements: all that the plan replaces, with the tensors in their places.
+        maps: the tensors of linear maps.
+        gains: numbers, [] each.
+    """
+
+    def __init__(self, sublayers_of: Sublayers, plan: SkipPlan) -> None:
+        self.sublayers_of, self._plan = sublayers_of, plan
+        self.replacements: dict[Sublayer, Any] = dict(plan)
+        self.maps: list[Tensor] = []
+        self.gains: list[Tensor] = []
+        for sublayer, replacement in plan.items():
+            device = execution_device(sublayers_of.decoder.layers[sublayer.layer])
+            if isinstance(replacement, Linear):
+                *factors, bias = (
+                    tensor.detach().to(device, torch.float32, copy=True).requires_grad_()
+                    for tensor in replacement.tensors
+                )
+                self.replacements[sublayer] = Linear.of(factors, bias)
+                self.maps += [*factors, bias]
+            elif isinstance(replacement, float):
+                gain = torch.tensor(replacement, device=device, requires_grad=True)
+                self.replacements[sublayer] = gain
+                self.gains.append(gain)
+
+    def now(self) -> dict[Sublayer, Replacement]:
+        """What the plan replaces, with the numbers of now."""
+        made: dict[Sublayer, Replacement] = {}
+        for sublayer, replacement in self.replacements.items():
+            if isinstance(replacement, Linear):
+                *factors, bias = (
+                    t.detach().to("cpu", torch.float32, copy=True) for t in replacement.tensors
+                )
+                made[sublayer] = Linear.of(factors, bias)
+            else:
+                is_gain = isinstance(replacement, Tensor)
+                made[sublayer] = float(replacement.detach()) if is_gain else replacement
+        return made
+
+
+@dataclass
+class _Prompt:
+    """A prompt, and the dense model's residual stream behind the last layer, on the CPU."""
+
+    inputs: Mapping[str, Tensor]
+    dense: Tensor
+
+
+class _Course:
+    """Takes prompts through a plan that learns.
+
+    Args:
+        trained: what learns.
+        given: the prompts, looked at already.
+        seed: of their order and positions.
+        progress: whether to show a progress bar.
+    """
+
+    def __init__(
+        self, trained: _Trained, given: Sequence[Mapping[str, Tensor]], seed: int, *, progress: bool
+    ) -> None:
+        self._trained, self._own = trained, trained.sublayers_of
+        self._order = all_sublayers(len(self._own.decoder.layers))
+        self._generator = torch.Generator().manual_seed(seed)
+        self._progress = progress
+        with torch.no_grad():
+            told = tqdm(given, "the dense model", disable=not progress)
+            prompts = [_Prompt(inputs, self._behind(inputs, {}).cpu()) for inputs in told]
+        n_held = max(1, len(prompts) // _HELD_OUT)
+        self._learned, self._held = prompts[:-n_held], prompts[-n_held:]
+
+    def divergence(self) -> float:
+        """Nats per token on the prompts held out, at positions that are always the same."""
+        with torch.no_grad():
+            found = [self._lost(prompt, self._spread(prompt)) for prompt in self._held]
+        return float(sum(found)) / len(found)
+
+    def train(self, epochs: int, learning_rate: float) -> Iterator[int]:
+        """Trains epoch by epoch: the number of each, from 0 on, when it is done."""
+        trained, n_steps = self._trained, epochs * len(self._learned)
+        rates = [(trained.maps, learning_rate), (trained.gains, learning_rate * _GAIN_RATE)]
+        groups = [{"params": tensors, "lr": rate} for tensors, rate in rates if tensors]
+        optimizer = Adam(groups)
+        schedule = LambdaLR(optimizer, partial(_share_of_rate, n_steps))
+        with tqdm(total=n_steps, desc="distilling", disable=not self._progress) as bar:
+            for epoch in range(epochs):
+                for prompt in self._shuffled():
+                    optimizer.zero_grad()
+                    with torch.enable_grad():
+                        torch.autograd.backward(self._lost(prompt, self._drawn(prompt)))
+                    clip_grad_norm_([*trained.maps, *trained.gains], 1.0)
+                    optimizer.step()
+                    schedule.step()
+                    bar.update()
+                yield epoch
+
+    def _shuffled(self) -> list[_Prompt]:
+        """The prompts to learn from, in an order of this epoch."""
+        order = torch.randperm(len(self._learned), generator=self._generator)
+        return [self._learned[number] for number in order.tolist()]
+
+    def _drawn(self, prompt: _Prompt) -> Tensor:
+        """Positions of a prompt that a step looks at."""
+        tokens = prompt.dense.shape[1]
+        return torch.randperm(tokens, generator=self._generator)[:_POSITIONS].sort().values
+
+    @staticmethod
+    def _spread(prompt: _Prompt) -> Tensor:
+        """As many positions, evenly over the prompt."""
+        tokens = prompt.dense.shape[1]
+        return torch.linspace(0, tokens - 1, min(tokens, _POSITIONS)).long()
+
+    def _lost(self, prompt: _Prompt, positions: Tensor) -> Tensor:
+        """KL(dense || plan) of what follows some positions: a scalar, nats per token."""
+        ids = prompt.inputs["input_ids"]
+        with torch.no_grad():
+            dense = self._told(ids, prompt.dense, positions)
+        found = self._told(ids, self._behind(prompt.inputs, self._trained.replacements), positions)
+        by_token = kl_div(found, dense, reduction="none", log_target=True).sum(dim=-1)
+        real = real_tokens(prompt.inputs.get("attention_mask"), 0, ids.shape[1], len(ids))
+        counted = by_token if real is None else by_token[real[:, positions].to(by_token.device)]
+        # Of a batch, none may have a token at these positions.
+        return counted.sum() / max(1, counted.numel())
+
+    def _told(self, ids: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+        """Log-probabilities that a stream behind the last layer gives: [batch, n, vocabulary]."""
+        at = execution_device(self._own.model.get_input_embeddings())
+        logits = self._own.logits(ids.to(at), x.to(at), positions.to(at))
+        return log_softmax(logits.float(), dim=-1)
+
+    def _behind(
+        self, inputs: Mapping[str, Tensor], replacements: Mapping[Sublayer, Replacement]
+    ) -> Tensor:
+        """The stream behind the last layer: [batch, tokens, hidden]."""
+        x, calls = self._own.begin(inputs)
+        for sublayer in self._order:
+            # What a sublayer holds within is computed again, so that long prompts fit.
+            x = checkpoint(
+                self._own.through,
+                sublayer,
+                x,
+                calls,
+                replacements,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return x
+
+
+def _share_of_rate(n_steps: int, done: int) -> float:
+    """Of the highest learning rate, after so many of all steps: up evenly, down as a cosine."""
+    rise, step = math.ceil(n_steps * _RISE), done + 1
+    fallen = max(0, step - rise) / (n_steps + 1 - rise)
+    return min(step / rise, 0.5 + 0.5 * math.cos(math.pi * fallen))
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Lets no weight of a model learn for a while."""
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in learning:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in learning:
+            weight.requires_grad_(True)

@@ -1,0 +1,254 @@
+"""Gains and linear maps trained towards the dense model's predictions: against a loop by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import prompt, tiny_model
+from oracle import zeroed
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+from transformers import PreTrainedModel
+
+from adaskip import (
+    AdaskipError,
+    Linear,
+    PlanError,
+    SkipPlan,
+    Sublayer,
+    UnsupportedCallError,
+    Window,
+    distill_plan,
+    fit_linears,
+    skipping,
+)
+from adaskip.distilling import _Course, _Trained
+from adaskip.streams import Sublayers
+
+ATTN0, ATTN2, FFN1, FFN3 = (
+    Sublayer(0, "attn"),
+    Sublayer(2, "attn"),
+    Sublayer(1, "ffn"),
+    Sublayer(3, "ffn"),
+)
+PROMPTS = [prompt(n, seed=n) for n in (90, 75, 80, 85, 70, 65, 33)]
+WINDOWS = {
+    Sublayer(1, "attn"): Window(8, 2),
+    ATTN2: Window(8, 2, heads=(1,), of_heads=2),
+}
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+def fitted(
+    model: PreTrainedModel, besides: dict[Sublayer, Any], rank: int | None = None
+) -> SkipPlan:
+    return fit_linears(model, PROMPTS, [ATTN0], rank=rank, plan=SkipPlan(besides))
+
+
+def numbers(plan: SkipPlan) -> list[Tensor]:
+    """Everything of a plan that can be trained."""
+    found: list[Tensor] = []
+    for each in plan.values():
+        if isinstance(each, Linear):
+            found += each.tensors
+        elif isinstance(each, float):
+            found.append(torch.tensor(each))
+    return found
+
+
+def trained_by_hand(
+    model: PreTrainedModel, plan: SkipPlan, epochs: int, rate: float
+) -> list[Tensor]:
+    """A map in the place of ATTN0 and a gain in that of ATTN2 after training, by hooks."""
+    copy = zeroed(model, plan).requires_grad_(False)
+    tensors = [tensor.clone().requires_grad_() for tensor in numbers(plan)]
+    *factors, bias, gain = tensors
+
+    def before(at: int, change: Any) -> None:
+        copy.model.layers[at].register_forward_pre_hook(
+            lambda _, args, kwargs: ((change(args[0]), *args[1:]), kwargs), with_kwargs=True
+        )
+
+    def mapped(x: Tensor) -> Tensor:
+        n = x / x.square().mean(dim=-1, keepdim=True).sqrt()
+        for factor in factors:
+            n = n @ factor
+        return x + n + bias
+
+    before(0, mapped)
+    before(2, lambda x: x * gain)
+    *learned, held = PROMPTS
+
+    def lost(ids: Tensor) -> Tensor:
+        dense, found = (log_softmax(m(ids).logits, dim=-1) for m in (model, copy))
+        return kl_div(found, dense.detach(), reduction="sum", log_target=True) / ids.shape[1]
+
+    groups = [{"params": tensors[:-1], "lr": rate}, {"params": [gain], "lr": 10 * rate}]
+    optimizer = torch.optim.Adam(groups)
+    n_steps = epochs * len(learned)
+    rise = math.ceil(0.1 * n_steps)
+    generator = torch.Generator().manual_seed(0)
+    step = 0
+    least, best = float(lost(held).detach()), [t.detach().clone() for t in tensors]
+    for _ in range(epochs):
+        for number in torch.randperm(len(learned), generator=generator).tolist():
+            torch.randperm(learned[number].shape[1], generator=generator)
+            optimizer.zero_grad()
+            lost(learned[number]).backward()
+            torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+            step += 1
+            fallen = 0.5 + 0.5 * math.cos(math.pi * max(0, step - rise) / (n_steps + 1 - rise))
+            for group, highest in zip(optimizer.param_groups, (rate, 10 * rate), strict=True):
+                group["lr"] = highest * min(step / rise, fallen)
+            optimizer.step()
+        if (found := float(lost(held).detach())) < least:
+            least, best = found, [t.detach().clone() for t in tensors]
+    return best
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_what_is_trained_is_what_a_loop_by_hand_makes(
+    model: PreTrainedModel, rank: int | None
+) -> None:
+    plan = fitted(model, {ATTN2: 1.25}, rank)
+    found = distill_plan(model, plan, PROMPTS, epochs=3, learning_rate=1e-3)
+    assert found.digest != plan.digest
+    for ours, theirs in zip(numbers(found), trained_by_hand(model, plan, 3, 1e-3), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert found.about["divergence"] < found.about["divergence before distilling"]
+
+
+def test_gradients_are_those_of_finite_differences_through_windows(model: PreTrainedModel) -> None:
+    double = model.double().requires_grad_(False)
+    # Before the windows, so that gradients pass through them, of all heads and of one.
+    trained = _Trained(Sublayers(double), fitted(double, {Sublayer(0, "ffn"): 1.1, **WINDOWS}))
+    course = _Course(trained, [{"input_ids": ids} for ids in PROMPTS], 0, progress=False)
+    (gain,), bias = trained.gains, trained.maps[-1]
+    one = course._held[0]
+    positions = course._spread(one)
+    assert len(positions) == 33
+
+    def lost() -> float:
+        return float(course._lost(one, positions).detach())
+
+    course._lost(one, positions).backward()
+    for tensor, at in ((gain, ()), (bias, (3,)), (trained.maps[0], (5, 7))):
+        assert tensor.grad is not None
+        expected, step = float(tensor.grad[at]), 1e-3
+        with torch.no_grad():
+            tensor[at] += step
+            above = lost()
+            tensor[at] -= 2 * step
+            below = lost()
+            tensor[at] += step
+        assert (above - below) / (2 * step) == pytest.approx(expected, rel=1e-2, abs=1e-4)
+
+
+def test_what_does_not_help_is_not_kept(model: PreTrainedModel) -> None:
+    plan = fitted(model, {ATTN2: 1.25, FFN3: None, **WINDOWS})
+    worse = distill_plan(model, plan, PROMPTS, learning_rate=100.0)
+    assert worse.digest == plan.digest
+    assert worse.about["divergence"] == worse.about["divergence before distilling"]
+    better = distill_plan(model, plan, PROMPTS, epochs=3, learning_rate=1e-3)
+    assert better.digest != plan.digest
+    # What is replaced by what stays, and so does the time.
+    kept = {FFN3: None, **WINDOWS}
+    assert [*better] == [*plan]
+    assert {sublayer: better[sublayer] for sublayer in kept} == kept
+
+
+def test_it_is_the_same_for_a_seed(model: PreTrainedModel) -> None:
+    plan = fitted(model, {})
+    found = [distill_plan(model, plan, PROMPTS, learning_rate=3e-3, seed=s) for s in (1, 1, 2)]
+    assert found[0].digest == found[1].digest != found[2].digest
+
+
+def test_padding_is_not_counted(model: PreTrainedModel) -> None:
+    plan = fitted(model, {ATTN2: 1.25})
+
+    def padded(ids: Tensor) -> dict[str, Tensor]:
+        fill = torch.zeros(1, 7, dtype=torch.long)
+        mask = torch.cat([fill, torch.ones_like(ids)], dim=1)
+        return {"input_ids": torch.cat([fill, ids], dim=1), "attention_mask": mask}
+
+    expected = distill_plan(model, plan, PROMPTS, epochs=1, learning_rate=1e-3)
+    found = distill_plan(model, plan, map(padded, PROMPTS), epochs=1, learning_rate=1e-3)
+    assert found.digest != plan.digest
+    for ours, theirs in zip(numbers(found), numbers(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    key = "divergence before distilling"
+    assert found.about[key] == pytest.approx(expected.about[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_model_is_left_as_it_was(model: PreTrainedModel, *, inference: bool) -> None:
+    model.model.layers[1].requires_grad_(False)
+    model.model.layers[2].mlp.train()
+    learning = [weight.requires_grad for weight in model.parameters()]
+    weights = [weight.detach().clone() for weight in model.parameters()]
+    training = [module.training for module in model.modules()]
+    plan = fitted(model, WINDOWS)
+    with torch.inference_mode(inference):
+        inputs = [
+            {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)} for ids in PROMPTS
+        ]
+        found = distill_plan(model, plan, inputs, learning_rate=3e-3)
+    assert found.digest != plan.digest
+    assert [weight.requires_grad for weight in model.parameters()] == learning
+    assert all(weight.grad is None for weight in model.parameters())
+    assert all(map(torch.equal, model.parameters(), weights))
+    assert [module.training for module in model.modules()] == training
+    assert not any(tensor.requires_grad for tensor in numbers(found))
+    with skipping(model, found):
+        model.generate(PROMPTS[0], max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen2", "olmo2"])
+def test_other_families_and_precisions(family: str) -> None:
+    model = tiny_model(family).bfloat16()
+    plan = fitted(model, {ATTN2: 1.25})
+    found = distill_plan(model, plan, PROMPTS, epochs=3, learning_rate=1e-3)
+    assert found.about["divergence"] < found.about["divergence before distilling"]
+    assert {tensor.dtype for tensor in numbers(found)} == {torch.float32}
+
+
+def test_what_is_told_of_a_plan(model: PreTrainedModel) -> None:
+    about = {"method": "SEARCH", "loss": 0.01, "predicted acceleration": 1.2}
+    plan = SkipPlan({FFN1: 1.1}, about=about)
+    found = distill_plan(model, plan, PROMPTS, epochs=1, source="some rows")
+    told = {name: found.about[name] for name in found.about if "divergence" not in name}
+    assert told == {
+        "method": "SEARCH",
+        "predicted acceleration": 1.2,
+        "loss before fit": 0.01,
+        "distilled on": "some rows",
+        "distilled epochs": 1,
+    }
+    other = tiny_model("llama", seed=3)
+    with pytest.raises(PlanError, match="was made for model"):
+        distill_plan(other, found, PROMPTS)
+
+
+def test_what_is_refused(model: PreTrainedModel) -> None:
+    plan = SkipPlan({FFN1: 1.1})
+    for changes, message in (
+        ({"plan": SkipPlan({FFN1: None, **WINDOWS})}, "no gain and no linear map"),
+        ({"prompts": PROMPTS[:1]}, "at least 2 prompts, as one is held out to judge by; 1 given"),
+        ({"epochs": 0}, "epochs is 0; give a whole number of passes, 1 or more"),
+        ({"learning_rate": 0.0}, "A learning rate of 0.0 is none"),
+        ({"seed": 0.5}, "A seed of 0.5 is none"),
+    ):
+        with pytest.raises(AdaskipError, match=message):
+            distill_plan(model, **{"plan": plan, "prompts": PROMPTS, **changes})
+    with skipping(model, plan), pytest.raises(UnsupportedCallError, match="inside skipping"):
+        distill_plan(model, plan, PROMPTS)
+    model.hf_quantizer = object()
+    with pytest.raises(AdaskipError, match="weights are quantized"):
+        distill_plan(model, plan, PROMPTS)
