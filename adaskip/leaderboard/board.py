@@ -122,7 +122,7 @@ class Board:
         return {
             name: chosen
             for name, chosen in pairs
-            if name in rows and chosen in rows and _takes(rows[name]) == _takes(rows[chosen])
+            if name in rows and chosen in rows and take_as_long(rows[name], rows[chosen])
         }
 
     def scores(self, task: str) -> Store[ScoreRow]:
@@ -216,6 +216,10 @@ class Board:
         return Store(self.folder / f"{self.name}-{part}.json", kind, common | settings)
 
 
-def _takes(row: PlanRow) -> dict[str, str]:
-    """What decides how long a plan takes: all but the numbers of its gains and maps."""
-    return {name: GAIN if text.startswith(GAIN) else text for name, text in row.replaced.items()}
+def take_as_long(one: PlanRow, other: PlanRow) -> bool:
+    """Whether two plans are the same but for the numbers of their gains and linear maps."""
+    told = (
+        {name: GAIN if text.startswith(GAIN) else text for name, text in row.replaced.items()}
+        for row in (one, other)
+    )
+    return next(told) == next(told)

@@ -21,7 +21,7 @@ from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.fingerprint import fingerprint_name
 from adaskip.fitting import refit_linears
-from adaskip.leaderboard.board import Board
+from adaskip.leaderboard.board import Board, take_as_long
 from adaskip.leaderboard.restoring import put_together, stand_in, told
 from adaskip.leaderboard.rows import DENSE_DIGEST, LossRow, PlanRow, ScoreRow, TimesRow
 from adaskip.leaderboard.settings import Point
@@ -86,9 +86,19 @@ class Maker:
             row = made.get(point.name)
             make = self._made if point.fit_rows is None else self._refitted
             if row is None or row.recipe != board.recipe(point):
-                store.append([make(point)])
+                self._put(make(point), row)
             elif point.name in lacking and board.plan_of(point, row) is None:
-                store.append([self._again(point, row) or make(point)])
+                self._put(self._again(point, row) or make(point), row)
+
+    def _put(self, made: PlanRow, before: PlanRow | None) -> None:
+        """Writes down what was made of a point; it keeps the times of what was there if it may."""
+        if before is not None and made.replaced and take_as_long(made, before):
+            now, was = {"plan_digest": made.plan_digest}, (made.id, before.plan_digest)
+            for store in self.board.sittings:
+                timed = [row for row in store.rows() if (row.id, row.plan_digest) == was]
+                if timed:
+                    store.append([row.model_copy(update=now) for row in timed])
+        self.board.plans.append([made])
 
     def measure_losses(self) -> None:
         """Scores the test rows under the plans that have no losses yet, dense first."""
