@@ -20,15 +20,24 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from adaskip.blocks import execution_device
+from adaskip.calls import check_window
 from adaskip.errors import AdaskipError
 from adaskip.evaluating import evaluating
 from adaskip.fingerprint import model_fingerprint
-from adaskip.fitting import LOSS_BEFORE, UNNAMED, Prompts
+from adaskip.fitting import (
+    DISTILLED_ON,
+    DIVERGED,
+    DIVERGES,
+    EPOCHS,
+    UNNAMED,
+    Prompts,
+    about_other_maps,
+)
 from adaskip.numbers import is_finite, is_whole
 from adaskip.padding import real_tokens
 from adaskip.plan import SkipPlan, Sublayer, all_sublayers
@@ -36,9 +45,8 @@ from adaskip.replacements import Linear, Replacement
 from adaskip.streams import Sublayers
 from adaskip.warmup import checked_prompts
 
-# What a plan's `about` calls the prompts, and the divergence of those held out of training.
-DISTILLED_ON, EPOCHS = "distilled on", "distilled epochs"
-BEFORE, AFTER = "divergence before distilling", "divergence"
+# By default every prompt is seen so often, at this highest rate.
+TWICE, RATE = 2, 3e-4
 # One to learn from, one to judge by.
 LEAST_PROMPTS = 2
 # Of so many prompts one is held out, to tell by whether training helped; of fewer, one.
@@ -56,8 +64,8 @@ def distill_plan(
     plan: SkipPlan,
     prompts: Prompts,
     *,
-    epochs: int = 2,
-    learning_rate: float = 3e-4,
+    epochs: int = TWICE,
+    learning_rate: float = RATE,
     seed: int = 0,
     source: str = "",
     progress: bool = False,
@@ -81,12 +89,14 @@ def distill_plan(
         progress: whether to show a progress bar.
 
     Returns:
-        The plan, its maps in float32 on the CPU. `about` has the divergence on the prompts held
-        out, in nats per token, before and after.
+        The plan; maps that were trained are in float32 on the CPU. `about` has the divergence on
+        the prompts held out, in nats per token, before and after: what maps were fitted on tells
+        too well of before.
 
     Raises:
-        AdaskipError: the plan has nothing to train, there are fewer than two prompts, a number is
-            none, or the model's weights are quantized.
+        AdaskipError: the plan has nothing to train or does not fit the model, there are fewer than
+            two prompts, a number is none, the model's weights are quantized or of inference mode,
+            or its predictions are no numbers.
         PlanError: it was made for another model.
         ProfileError: a prompt is none.
         UnsupportedModelError: the architecture is not supported, or the model is patched.
@@ -94,23 +104,9 @@ def distill_plan(
     Source: knowledge distillation (arXiv 1503.02531); METHOD, "Distilling a plan".
     """
     sublayers_of = Sublayers(model)
-    plan.check_model(model)
-    if not (is_whole(epochs) and epochs >= 1):
-        raise AdaskipError(f"epochs is {epochs!r}; give a whole number of passes, 1 or more.")
-    if not (is_finite(learning_rate) and learning_rate > 0):
-        raise AdaskipError(f"A learning rate of {learning_rate!r} is none; give one above 0.")
-    if not is_whole(seed):
-        raise AdaskipError(f"A seed of {seed!r} is none; give a whole number.")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise AdaskipError(
-            "The model's weights are quantized, and gradients do not pass through them; distil the "
-            "plan on the model as it was before, whose plan fits both."
-        )
-    if not can_learn(plan):
-        raise AdaskipError(
-            "The plan has no gain and no linear map, so nothing of it can be trained; give one "
-            "that has some."
-        )
+    _check_numbers(epochs, learning_rate, seed)
+    check_distills(model)
+    _check_plan(plan, model)
     given = checked_prompts(prompts, model.config.get_text_config(decoder=True).vocab_size)
     if len(given) < LEAST_PROMPTS:
         raise AdaskipError(
@@ -119,16 +115,58 @@ def distill_plan(
         )
     with torch.inference_mode(False), evaluating(model), _frozen(model):
         trained = _Trained(sublayers_of, plan)
-        course = _Course(trained, given, seed, progress=progress)
+        course = _Course(trained, given, int(seed), progress=progress)
         before = course.divergence()
+        if not math.isfinite(before):
+            raise AdaskipError(
+                f"The predictions of the model or the plan are no numbers in {model.dtype}; load "
+                "the model in bfloat16 or float32, and see whether the plan's gains are right."
+            )
         least, best = before, dict(plan)
-        for _ in course.train(epochs, learning_rate):
+        for _ in course.train(int(epochs), learning_rate):
             found = course.divergence()
             if found < least:
                 least, best = found, trained.now()
-    about = {LOSS_BEFORE if key == "loss" else key: value for key, value in plan.about.items()}
-    about |= {DISTILLED_ON: source or UNNAMED, EPOCHS: epochs, BEFORE: before, AFTER: least}
+    about = about_other_maps(plan) | {DISTILLED_ON: source or UNNAMED, EPOCHS: int(epochs)}
+    about |= {DIVERGED: before, DIVERGES: least}
     return SkipPlan(best, fingerprint=model_fingerprint(model), about=about)
+
+
+def check_distills(model: PreTrainedModel) -> None:
+    """Raises an `AdaskipError` unless gradients can be taken through a model."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise AdaskipError(
+            "The model's weights are quantized, through which plans are not distilled; distil on "
+            "the model as it was before: the plan fits both."
+        )
+    if any(weight.is_inference() for weight in model.parameters()):
+        raise AdaskipError(
+            "The model's weights were made in inference mode, so there are no gradients; load it "
+            "outside of torch.inference_mode()."
+        )
+
+
+def _check_numbers(epochs: object, learning_rate: object, seed: object) -> None:
+    if not (is_whole(epochs) and epochs >= 1):
+        raise AdaskipError(f"epochs is {epochs!r}; give a whole number of passes, 1 or more.")
+    if not (is_finite(learning_rate) and learning_rate > 0):
+        raise AdaskipError(f"A learning rate of {learning_rate!r} is none; give one above 0.")
+    if not (is_whole(seed) and 0 <= seed < 2**63):
+        raise AdaskipError(f"A seed of {seed!r} is none; give a whole number, 0 or more.")
+
+
+def _check_plan(plan: SkipPlan, model: PreTrainedModel) -> None:
+    """Refuses a plan that does not fit the model, or has nothing to train."""
+    plan.check_model(model)
+    config = model.config.get_text_config(decoder=True)
+    plan.check(config.num_hidden_layers, config.hidden_size)
+    for layer, window in plan.windows.items():
+        check_window(layer, window, config)
+    if not can_learn(plan):
+        raise AdaskipError(
+            "The plan has no gain and no linear map, so nothing of it can be trained; give one "
+            "that has some."
+        )
 
 
 def can_learn(plan: SkipPlan) -> bool:
@@ -217,8 +255,8 @@ class _Course:
     def divergence(self) -> float:
         """Nats per token on the prompts held out, at positions that are always the same."""
         with torch.no_grad():
-            found = [self._lost(prompt, self._spread(prompt)) for prompt in self._held]
-        return float(sum(found)) / len(found)
+            found = [self._by_token(prompt, self._spread(prompt)) for prompt in self._held]
+        return float(sum(each.sum() for each in found)) / sum(map(len, found))
 
     def train(self, epochs: int, learning_rate: float) -> Iterator[int]:
         """Trains epoch by epoch: the number of each, from 0 on, when it is done."""
@@ -232,9 +270,12 @@ class _Course:
                 for prompt in self._shuffled():
                     optimizer.zero_grad()
                     with torch.enable_grad():
-                        torch.autograd.backward(self._lost(prompt, self._drawn(prompt)))
-                    clip_grad_norm_([*trained.maps, *trained.gains], 1.0)
-                    optimizer.step()
+                        lost = self._by_token(prompt, self._drawn(prompt))
+                        # Of a batch, no row may have a token at these positions.
+                        torch.autograd.backward(lost.sum() / max(1, len(lost)))
+                    # One that overflows would make all of them no numbers.
+                    if clip_grad_norm_([*trained.maps, *trained.gains], 1.0).isfinite():
+                        optimizer.step()
                     schedule.step()
                     bar.update()
                 yield epoch
@@ -255,23 +296,24 @@ class _Course:
         tokens = prompt.dense.shape[1]
         return torch.linspace(0, tokens - 1, min(tokens, _POSITIONS)).long()
 
-    def _lost(self, prompt: _Prompt, positions: Tensor) -> Tensor:
-        """KL(dense || plan) of what follows some positions: a scalar, nats per token."""
+    def _by_token(self, prompt: _Prompt, positions: Tensor) -> Tensor:
+        """KL(dense || plan) of what follows some positions, padding left out, in nats: [tokens]."""
         ids = prompt.inputs["input_ids"]
         with torch.no_grad():
             dense = self._told(ids, prompt.dense, positions)
         found = self._told(ids, self._behind(prompt.inputs, self._trained.replacements), positions)
         by_token = kl_div(found, dense, reduction="none", log_target=True).sum(dim=-1)
         real = real_tokens(prompt.inputs.get("attention_mask"), 0, ids.shape[1], len(ids))
-        counted = by_token if real is None else by_token[real[:, positions].to(by_token.device)]
-        # Of a batch, none may have a token at these positions.
-        return counted.sum() / max(1, counted.numel())
+        if real is None:
+            return by_token.flatten()
+        return by_token[real[:, positions].to(by_token.device)]
 
     def _told(self, ids: Tensor, x: Tensor, positions: Tensor) -> Tensor:
         """Log-probabilities that a stream behind the last layer gives: [batch, n, vocabulary]."""
         at = execution_device(self._own.model.get_input_embeddings())
-        logits = self._own.logits(ids.to(at), x.to(at), positions.to(at))
-        return log_softmax(logits.float(), dim=-1)
+        some = ids[:, positions].to(at), x[:, positions.to(x.device)].to(at)
+        # The last 0 are all of them.
+        return log_softmax(self._own.logits(*some, n_last=0).float(), dim=-1)
 
     def _behind(
         self, inputs: Mapping[str, Tensor], replacements: Mapping[Sublayer, Replacement]
@@ -302,11 +344,14 @@ def _share_of_rate(n_steps: int, done: int) -> float:
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
     """Lets no weight of a model learn for a while."""
-    learning = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in learning:
-        weight.requires_grad_(False)
+    # By name: where accelerate keeps weights elsewhere, a forward puts others in their places. And
+    # what is computed again runs to its end, where these are taken out.
+    learning = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    for name in learning:
+        model.get_parameter(name).requires_grad_(False)
     try:
-        yield
+        with set_checkpoint_early_stop(False):
+            yield
     finally:
-        for weight in learning:
-            weight.requires_grad_(True)
+        for name in learning:
+            model.get_parameter(name).requires_grad_(True)

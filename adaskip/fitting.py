@@ -31,6 +31,11 @@ Prompts = Iterable[Tensor | Mapping[str, Tensor]]
 FITTED_ON = "fitted on"
 # And the loss that it had with the maps that it was chosen by.
 LOSS_BEFORE = "loss before fit"
+# Likewise the prompts that it was distilled on, how often it saw each, and the divergence of those
+# held out, before and after.
+DISTILLED_ON, EPOCHS = "distilled on", "distilled epochs"
+DIVERGED, DIVERGES = "divergence before distilling", "divergence"
+_OF_OTHER_MAPS = (DISTILLED_ON, EPOCHS, DIVERGED, DIVERGES)
 # What it says of prompts that nothing is said of.
 UNNAMED = "unnamed prompts"
 
@@ -112,7 +117,8 @@ def refit_linears(
         progress: whether to show a progress bar.
 
     Returns:
-        The plan; what it told of as its loss, that of other maps, is now its "loss before fit".
+        The plan; what it told of as its loss, that of other maps, is now its "loss before fit", and
+        what was told of distilling is gone.
 
     Raises:
         AdaskipError: the plan has no linear map, or there are too few tokens.
@@ -127,9 +133,15 @@ def refit_linears(
     plan.check_model(model)
     _checked(model, ranks, None, plan)
     made = _fitted(sublayers_of, prompts, ranks, plan, ridge, sinks, progress=progress)
-    about = {LOSS_BEFORE if key == "loss" else key: value for key, value in plan.about.items()}
+    about = about_other_maps(plan)
     about[FITTED_ON] = source or UNNAMED
     return SkipPlan(made, fingerprint=model_fingerprint(model), about=about)
+
+
+def about_other_maps(plan: SkipPlan) -> dict[str, str | float | None]:
+    """What a plan is about that stays true when its linear maps and gains become others."""
+    told = {LOSS_BEFORE if key == "loss" else key: value for key, value in plan.about.items()}
+    return {key: value for key, value in told.items() if key not in _OF_OTHER_MAPS}
 
 
 def _fitted(

@@ -93,13 +93,13 @@ class Sublayers:
             self.decoder(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
         return seen[0][0], [call for _, call in seen]
 
-    def logits(self, ids: Tensor, x: Tensor, positions: int | Tensor) -> Tensor:
-        """Logits of some positions of a stream behind the last layer: [batch, n, vocabulary].
+    def logits(self, ids: Tensor, x: Tensor, n_last: int) -> Tensor:
+        """Logits of the last positions of a stream behind the last layer: [batch, n, vocabulary].
 
         Args:
             ids: the stream's tokens: [batch, tokens].
             x: [batch, tokens, hidden].
-            positions: so many of the last ones, or which: [n], on the stream's device.
+            n_last: positions.
         """
         last = len(self.decoder.layers) - 1
 
@@ -107,7 +107,7 @@ class Sublayers:
             return lambda hidden_states, *args, **kwargs: x if index == last else hidden_states
 
         with self._layers_as(passing):
-            output = self.model(ids, use_cache=False, logits_to_keep=positions)
+            output = self.model(ids, use_cache=False, logits_to_keep=n_last)
         logits: Tensor = output.logits
         return logits
 

@@ -169,8 +169,9 @@ def test_gains_and_maps_are_distilled_when_that_is_asked_for(
     fitted, trained = (SkipPlan.load(tmp_path / run / name) for run in ("fitted", "trained"))
     told = (trained.about["distilled on"], trained.about["distilled epochs"])
     assert told == ("6 rows", 2)
-    assert trained.about["divergence"] <= trained.about["divergence before distilling"]
+    assert trained.about["divergence"] < trained.about["divergence before distilling"]
     assert [*trained] == [*fitted]
+    assert trained.digest != fitted.digest
     assert trained.about["predicted acceleration"] == fitted.about["predicted acceleration"]
     # One that has nothing to train stays as it is, and serves both.
     other = SkipPlan.load(tmp_path / "trained" / "EE-1.05.safetensors")
@@ -180,6 +181,10 @@ def test_gains_and_maps_are_distilled_when_that_is_asked_for(
     for asked, message in (
         ([*options(tmp_path / "trained", *linear)], "distilled epochs (2, asked for: None)"),
         ([*options(tmp_path / "fitted", *linear), "--distill", "1"], "(None, asked for: 1)"),
+        (
+            [*options(tmp_path / "trained", *linear), "--distill", "2", "--fit_rows", "5"],
+            "another fit rows (6, asked for: 5)",
+        ),
         ([*options(tmp_path / "new", *linear), "--distill", "-1"], "--distill is -1; give 0"),
         (
             [*options(tmp_path / "new"), "--rows", "1", "--fit_rows", "1", "--distill", "2"],

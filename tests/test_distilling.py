@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import prompt, tiny_model
 from oracle import zeroed
 from torch import Tensor
@@ -22,10 +23,12 @@ from adaskip import (
     UnsupportedCallError,
     Window,
     distill_plan,
+    distilling,
     fit_linears,
     skipping,
 )
 from adaskip.distilling import _Course, _Trained
+from adaskip.fitting import about_other_maps
 from adaskip.streams import Sublayers
 
 ATTN0, ATTN2, FFN1, FFN3 = (
@@ -64,7 +67,7 @@ def numbers(plan: SkipPlan) -> list[Tensor]:
 
 
 def trained_by_hand(
-    model: PreTrainedModel, plan: SkipPlan, epochs: int, rate: float
+    model: PreTrainedModel, plan: SkipPlan, epochs: int, rate: float, n_positions: int
 ) -> list[Tensor]:
     """A map in the place of ATTN0 and a gain in that of ATTN2 after training, by hooks."""
     copy = zeroed(model, plan).requires_grad_(False)
@@ -86,9 +89,9 @@ def trained_by_hand(
     before(2, lambda x: x * gain)
     *learned, held = PROMPTS
 
-    def lost(ids: Tensor) -> Tensor:
-        dense, found = (log_softmax(m(ids).logits, dim=-1) for m in (model, copy))
-        return kl_div(found, dense.detach(), reduction="sum", log_target=True) / ids.shape[1]
+    def lost(ids: Tensor, at: Tensor) -> Tensor:
+        dense, found = (log_softmax(m(ids).logits[0, at], dim=-1) for m in (model, copy))
+        return kl_div(found, dense.detach(), reduction="sum", log_target=True) / len(at)
 
     groups = [{"params": tensors[:-1], "lr": rate}, {"params": [gain], "lr": 10 * rate}]
     optimizer = torch.optim.Adam(groups)
@@ -96,31 +99,37 @@ def trained_by_hand(
     rise = math.ceil(0.1 * n_steps)
     generator = torch.Generator().manual_seed(0)
     step = 0
-    least, best = float(lost(held).detach()), [t.detach().clone() for t in tensors]
+    # The last of them, at places as far from each other as they can be.
+    n_held = min(n_positions, held.shape[1])
+    spread = torch.tensor([int((held.shape[1] - 1) * i / (n_held - 1)) for i in range(n_held)])
+    least, best = float(lost(held, spread).detach()), [t.detach().clone() for t in tensors]
     for _ in range(epochs):
         for number in torch.randperm(len(learned), generator=generator).tolist():
-            torch.randperm(learned[number].shape[1], generator=generator)
+            at = torch.randperm(learned[number].shape[1], generator=generator)[:n_positions]
             optimizer.zero_grad()
-            lost(learned[number]).backward()
+            lost(learned[number], at).backward()
             torch.nn.utils.clip_grad_norm_(tensors, 1.0)
             step += 1
             fallen = 0.5 + 0.5 * math.cos(math.pi * max(0, step - rise) / (n_steps + 1 - rise))
             for group, highest in zip(optimizer.param_groups, (rate, 10 * rate), strict=True):
                 group["lr"] = highest * min(step / rise, fallen)
             optimizer.step()
-        if (found := float(lost(held).detach())) < least:
+        if (found := float(lost(held, spread).detach())) < least:
             least, best = found, [t.detach().clone() for t in tensors]
     return best
 
 
-@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize(("rank", "n_positions"), [(None, 256), (5, 256), (5, 16)])
 def test_what_is_trained_is_what_a_loop_by_hand_makes(
-    model: PreTrainedModel, rank: int | None
+    model: PreTrainedModel, rank: int | None, n_positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(distilling, "_POSITIONS", n_positions)
     plan = fitted(model, {ATTN2: 1.25}, rank)
     found = distill_plan(model, plan, PROMPTS, epochs=3, learning_rate=1e-3)
     assert found.digest != plan.digest
-    for ours, theirs in zip(numbers(found), trained_by_hand(model, plan, 3, 1e-3), strict=True):
+    for ours, theirs in zip(
+        numbers(found), trained_by_hand(model, plan, 3, 1e-3, n_positions), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert found.about["divergence"] < found.about["divergence before distilling"]
 
@@ -136,9 +145,9 @@ def test_gradients_are_those_of_finite_differences_through_windows(model: PreTra
     assert len(positions) == 33
 
     def lost() -> float:
-        return float(course._lost(one, positions).detach())
+        return float(course._by_token(one, positions).mean().detach())
 
-    course._lost(one, positions).backward()
+    course._by_token(one, positions).mean().backward()
     for tensor, at in ((gain, ()), (bias, (3,)), (trained.maps[0], (5, 7))):
         assert tensor.grad is not None
         expected, step = float(tensor.grad[at]), 1e-3
@@ -187,6 +196,54 @@ def test_padding_is_not_counted(model: PreTrainedModel) -> None:
     assert found.about[key] == pytest.approx(expected.about[key], rel=1e-4)
 
 
+def test_rows_of_a_batch_count_by_their_tokens(model: PreTrainedModel) -> None:
+    plan, short, long = (
+        fitted(model, {ATTN2: 1.25, **WINDOWS}),
+        prompt(20, seed=1),
+        prompt(50, seed=2),
+    )
+    batch = torch.zeros(2, 50, dtype=torch.long)
+    batch[0, 30:], batch[1] = short[0], long[0]
+    mask = torch.ones_like(batch)
+    mask[0, :30] = 0
+    found = distill_plan(model, plan, [PROMPTS[0], {"input_ids": batch, "attention_mask": mask}])
+    alone = [distill_plan(model, plan, [PROMPTS[0], each]) for each in (short, long)]
+    before = [float(each.about["divergence before distilling"]) for each in (found, *alone)]
+    assert before[0] == pytest.approx((20 * before[1] + 50 * before[2]) / 70, rel=1e-4)
+    assert before[1] != pytest.approx(before[2], rel=1e-2)
+
+
+def test_an_offloaded_model_is_left_as_it_was(model: PreTrainedModel) -> None:
+    plan = fitted(model, {ATTN2: 1.25})
+    expected = distill_plan(model, plan, PROMPTS, epochs=1, learning_rate=1e-3)
+    hooked = cpu_offload(model, execution_device=torch.device("cpu"))
+    found = distill_plan(hooked, plan, PROMPTS, epochs=1, learning_rate=1e-3)
+    assert found.digest == expected.digest != plan.digest
+    assert {weight.requires_grad for weight in hooked.parameters()} == {True}
+    assert {weight.device.type for weight in hooked.model.layers.parameters()} == {"meta"}
+
+
+def test_what_overflows_is_not_learned(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, stock, steps = fitted(model, {ATTN2: 1.25}), distilling._Course._by_token, []
+
+    def overflowing(*args: Any) -> Tensor:
+        lost = stock(*args)
+        steps.append(lost.requires_grad)
+        # The last step of the second epoch.
+        return lost * (float("inf") if sum(steps) == 12 and steps[-1] else 1.0)
+
+    monkeypatch.setattr(distilling._Course, "_by_token", overflowing)
+    found = distill_plan(model, plan, PROMPTS, epochs=2, learning_rate=1e-3)
+    assert sum(steps) == 12
+    assert found.digest != plan.digest
+    assert found.about["divergence"] < found.about["divergence before distilling"]
+    huge = SkipPlan({ATTN0: 1e38, ATTN2: 1e38})
+    with pytest.raises(AdaskipError, match=r"are no numbers in torch\.float32"):
+        distill_plan(model, huge, PROMPTS)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_the_model_is_left_as_it_was(model: PreTrainedModel, *, inference: bool) -> None:
     model.model.layers[1].requires_grad_(False)
@@ -231,6 +288,7 @@ def test_what_is_told_of_a_plan(model: PreTrainedModel) -> None:
         "distilled on": "some rows",
         "distilled epochs": 1,
     }
+    assert not {"distilled on", "divergence"} & {*about_other_maps(found)}
     other = tiny_model("llama", seed=3)
     with pytest.raises(PlanError, match="was made for model"):
         distill_plan(other, found, PROMPTS)
@@ -244,6 +302,12 @@ def test_what_is_refused(model: PreTrainedModel) -> None:
         ({"epochs": 0}, "epochs is 0; give a whole number of passes, 1 or more"),
         ({"learning_rate": 0.0}, "A learning rate of 0.0 is none"),
         ({"seed": 0.5}, "A seed of 0.5 is none"),
+        ({"seed": 2**70}, "A seed of 1180591620717411303424 is none"),
+        ({"plan": SkipPlan({Sublayer(9, "ffn"): 1.1})}, "skips ffn9, but the model"),
+        (
+            {"plan": SkipPlan({FFN1: 1.1, ATTN2: Window(8, heads=(1,), of_heads=3)})},
+            "but the model has 2 key-value heads",
+        ),
     ):
         with pytest.raises(AdaskipError, match=message):
             distill_plan(model, **{"plan": plan, "prompts": PROMPTS, **changes})

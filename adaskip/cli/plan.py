@@ -14,9 +14,9 @@ from typing import Any
 
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
-from adaskip.distilling import EPOCHS, LEAST_PROMPTS, can_learn, distill_plan
+from adaskip.distilling import LEAST_PROMPTS, TWICE, can_learn, check_distills, distill_plan
 from adaskip.errors import AdaskipError, DataError, refuse_below_one, unknown_name
-from adaskip.fitting import LOSS_BEFORE, refit_linears
+from adaskip.fitting import EPOCHS, LOSS_BEFORE, refit_linears
 from adaskip.methods import METHODS, make_plan, method_names
 from adaskip.models.spec import model_names, model_spec
 from adaskip.plan import Phase, SkipPlan
@@ -35,6 +35,8 @@ from adaskip.tasks.spec import task_spec
 
 ALL = "all"
 _ROWS, _FIT_ROWS, _TASKS = 4, 32, ("sample_summarization", "sample_qa")
+# What a plan's `about` calls --fit_rows.
+_FIT_ROWS_KEY = "fit rows"
 _LOADING = ("model_path", "dtype", "device", "allow_pickle", "seed", "data_dir", "min_length")
 
 
@@ -66,8 +68,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="train gains and linear maps on the same rows at last, N times over; none by default, "
-        "2 is a good number",
+        help=f"train gains and linear maps on these rows at last, N times over, e.g. {TWICE}; 0",
     )
     add("--reference_tokens", type=int, default=96, metavar="N", help="of each answer; 96")
     add(
@@ -138,6 +139,8 @@ def _make(given: argparse.Namespace) -> int:
     failures: dict[str, str] = {}
     if not all(_is_ready(plan, given) for plan in plans.values()):
         loaded, rows = _opened(given, texts)
+        if given.distill:
+            check_distills(loaded.model)
         if given.distill and len(rows) < LEAST_PROMPTS:
             raise AdaskipError(
                 f"--distill takes at least {LEAST_PROMPTS} rows or texts, as one is held out to "
@@ -263,6 +266,7 @@ def _made(
         told: dict[str, Any] = {"source": f"{len(rows)} rows", "progress": True}
         plan = distill_plan(loaded.model, plan, reads(rows), epochs=given.distill, **told)
     about = {**plan.about, **_made_of(given, method)}
+    about |= {_FIT_ROWS_KEY: given.fit_rows} if EPOCHS in about else {}
     return SkipPlan(plan, fingerprint=plan.fingerprint, about=about)
 
 
@@ -274,7 +278,7 @@ def _made_of(given: argparse.Namespace, method: str) -> dict[str, Any]:
         else method in METHODS and METHODS[method].linear
     )
     made = {"model": given.model_path or given.model, "exact": given.exact}
-    return made | ({"fit rows": given.fit_rows} if fits else {})
+    return made | ({_FIT_ROWS_KEY: given.fit_rows} if fits else {})
 
 
 def _is_ready(plan: SkipPlan | None, given: argparse.Namespace) -> bool:
@@ -309,6 +313,7 @@ def _kept(folder: Path, given: argparse.Namespace, method: str, ratio: float) ->
     wanted |= {key: getattr(given, key) for key in ("phase", "context", "batch")}
     if can_learn(plan):
         wanted[EPOCHS] = given.distill or None
+        wanted |= {_FIT_ROWS_KEY: given.fit_rows} if given.distill else {}
     if method == SEARCH:
         wanted["replacements"] = str(Dishes(given.replacements, given.windows, given.rank))
         wanted["kv share"] = given.kv_share

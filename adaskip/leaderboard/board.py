@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
+from adaskip.distilling import RATE, TWICE
 from adaskip.errors import PlanError
 from adaskip.leaderboard.restoring import GAIN
 from adaskip.leaderboard.rows import (
@@ -149,7 +150,7 @@ class Board:
             chosen = self.made.get(point.unfitted.name)
             recipe["fit_rows"] = point.fit_rows
             recipe["fitted"] = None if chosen is None else chosen.plan_digest
-            recipe |= {"distilled": True} if point.is_distilled else {}
+            recipe |= {"distilled": f"{TWICE} times, rate {RATE:g}"} if point.is_distilled else {}
         return recipe
 
     def plan_of(self, point: Point, row: PlanRow | None) -> SkipPlan | None:

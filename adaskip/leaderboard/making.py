@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from adaskip.distilling import distill_plan
+from adaskip.distilling import can_learn, distill_plan
 from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.fingerprint import fingerprint_name
@@ -237,19 +237,22 @@ class Maker:
         """The plan of a method with its linear maps fitted anew on more rows, or trained, too."""
         board, n_rows = self.board, point.fit_rows
         plan = self._choice(point.unfitted)
-        if plan is None or not plan.has_linears:
-            error = f"{point.unfitted.name} has no linear map to fit anew."
+        trains = point.is_distilled
+        if plan is None or not (can_learn(plan) if trains else plan.has_linears):
+            lacks = "gain and no linear map to train" if trains else "linear map to fit anew"
+            error = f"{point.unfitted.name} has no {lacks}."
             return PlanRow(id=point.name, recipe=board.recipe(point), error=error)
-        done = "trained" if point.is_distilled else "fitted"
-        source = f"{plan.about['calibration']}; its linear maps {done} on {n_rows}"
+        done = "distilled on" if trains else "its linear maps fitted on"
+        source = f"{plan.about['calibration']}; {done} {n_rows}"
         about = dict(plan.about) | {"calibration": source}
         plan = SkipPlan(plan, fingerprint=plan.fingerprint, about=about)
         prompts = reads(self._calibration(point, n_rows))
         told: dict[str, Any] = {"source": f"{n_rows} rows", "progress": self.progress}
-        fitted = refit_linears(self._model, plan, prompts, **told)
-        if point.is_distilled:
-            fitted = distill_plan(self._model, fitted, prompts, **told)
-        return self._kept(point, fitted)
+        if plan.has_linears:
+            plan = refit_linears(self._model, plan, prompts, **told)
+        if trains:
+            plan = distill_plan(self._model, plan, prompts, **told)
+        return self._kept(point, plan)
 
     def _again(self, point: Point, row: PlanRow) -> PlanRow | None:
         """A plan put together again from what is known of it; None if that is too little."""

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedModel
 
-from adaskip.distilling import DISTILLED_ON
 from adaskip.errors import RunError
 from adaskip.fingerprint import fingerprint_name, model_fingerprint
-from adaskip.fitting import refit_linears
+from adaskip.fitting import DISTILLED_ON, refit_linears
 from adaskip.leaderboard.rows import PlanRow
 from adaskip.plan import SkipPlan, all_sublayers
 from adaskip.profiling.plan_times import linear_like
