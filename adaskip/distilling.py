@@ -101,7 +101,7 @@ def distill_plan(
         ProfileError: a prompt is none.
         UnsupportedModelError: the architecture is not supported, or the model is patched.
 
-    Source: knowledge distillation (arXiv 1503.02531); METHOD, "Distilling a plan".
+    Source: knowledge distillation (arXiv 1503.02531); METHOD, "Replacements".
     """
     sublayers_of = Sublayers(model)
     _check_numbers(epochs, learning_rate, seed)
