@@ -188,7 +188,7 @@ class _Trained:
     """
 
     def __init__(self, sublayers_of: Sublayers, plan: SkipPlan) -> None:
-        self.sublayers_of, self._plan = sublayers_of, plan
+        self.sublayers_of = sublayers_of
         self.replacements: dict[Sublayer, Any] = dict(plan)
         self.maps: list[Tensor] = []
         self.gains: list[Tensor] = []
