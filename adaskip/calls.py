@@ -65,6 +65,11 @@ def check_plan(policy: SkipPolicy, plan: object, n_layers: int, config: Pretrain
         raise AdaskipError(
             f"{type(policy).__name__}.plan() returned a {type(plan).__name__}; return a SkipPlan."
         )
+    check_fits(plan, n_layers, config)
+
+
+def check_fits(plan: SkipPlan, n_layers: int, config: PretrainedConfig) -> None:
+    """Refuses a plan of other layers, widths or heads than the model has, or of its own windows."""
     plan.check(n_layers, config.hidden_size)
     for layer, window in plan.windows.items():
         check_window(layer, window, config)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from adaskip.blocks import execution_device
-from adaskip.calls import check_window
+from adaskip.calls import check_fits
 from adaskip.errors import AdaskipError
 from adaskip.evaluating import evaluating
 from adaskip.fingerprint import model_fingerprint
@@ -159,9 +159,7 @@ def _check_plan(plan: SkipPlan, model: PreTrainedModel) -> None:
     """Refuses a plan that does not fit the model, or has nothing to train."""
     plan.check_model(model)
     config = model.config.get_text_config(decoder=True)
-    plan.check(config.num_hidden_layers, config.hidden_size)
-    for layer, window in plan.windows.items():
-        check_window(layer, window, config)
+    check_fits(plan, config.num_hidden_layers, config)
     if not can_learn(plan):
         raise AdaskipError(
             "The plan has no gain and no linear map, so nothing of it can be trained; give one "

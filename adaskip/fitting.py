@@ -16,6 +16,7 @@ from torch.nn.functional import rms_norm
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from adaskip.calls import check_fits
 from adaskip.errors import AdaskipError, ProfileError
 from adaskip.fingerprint import model_fingerprint
 from adaskip.numbers import is_finite, is_whole
@@ -182,7 +183,7 @@ def _checked(
     config = model.config.get_text_config(decoder=True)
     wanted = SkipPlan(dict.fromkeys(sublayers))
     for each in (wanted, plan):
-        each.check(config.num_hidden_layers, config.hidden_size)
+        check_fits(each, config.num_hidden_layers, config)
     check_rank(rank, config.hidden_size)
     return frozenset(wanted)
 

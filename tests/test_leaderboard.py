@@ -648,6 +648,16 @@ def test_shipped_plans_tell_what_was_measured(
     board.path_of(point).unlink()
     assert ship(given, tmp_path, report, folder) == [path]
     assert SkipPlan.load(path).digest == plan.digest
+    # A plan put together from its record has no course: it keeps that of the one it stands for.
+    SkipPlan({Sublayer(0, "attn"): 1.4}, about={"course": "all the way"}).save(path)
+    plan.save(board.path_of(point))
+    assert ship(given, tmp_path, report, folder) == [path]
+    assert SkipPlan.load(path).digest == plan.digest
+    assert SkipPlan.load(path).about["course"] == "all the way"
+    SkipPlan({Sublayer(1, "attn"): 1.5}, about={"course": "another way"}).save(path)
+    assert ship(given, tmp_path, report, folder) == [path]
+    assert "course" not in SkipPlan.load(path).about
+    board.path_of(point).unlink()
     SkipPlan({}).save(path)
     with pytest.raises(AdaskipError, match=r"is gone\. Delete its row from"):
         ship(given, tmp_path, report, folder)

@@ -28,6 +28,7 @@ from adaskip import (
     SkipPolicy,
     Step,
     Sublayer,
+    Window,
     fit_linears,
     refit_linears,
     skipping,
@@ -424,6 +425,9 @@ def test_maps_of_a_plan_are_fitted_anew_each_with_its_rank(model: PreTrainedMode
     told = {"method": "SEARCH", "predicted acceleration": 1.2, "fitted on": "all of them"}
     told |= {"loss before fit": 0.01}
     assert dict(found.about) == told
+    heads = SkipPlan({**plan, Sublayer(0, "attn"): Window(8, heads=(1,), of_heads=3)})
+    with pytest.raises(AdaskipError, match="but the model has 2 key-value heads"):
+        refit_linears(model, heads, ids)
     with pytest.raises(AdaskipError, match="The plan has no linear map to fit anew"):
         refit_linears(model, SkipPlan({FFN1: 1.1}), ids)
     with pytest.raises(PlanError, match="was made for model"):

@@ -259,11 +259,10 @@ def _made(
         looks = given.html is not None
         make = partial(make_plan, method=method, exact=exact, losses_on_the_way=looks)
     plan = make(loaded.model, chosen_by, **options)
+    told: dict[str, Any] = {"source": f"{len(rows)} rows", "progress": True}
     if plan.has_linears and given.fit_rows is not None:
-        source = f"{len(rows)} rows"
-        plan = refit_linears(loaded.model, plan, reads(rows), source=source, progress=True)
+        plan = refit_linears(loaded.model, plan, reads(rows), **told)
     if given.distill and can_learn(plan):
-        told: dict[str, Any] = {"source": f"{len(rows)} rows", "progress": True}
         plan = distill_plan(loaded.model, plan, reads(rows), epochs=given.distill, **told)
     about = {**plan.about, **_made_of(given, method)}
     about |= {_FIT_ROWS_KEY: given.fit_rows} if EPOCHS in about else {}

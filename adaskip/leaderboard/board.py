@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from adaskip.distilling import RATE, TWICE
 from adaskip.errors import PlanError
-from adaskip.leaderboard.restoring import GAIN
+from adaskip.leaderboard.restoring import take_as_long
 from adaskip.leaderboard.rows import (
     DENSE_DIGEST,
     LossRow,
@@ -123,7 +123,9 @@ class Board:
         return {
             name: chosen
             for name, chosen in pairs
-            if name in rows and chosen in rows and take_as_long(rows[name], rows[chosen])
+            if name in rows
+            and chosen in rows
+            and take_as_long(rows[name].replaced, rows[chosen].replaced)
         }
 
     def scores(self, task: str) -> Store[ScoreRow]:
@@ -215,12 +217,3 @@ class Board:
     def _store(self, part: str, kind: type[Any], **settings: Any) -> Store[Any]:
         common = {"model": self.model, "task": self.file.task, "context": self.context}
         return Store(self.folder / f"{self.name}-{part}.json", kind, common | settings)
-
-
-def take_as_long(one: PlanRow, other: PlanRow) -> bool:
-    """Whether two plans are the same but for the numbers of their gains and linear maps."""
-    told = (
-        {name: GAIN if text.startswith(GAIN) else text for name, text in row.replaced.items()}
-        for row in (one, other)
-    )
-    return next(told) == next(told)

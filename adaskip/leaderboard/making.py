@@ -21,8 +21,8 @@ from adaskip.entering import skipping
 from adaskip.errors import AdaskipError
 from adaskip.fingerprint import fingerprint_name
 from adaskip.fitting import refit_linears
-from adaskip.leaderboard.board import Board, take_as_long
-from adaskip.leaderboard.restoring import put_together, stand_in, told
+from adaskip.leaderboard.board import Board
+from adaskip.leaderboard.restoring import put_together, replaced, stand_in, take_as_long
 from adaskip.leaderboard.rows import DENSE_DIGEST, LossRow, PlanRow, ScoreRow, TimesRow
 from adaskip.leaderboard.settings import Point
 from adaskip.methods import make_plan
@@ -92,7 +92,7 @@ class Maker:
 
     def _put(self, made: PlanRow, before: PlanRow | None) -> None:
         """Writes down what was made of a point; it keeps the times of what was there if it may."""
-        if before is not None and made.replaced and take_as_long(made, before):
+        if before is not None and made.replaced and take_as_long(made.replaced, before.replaced):
             now, was = {"plan_digest": made.plan_digest}, (made.id, before.plan_digest)
             for store in self.board.sittings:
                 timed = [row for row in store.rows() if (row.id, row.plan_digest) == was]
@@ -268,7 +268,7 @@ class Maker:
             plan_digest=plan.digest,
             about=plan.facts,
             model=fingerprint_name(plan.fingerprint),
-            replaced={str(sublayer): told(replacement) for sublayer, replacement in plan.items()},
+            replaced=replaced(plan),
         )
 
     def _record(self, point: Point) -> Path:

@@ -7,7 +7,7 @@ board's records, so that whoever has those can measure it anew without the hours
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from transformers import PreTrainedModel
 
@@ -26,8 +26,7 @@ from adaskip.summary import key_value_heads
 
 _WINDOW = re.compile(r"window (\d+)(?: and (\d+) sinks)?(?: of heads ([\d ]+))?")
 _LINEAR = re.compile(r"linear(?: (\d+))?")
-# What `told` says of a gain, before the number.
-GAIN = "gain "
+_GAIN = "gain "
 
 
 def told(replacement: Replacement) -> str:
@@ -36,7 +35,21 @@ def told(replacement: Replacement) -> str:
         return NOTHING
     if isinstance(replacement, Linear | Window):
         return replacement_name(replacement)
-    return f"{GAIN}{replacement!r}"
+    return f"{_GAIN}{replacement!r}"
+
+
+def replaced(plan: SkipPlan) -> dict[str, str]:
+    """By what each sublayer of a plan is replaced, as `told` has it: `PlanRow.replaced`."""
+    return {str(sublayer): told(replacement) for sublayer, replacement in plan.items()}
+
+
+def take_as_long(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether what two plans replace is the same but for the numbers of gains and linear maps."""
+    kinds = (
+        {name: _GAIN if text.startswith(_GAIN) else text for name, text in each.items()}
+        for each in (one, other)
+    )
+    return next(kinds) == next(kinds)
 
 
 def stand_in(model: PreTrainedModel, row: PlanRow) -> SkipPlan | None:
@@ -101,8 +114,8 @@ def _read(text: str, n_heads: int, model: PreTrainedModel) -> Replacement:
     """What takes a sublayer's place, as `told` has it; a linear map with any numbers."""
     if text == NOTHING:
         return None
-    if text.startswith(GAIN):
-        return float(text.removeprefix(GAIN))
+    if text.startswith(_GAIN):
+        return float(text.removeprefix(_GAIN))
     if found := _LINEAR.fullmatch(text):
         return linear_like(model, None if found[1] is None else int(found[1]))
     found = _WINDOW.fullmatch(text)

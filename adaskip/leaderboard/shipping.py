@@ -9,9 +9,10 @@ from typing import Any
 
 from adaskip.errors import AdaskipError
 from adaskip.leaderboard.board import Board
+from adaskip.leaderboard.restoring import replaced, take_as_long
 from adaskip.leaderboard.settings import LeaderboardFile, Shipped
 from adaskip.leaderboard.values import Entry, Report, Table
-from adaskip.plan import SkipPlan
+from adaskip.plan import COURSE, SkipPlan
 from adaskip.shipped import LIMIT, SUFFIX
 
 
@@ -50,19 +51,28 @@ def ship(file: LeaderboardFile, results: Path, report: Report, folder: Path) -> 
 
 
 def _plan(board: Board, one: Shipped, path: Path) -> SkipPlan:
-    """The plan to be shipped; the one that was shipped before, where its own file is gone."""
+    """The plan to be shipped; the one that was shipped before, where its own file is gone.
+
+    One put together from its record has no course: that of the shipped one, if it is the same but
+    for the numbers of gains and linear maps, is its own.
+    """
     row = board.made.get(one.point.name)
     if row is None:
         raise AdaskipError(f"{one.name} cannot be shipped: {one.point.name} has no plan yet.")
     plan = board.plan_of(one.point, row)
-    if plan is None and path.exists():
-        plan = SkipPlan.load(path)
+    before = SkipPlan.load(path) if path.exists() else None
+    plan = before if plan is None else plan
     if plan is None or plan.digest != row.plan_digest:
         raise AdaskipError(
             f"{one.name} cannot be shipped: its plan {board.path_of(one.point)} is gone. Delete "
             f"its row from {board.plans.path}, then --parts plans makes it anew."
         )
-    return plan
+    if before is None or COURSE in plan.about or COURSE not in before.about:
+        return plan
+    if not take_as_long(replaced(plan), replaced(before)):
+        return plan
+    about = {**plan.about, COURSE: before.about[COURSE]}
+    return SkipPlan(plan, fingerprint=plan.fingerprint, about=about)
 
 
 def _measured(one: Shipped, report: Report) -> Mapping[str, Any]:
