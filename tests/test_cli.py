@@ -234,14 +234,16 @@ def test_chinese_in_a_locale_without_it(place: Workplace) -> None:
         json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    for command in (
-        ["prefill/run_llama.py", *EE, *place.options, "--tasks", "multifieldqa_zh"],
-        ["eval/eval.py", "--model", "llama-EE-PREFILL", "--results_dir", str(place.results)],
-    ):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=ascii_only, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    made = [*EE, *place.options, "--tasks", "multifieldqa_zh"]
+    scored = ["--model", "llama-EE-PREFILL", "--results_dir", str(place.results)]
+    code = (
+        "from adaskip.cli.run import eval_main, run_main\n"
+        f"assert run_main('prefill', 'llama', {made!r}) == eval_main({scored!r}) == 0"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ascii_only, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     assert "| ? |" in " ".join(done.stdout.split())  # the dash of a missing number
     (row,) = rows_of(place.results / "llama-EE-PREFILL-SKIP-1", "multifieldqa_zh")
     assert row["references"] == ["数字"]

@@ -152,15 +152,6 @@ def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: bytes) -> N
     assert store.path.read_bytes().endswith(b'{"id": "3"}\n')
 
 
-@pytest.mark.parametrize(
-    "module", ["runs.store", "speedtest.record", "speedtest.benchmark", "cli.speed"]
-)
-def test_the_speed_path_needs_no_pydantic(module: str) -> None:
-    code = f"import sys; sys.modules['pydantic'] = None; import adaskip.{module}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_file_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
