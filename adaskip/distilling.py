@@ -7,11 +7,13 @@ for the windows and skips between them.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,6 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ from adaskip.blocks import execution_device
 from adaskip.calls import check_fits
 from adaskip.errors import AdaskipError
 from adaskip.evaluating import evaluating
-from adaskip.fingerprint import model_fingerprint
+from adaskip.fingerprint import fingerprint_name, model_fingerprint
 from adaskip.fitting import (
     DISTILLED_ON,
     DIVERGED,
@@ -43,6 +44,7 @@ from adaskip.padding import real_tokens
 from adaskip.plan import SkipPlan, Sublayer, all_sublayers
 from adaskip.replacements import Linear, Replacement
 from adaskip.streams import Sublayers
+from adaskip.training_record import TrainingRecord
 from adaskip.warmup import checked_prompts
 
 # By default every prompt is seen so often, at this highest rate.
@@ -57,6 +59,8 @@ _POSITIONS = 256
 _GAIN_RATE = 10.0
 # The share of the steps in which the rate rises.
 _RISE = 0.1
+# Seconds of training that an interruption may cost.
+_KEPT_EVERY = 60.0
 
 
 def distill_plan(
@@ -68,6 +72,7 @@ def distill_plan(
     learning_rate: float = RATE,
     seed: int = 0,
     source: str = "",
+    record: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> SkipPlan:
     """A plan whose gains and linear maps are trained towards the dense model's predictions.
@@ -86,6 +91,8 @@ def distill_plan(
         learning_rate: the highest, of linear maps; gains learn ten times as fast.
         seed: of the order of prompts and the choice of their positions.
         source: what the prompts are, kept in the plan.
+        record: a file that keeps where the training stands, every minute and at the end: after an
+            interruption the same call goes on from there. Remove it once the plan is saved.
         progress: whether to show a progress bar.
 
     Returns:
@@ -99,6 +106,7 @@ def distill_plan(
             or its predictions are no numbers.
         PlanError: it was made for another model.
         ProfileError: a prompt is none.
+        RunError: the record is of another training, damaged, or cannot be read or written.
         UnsupportedModelError: the architecture is not supported, or the model is patched.
 
     Source: knowledge distillation (arXiv 1503.02531); METHOD, "Replacements".
@@ -113,23 +121,33 @@ def distill_plan(
             f"Distilling takes at least {LEAST_PROMPTS} prompts, as one is held out to judge by; "
             f"{len(given)} given."
         )
+    fingerprint = model_fingerprint(model)
+    kept = TrainingRecord(
+        record,
+        {
+            "model": fingerprint_name(fingerprint),
+            "dtype": str(model.dtype),
+            "device": model.device.type,
+            "plan": plan.digest,
+            "prompts": _digest(given),
+            "epochs": int(epochs),
+            "learning rate": float(learning_rate),
+            "seed": int(seed),
+        },
+    )
+    # A record of something else is refused before the model runs.
+    before = kept.read()
     with torch.inference_mode(False), evaluating(model), _frozen(model):
-        trained = _Trained(sublayers_of, plan)
-        course = _Course(trained, given, int(seed), progress=progress)
-        before = course.divergence()
-        if not math.isfinite(before):
-            raise AdaskipError(
-                f"The predictions of the model or the plan are no numbers in {model.dtype}; load "
-                "the model in bfloat16 or float32, and see whether the plan's gains are right."
-            )
-        least, best = before, dict(plan)
-        for _ in course.train(int(epochs), learning_rate):
-            found = course.divergence()
-            if found < least:
-                least, best = found, trained.now()
+        course = _Course(_Trained(sublayers_of, plan), given, progress=progress)
+        training = _Training(course, int(epochs), learning_rate, int(seed), kept)
+        if before is None:
+            training.begin()
+        else:
+            training.go_on(*before)
+        training.run(progress=progress)
     about = about_other_maps(plan) | {DISTILLED_ON: source or UNNAMED, EPOCHS: int(epochs)}
-    about |= {DIVERGED: before, DIVERGES: least}
-    return SkipPlan(best, fingerprint=model_fingerprint(model), about=about)
+    about |= {DIVERGED: training.before, DIVERGES: training.least}
+    return SkipPlan(training.best or plan, fingerprint=fingerprint, about=about)
 
 
 def check_distills(model: PreTrainedModel) -> None:
@@ -165,6 +183,15 @@ def _check_plan(plan: SkipPlan, model: PreTrainedModel) -> None:
             "The plan has no gain and no linear map, so nothing of it can be trained; give one "
             "that has some."
         )
+
+
+def _digest(prompts: Iterable[Mapping[str, Tensor]]) -> str:
+    """Tells prompts apart: a hash of their ids and masks."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        for name, tensor in sorted(prompt.items()):
+            digest.update(f"{name} {tensor.tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 def can_learn(plan: SkipPlan) -> bool:
@@ -204,18 +231,22 @@ class _Trained:
                 self.replacements[sublayer] = gain
                 self.gains.append(gain)
 
-    def now(self) -> dict[Sublayer, Replacement]:
-        """What the plan replaces, with the numbers of now."""
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that learns."""
+        return [*self.maps, *self.gains]
+
+    def with_numbers(self, numbers: Sequence[Tensor]) -> dict[Sublayer, Replacement]:
+        """What the plan replaces, with these in the places of `tensors`."""
+        number_of = dict(zip(map(id, self.tensors), numbers, strict=True))
         made: dict[Sublayer, Replacement] = {}
         for sublayer, replacement in self.replacements.items():
             if isinstance(replacement, Linear):
-                *factors, bias = (
-                    t.detach().to("cpu", torch.float32, copy=True) for t in replacement.tensors
-                )
+                *factors, bias = (number_of[id(tensor)] for tensor in replacement.tensors)
                 made[sublayer] = Linear.of(factors, bias)
             else:
                 is_gain = isinstance(replacement, Tensor)
-                made[sublayer] = float(replacement.detach()) if is_gain else replacement
+                made[sublayer] = float(number_of[id(replacement)]) if is_gain else replacement
         return made
 
 
@@ -233,60 +264,29 @@ class _Course:
     Args:
         trained: what learns.
         given: the prompts, looked at already.
-        seed: of their order and positions.
         progress: whether to show a progress bar.
+
+    Attributes:
+        trained: likewise.
+        learned: the prompts to learn from.
     """
 
     def __init__(
-        self, trained: _Trained, given: Sequence[Mapping[str, Tensor]], seed: int, *, progress: bool
+        self, trained: _Trained, given: Sequence[Mapping[str, Tensor]], *, progress: bool
     ) -> None:
-        self._trained, self._own = trained, trained.sublayers_of
+        self.trained, self._own = trained, trained.sublayers_of
         self._order = all_sublayers(len(self._own.decoder.layers))
-        self._generator = torch.Generator().manual_seed(seed)
-        self._progress = progress
         with torch.no_grad():
             told = tqdm(given, "the dense model", disable=not progress)
             prompts = [_Prompt(inputs, self._behind(inputs, {}).cpu()) for inputs in told]
         n_held = max(1, len(prompts) // _HELD_OUT)
-        self._learned, self._held = prompts[:-n_held], prompts[-n_held:]
+        self.learned, self._held = prompts[:-n_held], prompts[-n_held:]
 
     def divergence(self) -> float:
         """Nats per token on the prompts held out, at positions that are always the same."""
         with torch.no_grad():
-            found = [self._by_token(prompt, self._spread(prompt)) for prompt in self._held]
+            found = [self.by_token(prompt, self._spread(prompt)) for prompt in self._held]
         return float(sum(each.sum() for each in found)) / sum(map(len, found))
-
-    def train(self, epochs: int, learning_rate: float) -> Iterator[int]:
-        """Trains epoch by epoch: the number of each, from 0 on, when it is done."""
-        trained, n_steps = self._trained, epochs * len(self._learned)
-        rates = [(trained.maps, learning_rate), (trained.gains, learning_rate * _GAIN_RATE)]
-        groups = [{"params": tensors, "lr": rate} for tensors, rate in rates if tensors]
-        optimizer = Adam(groups)
-        schedule = LambdaLR(optimizer, partial(_share_of_rate, n_steps))
-        with tqdm(total=n_steps, desc="distilling", disable=not self._progress) as bar:
-            for epoch in range(epochs):
-                for prompt in self._shuffled():
-                    optimizer.zero_grad()
-                    with torch.enable_grad():
-                        lost = self._by_token(prompt, self._drawn(prompt))
-                        # Of a batch, no row may have a token at these positions.
-                        torch.autograd.backward(lost.sum() / max(1, len(lost)))
-                    # One that overflows would make all of them no numbers.
-                    if clip_grad_norm_([*trained.maps, *trained.gains], 1.0).isfinite():
-                        optimizer.step()
-                    schedule.step()
-                    bar.update()
-                yield epoch
-
-    def _shuffled(self) -> list[_Prompt]:
-        """The prompts to learn from, in an order of this epoch."""
-        order = torch.randperm(len(self._learned), generator=self._generator)
-        return [self._learned[number] for number in order.tolist()]
-
-    def _drawn(self, prompt: _Prompt) -> Tensor:
-        """Positions of a prompt that a step looks at."""
-        tokens = prompt.dense.shape[1]
-        return torch.randperm(tokens, generator=self._generator)[:_POSITIONS].sort().values
 
     @staticmethod
     def _spread(prompt: _Prompt) -> Tensor:
@@ -294,12 +294,12 @@ class _Course:
         tokens = prompt.dense.shape[1]
         return torch.linspace(0, tokens - 1, min(tokens, _POSITIONS)).long()
 
-    def _by_token(self, prompt: _Prompt, positions: Tensor) -> Tensor:
+    def by_token(self, prompt: _Prompt, positions: Tensor) -> Tensor:
         """KL(dense || plan) of what follows some positions, padding left out, in nats: [tokens]."""
         ids = prompt.inputs["input_ids"]
         with torch.no_grad():
             dense = self._told(ids, prompt.dense, positions)
-        found = self._told(ids, self._behind(prompt.inputs, self._trained.replacements), positions)
+        found = self._told(ids, self._behind(prompt.inputs, self.trained.replacements), positions)
         by_token = kl_div(found, dense, reduction="none", log_target=True).sum(dim=-1)
         real = real_tokens(prompt.inputs.get("attention_mask"), 0, ids.shape[1], len(ids))
         if real is None:
@@ -330,6 +330,143 @@ class _Course:
                 preserve_rng_state=False,
             )
         return x
+
+
+class _Training:
+    """Trains on the prompts of a course, epoch by epoch.
+
+    Args:
+        course: takes the prompts through what learns.
+        epochs: passes over the prompts.
+        learning_rate: the highest, of linear maps.
+        seed: of the prompts' order and positions.
+        record: keeps where it stands.
+
+    Attributes:
+        before: the divergence on the prompts held out, in nats per token, before it began.
+        least: the least after an epoch, or that.
+        best: what the plan replaces, with the numbers that had it; None for the plan's own.
+    """
+
+    def __init__(
+        self,
+        course: _Course,
+        epochs: int,
+        learning_rate: float,
+        seed: int,
+        record: TrainingRecord,
+    ) -> None:
+        self._course, self._trained, self._record = course, course.trained, record
+        self._generator = torch.Generator().manual_seed(seed)
+        learns = [
+            (self._trained.maps, learning_rate),
+            (self._trained.gains, learning_rate * _GAIN_RATE),
+        ]
+        groups = [{"params": tensors, "lr": rate} for tensors, rate in learns if tensors]
+        self._rates = [float(rate) for tensors, rate in learns if tensors]
+        self._optimizer = Adam(groups)
+        self._n_steps, self._done = epochs * len(course.learned), 0
+        # The prompts of this epoch that are still to come, by their numbers.
+        self._to_come: list[int] = []
+        self._best: list[Tensor] | None = None
+        self.before = self.least = math.nan
+
+    @property
+    def best(self) -> dict[Sublayer, Replacement] | None:
+        return None if self._best is None else self._trained.with_numbers(self._best)
+
+    def begin(self) -> None:
+        """Looks at the plan as it is.
+
+        Raises:
+            AdaskipError: its predictions are no numbers.
+        """
+        self.before = self.least = self._course.divergence()
+        if not math.isfinite(self.before):
+            model = self._trained.sublayers_of.model
+            raise AdaskipError(
+                f"The predictions of the model or the plan are no numbers in {model.dtype}; load "
+                "the model in bfloat16 or float32, and see whether the plan's gains are right."
+            )
+        # Whether it can be kept is told before hours of it.
+        self._keep()
+
+    def run(self, *, progress: bool) -> None:
+        """Trains to the end."""
+        kept = time.monotonic()
+        with tqdm(
+            total=self._n_steps, initial=self._done, desc="distilling", disable=not progress
+        ) as bar:
+            while self._done < self._n_steps:
+                if not self._to_come:
+                    order = torch.randperm(len(self._course.learned), generator=self._generator)
+                    self._to_come = order.tolist()
+                self._step(self._course.learned[self._to_come.pop(0)])
+                bar.update()
+                if not self._to_come:
+                    self._judge()
+                ends = self._done == self._n_steps
+                if ends or time.monotonic() - kept >= _KEPT_EVERY:
+                    self._keep()
+                    kept = time.monotonic()
+
+    def _step(self, prompt: _Prompt) -> None:
+        """Learns from a prompt, at some of its positions."""
+        for group, highest in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = highest * _share_of_rate(self._n_steps, self._done)
+        tokens = prompt.dense.shape[1]
+        drawn = torch.randperm(tokens, generator=self._generator)[:_POSITIONS].sort().values
+        self._optimizer.zero_grad()
+        with torch.enable_grad():
+            lost = self._course.by_token(prompt, drawn)
+            # Of a batch, no row may have a token at these positions.
+            torch.autograd.backward(lost.sum() / max(1, len(lost)))
+        # One that overflows would make all of them no numbers.
+        if clip_grad_norm_(self._trained.tensors, 1.0).isfinite():
+            self._optimizer.step()
+        self._done += 1
+
+    def _judge(self) -> None:
+        """Keeps the numbers of now if no others diverged less on the prompts held out."""
+        found = self._course.divergence()
+        if found < self.least:
+            self.least = found
+            self._best = [
+                tensor.detach().to("cpu", torch.float32, copy=True)
+                for tensor in self._trained.tensors
+            ]
+
+    def _keep(self) -> None:
+        """Writes down where the training stands."""
+        tensors = {"generator": self._generator.get_state()}
+        for number, tensor in enumerate(self._trained.tensors):
+            tensors[f"now.{number}"] = tensor
+            for name, value in self._optimizer.state[tensor].items():
+                tensors[f"{name}.{number}"] = value
+        tensors |= {f"best.{number}": tensor for number, tensor in enumerate(self._best or ())}
+        numbers = {"done": self._done, "to come": self._to_come}
+        self._record.write(tensors, numbers | {"before": self.before, "least": self.least})
+
+    def go_on(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Goes on from what a record keeps."""
+        self._generator.set_state(tensors["generator"])
+        for number, tensor in enumerate(self._trained.tensors):
+            with torch.no_grad():
+                tensor.copy_(tensors[f"now.{number}"])
+            state = {
+                name: tensors[f"{name}.{number}"]
+                for name in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{number}" in tensors
+            }
+            # How many steps there were stays on the CPU.
+            own = {k: v if k == "step" else v.to(tensor.device) for k, v in state.items()}
+            if own:
+                self._optimizer.state[tensor] = own
+        if "best.0" in tensors:
+            n_tensors = len(self._trained.tensors)
+            self._best = [tensors[f"best.{number}"] for number in range(n_tensors)]
+        self._done, self._to_come = numbers["done"], [*numbers["to come"]]
+        self.before, self.least = numbers["before"], numbers["least"]
 
 
 def _share_of_rate(n_steps: int, done: int) -> float:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from adaskip.errors import AdaskipError, ProfileError, did_you_mean
 from adaskip.fingerprint import fingerprint_name, model_fingerprint, same_model
 from adaskip.plan import Sublayer, all_sublayers
+from adaskip.whole_files import write_whole
 
 Gain = Literal["norm", "token"]
 GAINS: tuple[Gain, ...] = get_args(Gain)
@@ -135,11 +136,7 @@ class Importance:
             "sublayers": rows,
             "layers": list(self.layer_similarity),
         }
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(target)
+        write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Importance:

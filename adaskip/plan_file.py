@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -18,6 +17,7 @@ from adaskip.errors import AdaskipError, PlanError
 from adaskip.replacements import Linear, Replacement, Window
 from adaskip.shipped import find_plan
 from adaskip.version import __version__
+from adaskip.whole_files import write_whole
 
 # Plans are written in the oldest version that can say them: the second has windows of some heads.
 VERSIONS = (1, 2)
@@ -94,17 +94,10 @@ def write_plan(
         "about": dict(content.about),
         "sublayers": rows,
     }
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     # Copies: one map may be in several places, and a file has each tensor once.
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    try:
-        # Through bytes: save_file() makes a file that nobody else may read.
-        temporary.write_bytes(save(whole, metadata={_KEY: json.dumps(told)}))
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Through bytes: save_file() makes a file that nobody else may read.
+    write_whole(path, save(whole, metadata={_KEY: json.dumps(told)}))
 
 
 def read_plan(path: str | os.PathLike[str], sublayer_of: Callable[[Any, Any], P]) -> PlanContent[P]:

@@ -169,6 +169,7 @@ def test_gains_and_maps_are_distilled_when_that_is_asked_for(
     fitted, trained = (SkipPlan.load(tmp_path / run / name) for run in ("fitted", "trained"))
     told = (trained.about["distilled on"], trained.about["distilled epochs"])
     assert told == ("6 rows", 2)
+    assert not [*tmp_path.rglob("*.distilling")]
     assert trained.about["divergence"] < trained.about["divergence before distilling"]
     assert [*trained] == [*fitted]
     assert trained.digest != fitted.digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from adaskip import (
     AdaskipError,
     Linear,
     PlanError,
+    RunError,
     SkipPlan,
     Sublayer,
     UnsupportedCallError,
@@ -138,16 +140,16 @@ def test_gradients_are_those_of_finite_differences_through_windows(model: PreTra
     double = model.double().requires_grad_(False)
     # Before the windows, so that gradients pass through them, of all heads and of one.
     trained = _Trained(Sublayers(double), fitted(double, {Sublayer(0, "ffn"): 1.1, **WINDOWS}))
-    course = _Course(trained, [{"input_ids": ids} for ids in PROMPTS], 0, progress=False)
+    course = _Course(trained, [{"input_ids": ids} for ids in PROMPTS], progress=False)
     (gain,), bias = trained.gains, trained.maps[-1]
     one = course._held[0]
     positions = course._spread(one)
     assert len(positions) == 33
 
     def lost() -> float:
-        return float(course._by_token(one, positions).mean().detach())
+        return float(course.by_token(one, positions).mean().detach())
 
-    course._by_token(one, positions).mean().backward()
+    course.by_token(one, positions).mean().backward()
     for tensor, at in ((gain, ()), (bias, (3,)), (trained.maps[0], (5, 7))):
         assert tensor.grad is not None
         expected, step = float(tensor.grad[at]), 1e-3
@@ -177,6 +179,60 @@ def test_it_is_the_same_for_a_seed(model: PreTrainedModel) -> None:
     plan = fitted(model, {})
     found = [distill_plan(model, plan, PROMPTS, learning_rate=3e-3, seed=s) for s in (1, 1, 2)]
     assert found[0].digest == found[1].digest != found[2].digest
+
+
+@pytest.mark.parametrize("stops", [1, 4, 8, 13])
+def test_one_that_was_interrupted_goes_on(
+    model: PreTrainedModel, stops: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distilling, "_KEPT_EVERY", 0.0)
+    plan, record = fitted(model, {ATTN2: 1.25, **WINDOWS}), tmp_path / "new" / "training"
+    settings: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-3}
+    expected = distill_plan(model, plan, PROMPTS, **settings)
+    stock, steps = distilling._Training._step, 0
+
+    def counted(*args: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == stops:
+            raise KeyboardInterrupt
+        stock(*args)
+
+    monkeypatch.setattr(distilling._Training, "_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        distill_plan(model, plan, PROMPTS, record=record, **settings)
+    assert record.is_file()
+    found = distill_plan(model, plan, PROMPTS, record=record, **settings)
+    # Of six prompts three times, the one that was cut short is taken once more.
+    assert steps == 19
+    assert found.digest == expected.digest != plan.digest
+    assert found.about == expected.about
+    # It is done: nothing is trained again until the file is removed.
+    again = distill_plan(model, plan, PROMPTS, record=record, **settings)
+    assert (steps, again.digest, again.about) == (19, found.digest, found.about)
+    assert [path.name for path in record.parent.iterdir()] == ["training"]
+
+
+def test_a_record_of_something_else_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    plan, record = fitted(model, {}), tmp_path / "training"
+    distill_plan(model, plan, PROMPTS, epochs=1, record=record)
+    for changes, message in (
+        ({"epochs": 2}, r"of another training \(epochs: 1 then, 2 now\); remove it"),
+        ({"seed": 3}, r"\(seed: 0 then, 3 now\)"),
+        ({"plan": SkipPlan({FFN1: 1.1})}, r"\(plan: "),
+        ({"prompts": PROMPTS[1:]}, r"\(prompts: "),
+    ):
+        given: dict[str, Any] = {"plan": plan, "prompts": PROMPTS, "epochs": 1, **changes}
+        with pytest.raises(RunError, match=message):
+            distill_plan(model, **given, record=record)
+    plan.save(tmp_path / "plan.safetensors")
+    for wrong in ("plan.safetensors", "text"):
+        (tmp_path / "text").write_text("no tensors")
+        with pytest.raises(RunError, match="no record of a training, or a damaged one"):
+            distill_plan(model, plan, PROMPTS, epochs=1, record=tmp_path / wrong)
+    assert SkipPlan.load(tmp_path / "plan.safetensors").digest == plan.digest
+    with pytest.raises(RunError, match="cannot be written"):
+        distill_plan(model, plan, PROMPTS, epochs=1, record=tmp_path / "text" / "training")
 
 
 def test_padding_is_not_counted(model: PreTrainedModel) -> None:
@@ -226,7 +282,7 @@ def test_an_offloaded_model_is_left_as_it_was(model: PreTrainedModel) -> None:
 def test_what_overflows_is_not_learned(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, stock, steps = fitted(model, {ATTN2: 1.25}), distilling._Course._by_token, []
+    plan, stock, steps = fitted(model, {ATTN2: 1.25}), distilling._Course.by_token, []
 
     def overflowing(*args: Any) -> Tensor:
         lost = stock(*args)
@@ -234,7 +290,7 @@ def test_what_overflows_is_not_learned(
         # The last step of the second epoch.
         return lost * (float("inf") if sum(steps) == 12 and steps[-1] else 1.0)
 
-    monkeypatch.setattr(distilling._Course, "_by_token", overflowing)
+    monkeypatch.setattr(distilling._Course, "by_token", overflowing)
     found = distill_plan(model, plan, PROMPTS, epochs=2, learning_rate=1e-3)
     assert sum(steps) == 12
     assert found.digest != plan.digest

@@ -18,7 +18,6 @@ import pytest
 from run_fixtures import Named, Workplace, lasting, named, rows_of, save_checkpoint, save_data
 
 from adaskip.cli.run import run_main
-from adaskip.runs import files
 from adaskip.runs.ledger import task_rows
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runner import resolve, run
@@ -123,10 +122,10 @@ def crashing(monkeypatch: pytest.MonkeyPatch, at: int) -> Callable[[], int]:
 
         monkeypatch.setattr(owner, name, changed)
 
-    wrap(files.os, "fsync")
-    wrap(files.os, "truncate")
-    wrap(files.Path, "replace")
-    wrap(files.Path, "unlink")
+    wrap(os, "fsync")
+    wrap(os, "truncate")
+    wrap(Path, "replace")
+    wrap(Path, "unlink")
     return lambda: count
 
 
@@ -171,7 +170,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(files.os, failing, full)
+        patched.setattr(os, failing, full)
         assert run_main("prefill", "llama", [*options, str(tmp_path)]) == 2
     errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1

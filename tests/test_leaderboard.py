@@ -238,6 +238,7 @@ def test_linear_maps_are_fitted_anew_on_more_rows(
     assert board.plan(f"{trained} 1.05").digest == expected.digest
     assert rows[f"{trained} 1.05"].about["divergence"] == expected.about["divergence"]
     assert rows[f"{trained} 1.05"].about["calibration"].endswith("; distilled on 4")
+    assert not [*board.folder.rglob("*.distilling")]
     # A map takes as long whatever its numbers are, and is timed once.
     assert [*digests(board.sitting(1))] == ["dense", "ADA 1.05", chosen.id]
     assert board.timed[again.id] == board.timed[f"{trained} 1.05"] == board.timed[chosen.id]

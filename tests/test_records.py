@@ -161,7 +161,7 @@ def test_a_file_is_written_whole_or_not_at_all(
     def no_space(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("adaskip.runs.files.os.fsync", no_space)
+    monkeypatch.setattr("adaskip.whole_files.os.fsync", no_space)
     with pytest.raises(RunError, match="the disk is full; free some space"):
         write_json(path, {"schema": SCHEMA, "n": 2})
     assert read_json(path)["n"] == 1

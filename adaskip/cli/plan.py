@@ -158,6 +158,7 @@ def _make(given: argparse.Namespace) -> int:
                     plan = with_measured(loaded.model, kept, progress=True)
                 # More than the model computes in would be lost on every use of the file.
                 plan.save(path, dtype=loaded.model.dtype)
+                _training_of(path).unlink(missing_ok=True)
                 plans[path] = plan
             except AdaskipError as error:
                 # The methods are independent of each other.
@@ -263,10 +264,16 @@ def _made(
     if plan.has_linears and given.fit_rows is not None:
         plan = refit_linears(loaded.model, plan, reads(rows), **told)
     if given.distill and can_learn(plan):
-        plan = distill_plan(loaded.model, plan, reads(rows), epochs=given.distill, **told)
+        told |= {"epochs": given.distill, "record": _training_of(path)}
+        plan = distill_plan(loaded.model, plan, reads(rows), **told)
     about = {**plan.about, **_made_of(given, method)}
     about |= {_FIT_ROWS_KEY: given.fit_rows} if EPOCHS in about else {}
     return SkipPlan(plan, fingerprint=plan.fingerprint, about=about)
+
+
+def _training_of(path: Path) -> Path:
+    """Where the training of a plan stands until its file is there."""
+    return path.with_suffix(".distilling")
 
 
 def _made_of(given: argparse.Namespace, method: str) -> dict[str, Any]:

@@ -251,7 +251,11 @@ class Maker:
         if plan.has_linears:
             plan = refit_linears(self._model, plan, prompts, **told)
         if trains:
-            plan = distill_plan(self._model, plan, prompts, **told)
+            record = board.path_of(point).with_suffix(".distilling")
+            plan = distill_plan(self._model, plan, prompts, record=record, **told)
+            made = self._kept(point, plan)
+            record.unlink()
+            return made
         return self._kept(point, plan)
 
     def _again(self, point: Point, row: PlanRow) -> PlanRow | None:
