@@ -152,7 +152,7 @@ class SkipPolicy(ABC):
         return frozenset({"attn", "ffn"}) if observes else frozenset()
 
     def observe(self, step: Step, stats: StepStats) -> None:  # noqa: B027 - most watch nothing
-        """Takes the statistics asked for by `watch`, after the forward."""
+        """Takes the statistics asked for by `watch`, after a forward within the scope."""
 
 
 class FixedSkipping(SkipPolicy):

@@ -335,7 +335,7 @@ class Session:
         step = self.step
         self._watching = []
         spans: frozenset[Span] = frozenset()
-        in_scope = self._scope == "e2e" or self._scope == step.phase == Phase.DECODE
+        in_scope = self._scope in ("e2e", step.phase)
         for recorder in (*self._recorders, *((self.policy,) if in_scope else ())):
             wanted = recorder.watch(step)
             if wanted:

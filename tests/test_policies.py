@@ -302,12 +302,14 @@ class Observing(Scripted):
         self.seen = [(step.phase, len(stats.rows)), *getattr(self, "seen", [])]
 
 
-def test_a_policy_that_observes_sees_all_that_runs() -> None:
+@pytest.mark.parametrize("scope", ["prefill", "decode", "e2e"])
+def test_a_policy_that_observes_sees_all_that_runs_in_its_scope(scope: Scope) -> None:
     policy, model = Observing(), tiny_model("llama")
-    with skipping(model, policy):
+    with skipping(model, policy, scope=scope):
         model.generate(prompt(6), max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    everything = 2 * N_LAYERS
-    assert policy.seen == [(Phase.DECODE, everything - 1)] * 2 + [(Phase.PREFILL, everything - 1)]
+    one_less = 2 * N_LAYERS - 1
+    seen = [(Phase.DECODE, one_less)] * 2 + [(Phase.PREFILL, one_less)]
+    assert policy.seen == [each for each in seen if scope in ("e2e", each[0])]
 
 
 @pytest.mark.parametrize(
