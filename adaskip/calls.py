@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adaskip.generating import Turn
     from adaskip.policy import SkipPolicy
 
+_CONTINUOUS_BATCHING = "transformers.generation.continuous_batching."
 _FIXED = "Use a policy with a fixed plan (AdaSkip: online=False)."
 
 
@@ -29,7 +30,8 @@ def cache_of(call: dict[str, Any], config: PretrainedConfig) -> Cache | None:
     """The forward's cache, or None if it is to run without.
 
     Where the model would make its own, it is made here and added to `call`: the skipped-cache
-    placeholders have to be in it before the forward begins.
+    placeholders have to be in it before the forward begins. That of continuous batching is of many
+    requests, each on pages that only its attention touches: none of this forward alone.
 
     Raises:
         UnsupportedCallError: it is not a transformers cache.
@@ -37,6 +39,8 @@ def cache_of(call: dict[str, Any], config: PretrainedConfig) -> Cache | None:
     cache = cache_in(call)
     if cache is None and _flag(call, config, "use_cache"):
         cache = call[CACHE] = DynamicCache(config=config)
+    if type(cache).__module__.startswith(_CONTINUOUS_BATCHING):
+        return None
     if cache is not None and not isinstance(cache, Cache):
         raise UnsupportedCallError(
             f"{CACHE} is a {type(cache).__name__}; pass a transformers Cache, e.g. DynamicCache()."
@@ -257,13 +261,24 @@ def refuse_early_exit_draft(generation_config: GenerationConfig) -> None:
         )
 
 
-def refuse_continuous_batching(*args: object, **kwargs: object) -> None:
-    """Takes the place of `generate_batch`, and refuses.
+def refuse_continuous_batching(*, differs: bool, windows: object) -> None:
+    """Refuses `generate_batch` under plans that its forwards cannot have.
+
+    Args:
+        differs: whether the plan of a decode step may be another one than that of the prompt.
+        windows: those of the plan.
 
     Raises:
-        UnsupportedCallError: always. Its forwards hold prompts and decode steps side by side.
+        UnsupportedCallError: its forwards hold prompts and decode steps of several requests.
     """
-    raise UnsupportedCallError(
-        "generate_batch() computes prompts and decode steps in one forward, so a plan that differs "
-        f"between them cannot apply. Use generate(), or scope 'e2e' with a fixed plan. {_FIXED}"
-    )
+    if differs:
+        raise UnsupportedCallError(
+            "generate_batch() computes prompts and decode steps in one forward, so a plan that "
+            "differs between them cannot apply. Use generate(), or scope 'e2e' with a fixed plan. "
+            f"{_FIXED}"
+        )
+    if windows:
+        raise UnsupportedCallError(
+            "generate_batch() puts several requests into one row, which attention with a window "
+            "would mix up; use generate(), or a plan without windows."
+        )

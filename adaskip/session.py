@@ -121,8 +121,8 @@ class Session:
         yield self._patched_decoder()
         if model.can_generate():
             yield from listen(model, self._turns, self._check_assisted)
-            if self._steps_matter and hasattr(model, "generate_batch"):
-                yield Patch(model, "generate_batch", calls.refuse_continuous_batching)
+            if hasattr(model, "generate_batch"):
+                yield self._patched_batches(model)
 
     def _patched_decoder(self) -> Patch:
         begin, end = _untraced()
@@ -147,6 +147,19 @@ class Session:
             return output
 
         patch = patch_forward(self._decoder, forward)
+        return patch
+
+    def _patched_batches(self, model: PreTrainedModel) -> Patch:
+        """Refuses before its thread begins: what fails there, transformers only logs."""
+
+        def generate_batch(*args: Any, **kwargs: Any) -> Any:
+            step = Step(Phase.PREFILL, request=0, index=0, tokens=1)
+            calls.refuse_continuous_batching(
+                differs=self._phase_matters(step), windows=self.policy.plan(step).windows
+            )
+            return patch.original(*args, **kwargs)
+
+        patch = Patch(model, "generate_batch", generate_batch)
         return patch
 
     def _begin_compiled(self, call: dict[str, Any]) -> Cache | None:

@@ -15,7 +15,13 @@ import torch
 from conftest import N_LAYERS, prompt, tiny_model
 from oracle import zeroed
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StaticCache,
+    TextIteratorStreamer,
+)
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from adaskip import (
@@ -28,11 +34,14 @@ from adaskip import (
     Sublayer,
     UnsupportedCallError,
     UnsupportedModelError,
+    Window,
+    fit_linears,
     learn_importance,
     skipping,
 )
 from adaskip.cache_name import CACHE
 from adaskip.kvcache import prepare
+from adaskip.plan import Phase, Scope, Step
 from adaskip.skipped_cache import SkippedCacheLayer
 
 PLAN = SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): None})
@@ -297,10 +306,61 @@ def test_what_guards_need_of_transformers_is_checked_at_entry(
         answer(model, prompt(5))
 
 
-def test_continuous_batching_is_refused_where_steps_matter(model: PreTrainedModel) -> None:
+def batched(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """What continuous batching answers to prompts of several lengths."""
+    settings = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found = model.generate_batch(prompts, generation_config=settings, progress_bar=False)
+    answers = {tuple(each.prompt_ids): each.generated_tokens for each in found.values()}
+    return [answers[tuple(ids)] for ids in prompts]
+
+
+def one_by_one(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    return [answer(model, torch.tensor([ids]), 5)[0, len(ids) :].tolist() for ids in prompts]
+
+
+def test_continuous_batching_answers_as_requests_alone_do(model: PreTrainedModel) -> None:
+    prompts = [prompt(n, seed=n)[0].tolist() for n in (9, 5, 12)]
+    dense = one_by_one(model, prompts)
+    try:
+        batches = batched(model, prompts) == dense
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError):
+        batches = False
+    if not batches:
+        pytest.skip("this transformers does not batch so on a CPU")
+    maps = fit_linears(model, [prompt(60)], [Sublayer(3, "attn")], rank=4)
+    plan = SkipPlan({**maps, Sublayer(1, "attn"): None, Sublayer(2, "ffn"): 1.1})
+    with skipping(model, FixedSkipping(plan)):
+        expected = one_by_one(model, prompts)
+        assert batched(model, prompts) == expected != dense
+    assert batched(model, prompts) == dense
+
+
+class ByPhase(SkipPolicy):
+    """Skips other sublayers in decode, the same at every step."""
+
+    def plan(self, step: Step) -> SkipPlan:
+        return SkipPlan({Sublayer(1, "ffn" if step.phase is Phase.PREFILL else "attn"): None})
+
+
+@pytest.mark.parametrize(
+    ("policy", "scope", "message"),
+    [
+        (SkipDecode(3), "e2e", "computes prompts and decode steps in one forward"),
+        (ByPhase(), "e2e", "computes prompts and decode steps in one forward"),
+        (FixedSkipping(PLAN), "decode", "computes prompts and decode steps in one forward"),
+        (
+            FixedSkipping(SkipPlan({Sublayer(1, "attn"): Window(8, 2)})),
+            "e2e",
+            "a window would mix up; use generate",
+        ),
+    ],
+)
+def test_continuous_batching_is_refused_where_it_would_be_wrong(
+    model: PreTrainedModel, policy: SkipPolicy, scope: Scope, message: str
+) -> None:
     with (
-        skipping(model, SkipDecode(3)),
-        pytest.raises(UnsupportedCallError, match=r"generate_batch\(\)"),
+        skipping(model, policy, scope=scope),
+        pytest.raises(UnsupportedCallError, match=message),
     ):
         model.generate_batch([[3, 4, 5]])
 

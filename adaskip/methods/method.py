@@ -22,7 +22,7 @@ class Method:
 
     Attributes:
         name: what commands call it.
-        grow: yields plans that replace more and more, each an extension of the one before.
+        grow: yields plans that replace more and more; of most, each extends the one before.
         measure: of its losses, "nll" or "kl".
         linear: whether its plans hold full linear maps, whose time counts.
         lazy: whether it looks only at what comes to the top, unless told `exact=True`.
