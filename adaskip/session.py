@@ -121,8 +121,9 @@ class Session:
         yield self._patched_decoder()
         if model.can_generate():
             yield from listen(model, self._turns, self._check_assisted)
-            if hasattr(model, "generate_batch"):
-                yield self._patched_batches(model)
+            for name in ("generate_batch", "init_continuous_batching"):
+                if hasattr(model, name):
+                    yield self._patched_batching(model, name)
 
     def _patched_decoder(self) -> Patch:
         begin, end = _untraced()
@@ -149,17 +150,17 @@ class Session:
         patch = patch_forward(self._decoder, forward)
         return patch
 
-    def _patched_batches(self, model: PreTrainedModel) -> Patch:
+    def _patched_batching(self, model: PreTrainedModel, name: str) -> Patch:
         """Refuses before its thread begins: what fails there, transformers only logs."""
 
-        def generate_batch(*args: Any, **kwargs: Any) -> Any:
+        def batching(*args: Any, **kwargs: Any) -> Any:
             step = Step(Phase.PREFILL, request=0, index=0, tokens=1)
             calls.refuse_continuous_batching(
                 differs=self._phase_matters(step), windows=self.policy.plan(step).windows
             )
             return patch.original(*args, **kwargs)
 
-        patch = Patch(model, "generate_batch", generate_batch)
+        patch = Patch(model, name, batching)
         return patch
 
     def _begin_compiled(self, call: dict[str, Any]) -> Cache | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import N_LAYERS, prompt, tiny_model
 from oracle import zeroed
 from torch import Tensor
@@ -309,7 +310,11 @@ def test_what_guards_need_of_transformers_is_checked_at_entry(
 def batched(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
     """What continuous batching answers to prompts of several lengths."""
     settings = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    found = model.generate_batch(prompts, generation_config=settings, progress_bar=False)
+    # Unless told, it takes most of the memory that there is.
+    memory = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    found = model.generate_batch(
+        prompts, generation_config=settings, continuous_batching_config=memory
+    )
     answers = {tuple(each.prompt_ids): each.generated_tokens for each in found.values()}
     return [answers[tuple(ids)] for ids in prompts]
 
@@ -355,14 +360,22 @@ class ByPhase(SkipPolicy):
         ),
     ],
 )
+@pytest.mark.parametrize(
+    ("name", "given"), [("generate_batch", [[[3, 4, 5]]]), ("init_continuous_batching", [])]
+)
 def test_continuous_batching_is_refused_where_it_would_be_wrong(
-    model: PreTrainedModel, policy: SkipPolicy, scope: Scope, message: str
+    model: PreTrainedModel,
+    policy: SkipPolicy,
+    scope: Scope,
+    message: str,
+    name: str,
+    given: list[Any],
 ) -> None:
     with (
         skipping(model, policy, scope=scope),
         pytest.raises(UnsupportedCallError, match=message),
     ):
-        model.generate_batch([[3, 4, 5]])
+        getattr(model, name)(*given)
 
 
 # Caches ---------------------------------------------------------------------------------------
