@@ -124,7 +124,7 @@ def guarded(action: Callable[[], int]) -> int:
         print(f"error: {sentence}", file=sys.stderr)  # noqa: T201 - see say()
         return BAD_INPUT
     except KeyboardInterrupt:
-        message = "interrupted: finished rows are kept; the same command continues."
+        message = "interrupted: what is finished is kept; the same command goes on from there."
         print(message, file=sys.stderr)  # noqa: T201 - see say()
         return INTERRUPTED
     finally:

@@ -139,6 +139,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help=text)
     parser.add_argument(
         "--only",
+        action="extend",
         nargs="+",
         default=[],
         metavar="KEY=VALUE",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,9 @@ def test_the_command_that_scores_a_run_finds_it(
     # Where runs lie unless told otherwise, the name is enough.
     config = RunConfig(experiment="prefill", model_name="llama", policy="EE")
     assert scoring_command(config) == "python eval/eval.py --name llama-EE-PREFILL"
+    # Rows that the run was asked for count.
+    shorter = scoring_command(replace(config, min_length=0))
+    assert shorter == "python eval/eval.py --name llama-EE-PREFILL --min_length 0"
 
 
 def test_a_row_with_only_an_id_is_damaged_to_the_run_and_to_eval(
@@ -300,7 +304,7 @@ def test_ctrl_c_ends_cleanly_and_a_second_process_is_refused(
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "interrupted: finished rows are kept" in stderr
+    assert "interrupted: what is finished is kept" in stderr
     assert "Traceback" not in stderr
     rows = rows_of(place.results / "llama-EE-PREFILL-SKIP-1", "trec")
     assert 0 < len(rows) < 200

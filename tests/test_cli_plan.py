@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,8 @@ from adaskip.plan import Phase, all_sublayers
 from adaskip.policies.made_plan import PlanFile
 from adaskip.runs.calibration import text_rows
 from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.runner import resolve
 from adaskip.search.losses import Losses
 from adaskip.sublayer_times import PlanTimes, SublayerTimes
 
@@ -195,6 +198,64 @@ def test_gains_and_maps_are_distilled_when_that_is_asked_for(
         assert plan_main(asked) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--method", "EE", "--kv_share", "0.5"], "--kv_share is of SEARCH, none of which"),
+        (["--method", "EE", "NBL", "--rank", "3"], "--rank is of SEARCH"),
+        (["--method", "EE", "--windows", "8"], "--windows is of SEARCH"),
+        (["--method", "EE", "--replacements", "gain"], "--replacements is of SEARCH"),
+        (["--exact"], "--exact is of BLOCKPRUNER and SLEB, none of which is asked for"),
+    ],
+)
+def test_what_no_method_takes_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[str], message: str
+) -> None:
+    assert plan_main(options(tmp_path / "new", *asked)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_stops_no_other_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = SkipPlan.save
+
+    def full(plan: SkipPlan, path: Path, **given: Any) -> None:
+        if path.stem.startswith("EE"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        stock(plan, path, **given)
+
+    monkeypatch.setattr(SkipPlan, "save", full)
+    given = options(tmp_path, "--method", "EE", "US", "--acceleration", "1.05")
+    assert plan_main(given) == 1
+    said = capsys.readouterr().out
+    assert "EE-1.05: Cannot write" in said
+    assert "the disk is full; free some space" in said
+    assert [path.stem for path in tmp_path.glob("*.safetensors")] == ["US-1.05"]
+
+
+def test_rows_that_are_scored_too_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "adaskip.runs.loaded.load_rows", lambda task, limit, **_: tiny_rows(task, limit)
+    )
+    given = options(tmp_path, "--method", "EE", "--acceleration", "1.05")
+    given += ["--tasks", "trec", "qasper"]
+    assert plan_main(given) == 0
+    assert "trec qasper has no split: what is calibrated with are the first" in caplog.text
+    path = str(tmp_path / "EE-1.05.safetensors")
+    for task, scored in (("qasper", True), ("samsum", False)):
+        caplog.clear()
+        given: Any = {"policy": "PLAN", "plan": path, "tasks": (task,)}
+        given |= {"experiment": "e2e", "model_name": "smollm2", "skip_sub_layer_num": 2}
+        config = resolve(RunConfig.from_dict(given))
+        TinyLoaded.make().policy(config, task)
+        expected = f"was calibrated with the 3 first rows of trec qasper, .* what {task} scores"
+        assert bool(re.search(expected, caplog.text)) == scored
 
 
 def test_a_plan_made_otherwise_is_not_replaced(

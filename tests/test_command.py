@@ -25,10 +25,14 @@ from adaskip import (
     skipping,
 )
 from adaskip.cli import main
+from adaskip.cli.chat import _conversations
 from adaskip.cli.main import COMMANDS, command, overview, run
 from adaskip.command import BAD_INPUT, UNREAD, guarded
 from adaskip.models.spec import model_spec
 from adaskip.runs.conversation import Conversation
+from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.runconfig import RunConfig
+from adaskip.runs.runner import resolve
 
 # Runs a program that prints its help, then tells whether that has loaded torch.
 HELP = """
@@ -236,6 +240,9 @@ def test_importance_is_learned_from_texts(
     assert shlex.split(shown.partition("use it: ")[2])[-2:] == ["--importance", "profile.json"]
     error = said(capsys, "learn", *options, "--texts", "a.txt", code=BAD_INPUT)
     assert "profile.json exists" in error
+    unused = ["--model", "nowhere/none", "--out", "new.json", "--texts", "a.txt", "--warmup", "1"]
+    error = said(capsys, "learn", *unused, code=BAD_INPUT)
+    assert "--texts are learned from whole, each as one prompt; leave --warmup out" in error
     # Before the model is loaded: there is no such one.
     elsewhere = ["--model", "nowhere/none", "--out", "a.txt/profile.json", "--texts", "b.txt"]
     assert "Cannot write a.txt/profile.json" in said(capsys, "learn", *elsewhere, code=BAD_INPUT)
@@ -260,6 +267,17 @@ def test_a_plan_answers_beside_the_dense_model(
     assert list(found) == ["dense", "plan"]
     assert [row[0] for row in found.values()] == ["4", "4"]
     assert all(float(row[1]) >= 0 for row in found.values())
+
+
+def test_an_answer_goes_on_behind_a_line_break(checkpoint: Path) -> None:
+    options = {"model_path": str(checkpoint), "device": "cpu", "tasks": ("sample_qa",)}
+    config = resolve(RunConfig(experiment="e2e", model_name="llama", policy="dense", **options))
+    loaded = LoadedModel.open(config)
+    (talk,) = _conversations(loaded, config, None, compare=False).values()
+    (line_break,) = loaded.tokenizer("\n").input_ids
+    # The short answers of the task end there.
+    assert line_break in loaded.stop_rule(config, "sample_qa").token_ids
+    assert set(talk.ends) == {loaded.tokenizer.eos_token_id}
 
 
 def test_what_an_answer_is_and_took(checkpoint: Path) -> None:

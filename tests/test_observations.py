@@ -404,7 +404,8 @@ def test_scripts_write_json_text_and_figure(
     monkeypatch.setattr("adaskip.observing.stability.RESAMPLES", 20)
     models = ["smollm2"] if name == "stability" else ["smollm2", "qwen", "llama"]
     tasks = ["--tasks", *read_config("observations.yaml")[name]["sample_tasks"]]
-    arguments = ["--model", *models, *tasks, "--limit", "2", "--results_dir", str(tmp_path)]
+    limit = "10" if name == "stability" else "2"
+    arguments = ["--model", *models, *tasks, "--limit", limit, "--results_dir", str(tmp_path)]
     scores = ["--scores"] if name == "ob0" else []
     assert observation_main(name, [*arguments, *scores]) == 0
     stem = f"{name}-{'-'.join(models)}"

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import N_LAYERS, prompt, tiny_model
+from run_fixtures import Workplace, save_checkpoint, save_data
 from test_recorders import CountReads
 from tiny_loaded import TinyLoaded, as_prompt, character_tokenizer, tiny_rows
 from tokenizers import Tokenizer, models
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import override
 
 from adaskip import (
@@ -289,6 +290,37 @@ def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(opened) == 2
     with pytest.raises(RunError, match="reference_tokens: 16 then, 8 now"):
         measure(cells[:1], 8)
+
+
+def test_nothing_is_added_to_what_other_weights_or_rows_gave(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Workplace(
+        save_checkpoint(tmp_path / "model"), save_data(tmp_path / "data"), tmp_path / "results"
+    )
+    given = ["--model", "llama", "--tasks", "trec", "--limit", "2", "--reference_tokens", "4"]
+    for name in ("model_path", "data_dir", "results_dir", "max_length", "device"):
+        given += [f"--{name}", str(place.settings[name])]
+    more = ["--policy", "EE", "--skip_full_layer_num", "1"]
+    assert perplexity_main(given) == 0
+    (file,) = (place.results / "perplexity").glob("*.json")
+    kept, data = file.read_bytes(), place.data / "trec_e.jsonl"
+    was = data.read_text()
+    data.write_text(was.replace("a number", "some number"))
+    capsys.readouterr()
+    assert perplexity_main([*given, *more]) == 2
+    assert "another row trec row0 than the data has now" in capsys.readouterr().err
+    data.write_text(was)
+    model = LlamaForCausalLM.from_pretrained(place.checkpoint)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    model.save_pretrained(place.checkpoint)
+    assert perplexity_main([*given, *more]) == 2
+    assert "was made with model llama" in capsys.readouterr().err
+    assert file.read_bytes() == kept
+    save_checkpoint(place.checkpoint)
+    assert perplexity_main([*given, *more]) == 0
+    assert "EE 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,41 @@ def test_a_bad_selection_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_two_selections_hold_together(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [str(save_plan(place)), "--dry_run", "--only", "policy=EE"]
+    assert sweep.main([*given, "--only", "budget=2", "experiment=e2e"]) == 0
+    assert "1 cells" in capsys.readouterr().out
+    assert sweep.main([*given, "--only", "policy=ADA"]) == 2
+    assert "--only has policy twice" in capsys.readouterr().err
+
+
+def test_what_was_made_with_other_settings_is_left_out_of_the_report(place: Workplace) -> None:
+    given: dict[str, Any] = {"policies": {"EE": [1], "US": [1]}, "experiments": {"e2e": ["trec"]}}
+    given |= {"tasks": {"trec": {"limit": 2, "max_new_tokens": 3}}}
+    few = {"perplexity": {"rows": 1, "max_tokens": 4}}
+
+    def lines(only: str, **changes: Any) -> dict[str, float | None]:
+        file = save_plan(place, **{**given, **changes})
+        assert sweep.main([str(file), "--only", f"policy={only}"]) == 0
+        (table,) = json.loads((place.results / "report.json").read_text())["tables"]
+        return {line["policy"]: line["tasks"]["trec"]["perplexity"] for line in table["lines"]}
+
+    assert lines("dense", **few).keys() == {"dense"}
+    before = lines("EE", **few)
+    assert all(before.values())
+    # A perplexity of other rows is none to compare with.
+    after = lines("US", perplexity={"rows": 2, "max_tokens": 8})
+    assert [name for name, value in after.items() if value] == ["US"]
+    assert before.keys() | {"US"} == after.keys()
+    longer = {"trec": {"limit": 2, "max_new_tokens": 5}}
+    assert lines("US", tasks=longer, policies={"US": [2]}).keys() == {"US"}
+    (note,) = json.loads((place.results / "report.json").read_text())["notes"]
+    assert note == (
+        "llama e2e dense trec: left out, its rows were made with other settings "
+        "(max_new_tokens: 3 then, 5 now)."
+    )
+
+
 def test_a_dry_run_lists_and_writes_nothing(
     place: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:

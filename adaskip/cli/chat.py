@@ -16,6 +16,7 @@ from adaskip.plan import SCOPES, SkipPlan
 from adaskip.policies import POLICIES, FixedSkipping, SkipPolicy
 from adaskip.policies.factory import BUDGETS, LEARNED, takes
 from adaskip.runs.conversation import Answer, Conversation
+from adaskip.runs.ledger import answer_length
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runconfig import DENSE, PLAN_FILE, POLICY_OPTIONS, RunConfig, refuse_unused
 from adaskip.runs.runner import resolve
@@ -94,13 +95,13 @@ def _conversations(
     loaded: LoadedModel, config: RunConfig, policy: SkipPolicy | None, *, compare: bool
 ) -> dict[str, Conversation]:
     """By what they are called: under the policy, and before it dense if both are wanted."""
-    stop = loaded.stop_rule(config, WARM_UP)
+    # An answer goes on behind a line break, where those of most tasks end.
     dense = Conversation(
         loaded.model,
         loaded.tokenizer,
         loaded.spec,
-        stop.token_ids,
-        max_new_tokens=stop.max_new_tokens,
+        loaded.end_tokens(),
+        max_new_tokens=answer_length(config, WARM_UP),
     )
     if policy is None:
         if compare:

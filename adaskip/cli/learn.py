@@ -21,6 +21,8 @@ from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.runner import resolve
 
 _SHOWN = 8
+# What texts of the user's own have no use for.
+_OF_SAMPLE = ("warmup", "sample_tokens", "seed")
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +35,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text files, one prompt each (default: warm-up documents of the offline sample)",
     )
-    add_run_options(parser, ("warmup", "sample_tokens", "seed", *LOADING))
+    add_run_options(parser, (*_OF_SAMPLE, *LOADING))
 
 
 def _act(given: argparse.Namespace) -> int:
@@ -41,6 +43,11 @@ def _act(given: argparse.Namespace) -> int:
     out, texts = Path(options.pop("out")), [Path(text) for text in options.pop("texts")]
     if out.exists():
         raise AdaskipError(f"{out} exists; give another --out, or move it away.")
+    unused = [f"--{key}" for key in _OF_SAMPLE if options[key] != getattr(RunConfig, key)]
+    if texts and unused:
+        raise AdaskipError(
+            f"--texts are learned from whole, each as one prompt; leave {', '.join(unused)} out."
+        )
     _refuse_unwritable(out)
     profile = _of_texts(texts, options) if texts else _of_sample(options)
     with writing(out):

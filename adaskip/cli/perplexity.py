@@ -19,7 +19,7 @@ from adaskip.importance import Importance
 from adaskip.models.processes import team
 from adaskip.policies.factory import BUDGETS, LEARNED, takes
 from adaskip.runs.environment import environment
-from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.loaded import LoadedModel, hold
 from adaskip.runs.perplexity import Loss, Perplexity
 from adaskip.runs.reference_quality import losses
 from adaskip.runs.rows import Stored
@@ -144,6 +144,7 @@ def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str
             for cell in missing:
                 for task in cell.tasks:
                     loaded.policy(cell, task)
+        hold(store, loaded, [row for task in base.tasks for row in loaded.rows(base, task)])
         for cell in missing:
             row = _measured(cell, loaded, max_tokens)
             found[row.id] = row

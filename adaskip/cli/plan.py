@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ from adaskip.plan import Phase, SkipPlan
 from adaskip.policies.made_plan import read_plans
 from adaskip.reports.explorer import write_explorer
 from adaskip.runs.calibration import calibration_rows, read_texts, text_rows
-from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.files import writing
+from adaskip.runs.loaded import FIRST_ROWS, LoadedModel
 from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.runner import resolve
 from adaskip.search import MENU, SEARCH, WINDOWS, search_plan
@@ -33,10 +35,14 @@ from adaskip.search.menu import Dishes
 from adaskip.tables import markdown_table, number, percent
 from adaskip.tasks.spec import task_spec
 
+logger = logging.getLogger(__name__)
+
 ALL = "all"
 _ROWS, _FIT_ROWS, _TASKS = 4, 32, ("sample_summarization", "sample_qa")
 # What a plan's `about` calls --fit_rows.
 _FIT_ROWS_KEY = "fit rows"
+# Methods that look at everything in every round, if asked to.
+_EXACT = ("SLEB", "BLOCKPRUNER")
 _LOADING = ("model_path", "dtype", "device", "allow_pickle", "seed", "data_dir", "min_length")
 
 
@@ -123,6 +129,7 @@ def _make(given: argparse.Namespace) -> int:
         if method not in method_names():
             raise unknown_name("method", method, [*method_names(), ALL])
     Dishes(given.replacements, given.windows, given.rank).check()
+    _refuse_unused(given, methods)
     texts = _read(given)
     counts = ("context", "batch", "rows", "reference_tokens")
     refuse_below_one({name: getattr(given, name) for name in counts})
@@ -157,7 +164,8 @@ def _make(given: argparse.Namespace) -> int:
                     kept.check_model(loaded.model)
                     plan = with_measured(loaded.model, kept, progress=True)
                 # More than the model computes in would be lost on every use of the file.
-                plan.save(path, dtype=loaded.model.dtype)
+                with writing(path):
+                    plan.save(path, dtype=loaded.model.dtype)
                 _training_of(path).unlink(missing_ok=True)
                 plans[path] = plan
             except AdaskipError as error:
@@ -170,6 +178,22 @@ def _make(given: argparse.Namespace) -> int:
     for name, reason in failures.items():
         say(f"{name}: {reason}")
     return 1 if failures else 0
+
+
+def _refuse_unused(given: argparse.Namespace, methods: Sequence[str]) -> None:
+    """Refuses what none of the methods would look at.
+
+    Raises:
+        AdaskipError: there is such an option.
+    """
+    of_search = {"replacements": [*MENU], "windows": [*WINDOWS], "rank": None, "kv_share": None}
+    owners = [({SEARCH}, name, default) for name, default in of_search.items()]
+    for takers, name, default in [*owners, ({*_EXACT}, "exact", False)]:
+        if getattr(given, name) != default and not takers & {*methods}:
+            raise AdaskipError(
+                f"--{name} is of {' and '.join(sorted(takers))}, none of which is asked for "
+                f"(--method {' '.join(methods)}); leave it out."
+            )
 
 
 def _read(given: argparse.Namespace) -> dict[str, str]:
@@ -186,8 +210,14 @@ def _read(given: argparse.Namespace) -> dict[str, str]:
         given.fits_what_there_is = given.fit_rows is None and split
         if given.fits_what_there_is:
             given.fit_rows = max(_FIT_ROWS, given.rows)
+        if not split:
+            logger.warning(
+                "%s has no split: what is calibrated with are the first rows of its test; leave "
+                "those out where the plans are scored, or calibrate with other tasks.",
+                " ".join(task for task in given.tasks if not task_spec(task).offline),
+            )
         given.source = (
-            f"{given.rows} {'warm-up' if split else 'first'} rows of {' '.join(given.tasks)}, "
+            f"{given.rows} {'warm-up rows of' if split else FIRST_ROWS} {' '.join(given.tasks)}, "
             f"{given.reference_tokens} tokens of each answer, seed {given.seed}"
         )
         return {}
@@ -256,7 +286,7 @@ def _made(
             kv_share=given.kv_share,
         )
     else:
-        exact = given.exact and method in ("SLEB", "BLOCKPRUNER")
+        exact = given.exact and method in _EXACT
         looks = given.html is not None
         make = partial(make_plan, method=method, exact=exact, losses_on_the_way=looks)
     plan = make(loaded.model, chosen_by, **options)

@@ -142,6 +142,8 @@ def scoring_command(config: RunConfig, scorer: str = "python eval/eval.py") -> s
     words = [*scorer.split(), "--name", config.run_name]
     if config.results_dir != RunConfig.results_dir:
         words += ["--results_dir", config.results_dir]
+    if config.min_length != RunConfig.min_length:
+        words += ["--min_length", str(config.min_length)]
     return shlex.join(words)
 
 

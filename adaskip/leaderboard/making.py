@@ -34,6 +34,7 @@ from adaskip.profiling.interleaving import by_turns, per_round
 from adaskip.profiling.timing import RequestTimes, time_request
 from adaskip.runs.calibration import calibration_rows
 from adaskip.runs.environment import environment
+from adaskip.runs.files import writing
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import reference_ids, reference_perplexity
 from adaskip.runs.runconfig import DENSE, RunConfig
@@ -265,7 +266,9 @@ class Maker:
 
     def _kept(self, point: Point, plan: SkipPlan) -> PlanRow:
         """Writes a plan's file, and what the board has of it."""
-        plan.save(self.board.path_of(point))
+        path = self.board.path_of(point)
+        with writing(path):
+            plan.save(path)
         return PlanRow(
             id=point.name,
             recipe=self.board.recipe(point),

@@ -15,7 +15,7 @@ from adaskip.methods import method_names
 from adaskip.models.spec import model_spec
 from adaskip.plan import Phase
 from adaskip.search import MENU, SEARCH
-from adaskip.tasks.spec import task_spec
+from adaskip.tasks.spec import task_names, task_spec
 
 # Of a search: "kv25" holds a quarter of the dense keys and values.
 _KV = "kv"
@@ -278,7 +278,12 @@ class LeaderboardFile(_Settings):
                         "does not stand before it; name it there."
                     )
         for task in (self.task, *self.scores, *(task for other in others for task in other.tasks)):
-            task_spec(task)
+            if not task_spec(task).offline:
+                raise AdaskipError(
+                    f"The task {task!r} has no rows apart from those of its test, so plans would "
+                    "be calibrated on what they are tested on, and no contexts of a length; name "
+                    f"one of {', '.join(t for t in task_names() if task_spec(t).offline)}."
+                )
         for one in others:
             self._check_point(one)
         for plan in self.shipped:

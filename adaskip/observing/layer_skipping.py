@@ -22,7 +22,7 @@ from adaskip.observing.similarities import layers
 from adaskip.plan import Phase, whole_layers
 from adaskip.policies import FixedSkipping
 from adaskip.runs.generation import generate_greedy
-from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.loaded import LoadedModel, hold
 from adaskip.runs.perplexity import Loss, perplexity_of, shared_perplexity
 from adaskip.runs.runconfig import DATA_DIR, RunConfig
 from adaskip.runs.store import Store, locked
@@ -136,6 +136,7 @@ def measure(
             policy = FixedSkipping(whole_layers(choice.layers))
             if "nll" not in done:
                 loaded, rows = opened(config, open_model, lambda loaded: loaded.rows(config, task))
+                hold(store, loaded, rows)
                 items = [(loaded.prompt(config, row), row.reference) for row in rows]
                 result = shared_perplexity(
                     loaded.model, loaded.tokenizer, policy, items, max_tokens=max_tokens
@@ -144,6 +145,7 @@ def measure(
                 group.on_main(partial(store.append, [Measured.from_dict(done)]))
             if scores and "score" not in done:
                 loaded, rows = opened(config, open_model, lambda loaded: loaded.rows(config, task))
+                hold(store, loaded, rows)
                 done["score"] = _score(config, loaded, rows, policy)
                 group.on_main(partial(store.append, [Measured.from_dict(done)]))
     return [{key: value for key, value in each.items() if key != "id"} for each in found]

@@ -21,7 +21,7 @@ from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
 from adaskip.recorders import TokenStatistics
 from adaskip.runs.generation import StopRule, generate_greedy
-from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.loaded import LoadedModel, hold
 from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import DATA_DIR, RunConfig
 from adaskip.runs.store import Share, Store, locked
@@ -155,6 +155,7 @@ def _recorded(
             return [row.as_dict() for row in made[:limit]]
         group.on_main(store.note)
         loaded, rows = opened(config, open_model, rows_of)
+        hold(store, loaded, rows)
 
         def work(share: Share[Observed]) -> None:
             missing = [row for row in rows if row.id not in share.done]

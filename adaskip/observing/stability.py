@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaskip.configuration import read_config
+from adaskip.errors import AdaskipError
 from adaskip.observing.recording import OpenModel, observe_requests
 from adaskip.plan import all_sublayers
 from adaskip.runs.runconfig import RunConfig
@@ -26,7 +27,14 @@ def measured_stability(config: RunConfig, open_model: OpenModel) -> dict[str, An
         AdaskipError: the data, the model or an earlier record does not fit.
     """
     facts = read_config("observations.yaml")
-    prompts, most = facts["warmup_prompts"], max(facts["warmup_prompts"])
+    asked = facts["warmup_prompts"]
+    prompts = [n for n in asked if config.limit is None or n <= config.limit]
+    if not prompts:
+        raise AdaskipError(
+            f"--limit is {config.limit}; how stable a choice is takes {min(asked)} rows or more of "
+            f"each task ({max(asked)} without a limit)."
+        )
+    most = max(prompts)
     config = dataclasses.replace(config, limit=most)
     requests = {t: observe_requests(config, t, open_model, most) for t in config.tasks}
     return stability(requests, prompts, facts["chosen_sublayers"], config.seed)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from adaskip.errors import RunError
+from adaskip.errors import AdaskipError, RunError
 from adaskip.plan import Phase, Scope
 from adaskip.profiling.intervals import paired_interval
 from adaskip.runs.evaluation import notes_on
 from adaskip.runs.files import SCHEMA, Record, read_json, write_json
-from adaskip.runs.ledger import RUN_FILE, read_record, run_folder
-from adaskip.runs.reference_quality import read_perplexity
+from adaskip.runs.ledger import RUN_FILE, made_otherwise, read_record, run_folder
+from adaskip.runs.reference_quality import PerplexitySettings, read_perplexity
 from adaskip.runs.runconfig import DENSE
+from adaskip.runs.runner import resolve
 from adaskip.runs.scoring import RunScore, TaskScore, difference, score_run
 from adaskip.runs.sweepfile import Cell, Sweep
 
@@ -160,8 +161,15 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
     runs = {folder: score_run(folder, min_length=named[folder]) for folder in folders}
     for run in runs.values():
         run.save()
+    # Rows that were made with other settings than the sweep has now say nothing of it.
+    otherwise = {
+        cell: what
+        for cell in plan.cells
+        if run_folder(cell.config) in runs and (what := _made_otherwise(cell))
+    }
+    cells = [cell for cell in plan.cells if cell not in otherwise]
     tables = tuple(
-        Table(model, experiment, tasks, _lines(plan.cells, model, experiment, runs))
+        Table(model, experiment, tasks, _lines(cells, model, experiment, runs, plan.perplexity))
         for model in plan.models
         for experiment, tasks in plan.experiments.items()
     )
@@ -171,6 +179,10 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
         for line in lines
         for s in line.tasks.values()
         for note in notes_on(line.label, s, is_dense=line.policy == DENSE)
+    ]
+    notes += [
+        f"{cell.label}: left out, its rows were made with other settings ({what})."
+        for cell, what in otherwise.items()
     ]
     return Report(
         plan.name,
@@ -185,8 +197,20 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
     )
 
 
+def _made_otherwise(cell: Cell) -> str:
+    """How the rows of a cell were made otherwise than the sweep asks; empty if they were not."""
+    try:
+        return made_otherwise(resolve(cell.config), cell.task)
+    except AdaskipError as error:
+        return str(error)
+
+
 def _lines(
-    cells: Sequence[Cell], model: str, experiment: Scope, runs: Mapping[Path, RunScore]
+    cells: Sequence[Cell],
+    model: str,
+    experiment: Scope,
+    runs: Mapping[Path, RunScore],
+    perplexity: PerplexitySettings | None,
 ) -> tuple[Line, ...]:
     found: dict[tuple[str, int], list[tuple[Cell, RunScore]]] = {}
     for cell in cells:
@@ -197,10 +221,14 @@ def _lines(
             if run is not None and score is not None and score.n_rows:
                 found.setdefault((config.label, config.budget), []).append((cell, run))
     dense = {cell.task: run for cell, run in found.get((DENSE, 0), [])}
-    return tuple(_line(scored, dense) for scored in found.values())
+    return tuple(_line(scored, dense, perplexity) for scored in found.values())
 
 
-def _line(scored: Sequence[tuple[Cell, RunScore]], dense: Mapping[str, RunScore]) -> Line:
+def _line(
+    scored: Sequence[tuple[Cell, RunScore]],
+    dense: Mapping[str, RunScore],
+    perplexity: PerplexitySettings | None,
+) -> Line:
     config, scores = scored[0][0].config, [run.tasks[cell.task] for cell, run in scored]
     seconds = [pair for score in scores for pair in score.row_seconds.values()]
     steps = [step for _, step in seconds if step is not None]
@@ -214,11 +242,16 @@ def _line(scored: Sequence[tuple[Cell, RunScore]], dense: Mapping[str, RunScore]
         },
         ttft=statistics.median(first for first, _ in seconds),
         per_token=statistics.median(steps) if steps else None,
-        tasks={cell.task: _compared(cell, run, bases.get(cell.task)) for cell, run in scored},
+        tasks={
+            cell.task: _compared(cell, run, bases.get(cell.task), perplexity)
+            for cell, run in scored
+        },
     )
 
 
-def _compared(cell: Cell, run: RunScore, dense: RunScore | None) -> ComparedScore:
+def _compared(
+    cell: Cell, run: RunScore, dense: RunScore | None, perplexity: PerplexitySettings | None
+) -> ComparedScore:
     """The score of a cell beside that of the dense rows, if they were made with its settings."""
     score, base = run.tasks[cell.task], None
     if dense is not None and dense.is_base_of(run, cell.task):
@@ -228,7 +261,7 @@ def _compared(cell: Cell, run: RunScore, dense: RunScore | None) -> ComparedScor
         **vars(score),
         delta=difference(score, base) if base else None,
         delta_interval=(100 * ends[0], 100 * ends[1]) if ends else None,
-        perplexity=read_perplexity(cell.config, score.task),
+        perplexity=read_perplexity(cell.config, score.task, perplexity) if perplexity else None,
     )
 
 

@@ -113,17 +113,42 @@ def existing_record(config: RunConfig) -> RunRecord | None:
     record = read_record(folder)
     if not config.resume:
         raise RunError(f"{folder} exists already: leave out --no-resume, or give another --name.")
-    old = record.run_config
-    what = differences(old.settings(), config.settings())
-    if not what:  # another policy has other fields: its name says enough
-        # Without the policy's own account, its options tell.
-        what = differences(record.policy or old.policy_settings(), config.policy_settings())
-    if what:
+    if what := _otherwise(record, config):
         raise RunError(
             f"{folder} was made with other settings ({what}). Nothing was changed; give this run "
             "another name (--name NAME) or move the folder away."
         )
     return record
+
+
+def _otherwise(record: RunRecord, config: RunConfig) -> str:
+    """How a run was made otherwise than a configuration asks; empty if it was not."""
+    old = record.run_config
+    what = differences(old.settings(), config.settings())
+    if what:  # another policy has other fields: its name says enough
+        return what
+    # Without the policy's own account, its options tell.
+    return differences(record.policy or old.policy_settings(), config.policy_settings())
+
+
+def made_otherwise(config: RunConfig, task: str) -> str:
+    """How the rows of a task in a run's folder were made otherwise than is asked for now.
+
+    Args:
+        config: resolved; its run has a record.
+        task: whose rows.
+
+    Raises:
+        RunError: the record is damaged.
+    """
+    record = read_record(run_folder(config))
+    facts = record.tasks.get(task)
+    what = _otherwise(record, config)
+    if what or facts is None:
+        return what
+    asked = {"max_new_tokens": answer_length(config, task), "prompt": _prompt_digest(task)}
+    made = {"max_new_tokens": facts.max_new_tokens, "prompt": facts.prompt_sha256}
+    return differences(made, asked)
 
 
 def read_record(folder: Path) -> RunRecord:

@@ -19,13 +19,16 @@ from adaskip.importance import Importance
 from adaskip.learning import learn_importance
 from adaskip.models.internlm import check_prompt_length
 from adaskip.models.loading import ModelSpec, load_model, load_tokenizer, model_spec
+from adaskip.models.processes import team
 from adaskip.policies import SkipPolicy, policy_class
 from adaskip.policies.factory import build_policy
+from adaskip.policies.made_plan import MadePlan, PlanFile
 from adaskip.positions import positions
 from adaskip.runs.files import writing
 from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.ledger import answer_length
 from adaskip.runs.runconfig import DENSE, HORIZON, RunConfig
+from adaskip.runs.store import Store
 from adaskip.tasks.documents import Split
 from adaskip.tasks.longbench import load_rows
 from adaskip.tasks.prompts import Prompt, build_prompt, stop_token_ids
@@ -36,6 +39,8 @@ from adaskip.tasks.spec import Row, task_spec
 logger = logging.getLogger(__name__)
 # Tokens by which a cut prompt may grow when its text is tokenized again.
 _RETOKENIZED = 16
+# How a plan tells that it was calibrated with rows that are also its tasks' tests.
+FIRST_ROWS = "first rows of"
 
 
 @dataclass
@@ -165,20 +170,25 @@ class LoadedModel:
             config.policy, config.budget, offered, lambda: self.importance(config)
         )
         policy.bind(self.n_layers)
+        if isinstance(policy, MadePlan):
+            self._warn_of_calibration(policy.plan_file, task)
         return policy
 
-    def stop_rule(self, config: RunConfig, task: str) -> StopRule:
-        """When an answer of this task ends: the model's end tokens, and the task's own."""
-        spec = task_spec(task)
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens by which the model ends an answer."""
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
         listed = [*ends] if isinstance(ends, list) else [ends, self.tokenizer.eos_token_id]
         if self.spec.answer_end:
             # The prediction is cut there anyway; what would follow need not be computed.
             end = self.tokenizer.convert_tokens_to_ids(self.spec.answer_end)
             listed.append(None if end == self.tokenizer.unk_token_id else end)
-        ids = {int(token) for token in listed if token is not None}
+        return frozenset(int(token) for token in listed if token is not None)
+
+    def stop_rule(self, config: RunConfig, task: str) -> StopRule:
+        """When an answer of this task ends: the model's end tokens, and the task's own."""
+        spec = task_spec(task)
         return StopRule(
-            frozenset(ids.union(stop_token_ids(spec, self.tokenizer))),
+            self.end_tokens().union(stop_token_ids(spec, self.tokenizer)),
             answer_length(config, task),
             spec.min_new_tokens,
         )
@@ -220,6 +230,17 @@ class LoadedModel:
                 "%s has no split: the first %d rows that are learned from are scored, too; another "
                 "--warmup_task keeps them apart.",
                 *(task, config.warmup),
+            )
+
+    def _warn_of_calibration(self, file: PlanFile, task: str) -> None:
+        """Warns where rows that a plan was made from are scored under it."""
+        source, told = file.plan.about.get("calibration"), f"{file.name} {task}"
+        if task in calibrated_on_tests(source) and told not in self._warned:
+            self._warned.add(told)
+            logger.warning(
+                "The plan %s was calibrated with the %s: what %s scores on those tells too much "
+                "of it.",
+                *(file.name, source, task),
             )
 
     def _profile_path(self, config: RunConfig) -> Path:
@@ -307,3 +328,25 @@ def _warmup_of(config: RunConfig) -> str:
 def _source(config: RunConfig) -> tuple[str | None, ...]:
     split = [part for part in (config.device_map, config.tp_plan) if part]
     return (config.model_name, config.model_path, config.dtype, config.device, *split)
+
+
+def hold(store: Store[Any], loaded: LoadedModel, rows: Iterable[Row]) -> None:
+    """Refuses to add to what was made with other weights or rows; all processes together.
+
+    Raises:
+        RunError: there is such; or as `Store.hold`.
+    """
+    model = model_fingerprint(loaded.model)
+    sources = {
+        f"{row.task} {row.id}": hashlib.sha256(
+            json.dumps([row.input, row.context, row.answers]).encode()
+        ).hexdigest()[:12]
+        for row in rows
+    }
+    team().on_main(lambda: store.hold(model, sources))
+
+
+def calibrated_on_tests(source: object) -> frozenset[str]:
+    """The tasks whose test rows a plan was made from, by what it says of its calibration."""
+    _, found, names = str(source).partition(f" {FIRST_ROWS} ")
+    return frozenset(names.partition(",")[0].split()) if found else frozenset()

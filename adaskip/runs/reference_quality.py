@@ -30,14 +30,15 @@ class PerplexitySettings(BaseModel):
     max_tokens: PositiveInt = 64
 
 
-def read_perplexity(config: RunConfig, task: str) -> float | None:
-    """The perplexity that was measured, None if none was.
+def read_perplexity(config: RunConfig, task: str, settings: PerplexitySettings) -> float | None:
+    """The perplexity that was measured with these settings, None if none was.
 
     Raises:
         RunError: the file is damaged.
     """
-    rows = _store(config, task).rows()
-    if not rows:
+    store = _store(config, task)
+    rows = store.rows()
+    if not rows or not _as_asked(store, settings):
         return None
     return perplexity_of(math.fsum(row.nll for row in rows), sum(row.tokens for row in rows))
 
@@ -54,6 +55,11 @@ def is_measured(config: RunConfig, task: str, settings: PerplexitySettings) -> b
     there = read_record(run_folder(config)).tasks[task].rows if rows else 0
     if not rows or len(rows) < min(settings.rows, there):
         return False
+    return _as_asked(store, settings)
+
+
+def _as_asked(store: Store[Loss], settings: PerplexitySettings) -> bool:
+    """Whether rows that are there were measured with these settings."""
     record = read_json(store.path)
     made = record.get("settings") or record.get("plan")  # what earlier versions called them
     return bool(made == settings.model_dump())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from adaskip.errors import RunError
+from adaskip.fingerprint import fingerprint_name, same_model
 from adaskip.models.processes import team
 from adaskip.runs.files import (
     SCHEMA,
@@ -104,6 +105,31 @@ class Store(Generic[R]):
             RunError: as `record`, or it cannot be written.
         """
         write_json(self._record_path, self.record() | facts)
+
+    def hold(self, model: str, sources: Mapping[str, str]) -> None:
+        """Refuses to go on with other weights, or other rows of the same ids, than before.
+
+        Args:
+            model: the fingerprint of the model that rows are made with now.
+            sources: a digest of what each row is made from, by its name.
+
+        Raises:
+            RunError: what is there was made with others; or as `note`.
+        """
+        record = self.record()
+        before, known = record.get("model_fingerprint", model), record.get("sources", {})
+        where = self._record_path
+        if not same_model(before, model):
+            raise RunError(
+                f"{where} was made with model {fingerprint_name(before)}, it is now "
+                f"{fingerprint_name(model)}; {self.hint}."
+            )
+        others = [name for name, digest in sources.items() if known.get(name, digest) != digest]
+        if others:
+            raise RunError(
+                f"{where} was made with another row {others[0]} than the data has now; {self.hint}."
+            )
+        self.note(model_fingerprint=model, sources={**known, **sources})
 
     def rows(self) -> list[R]:
         """The complete rows, each once, without the torn last line of a killed process.

@@ -75,8 +75,14 @@ class Journal:
 
     def _write(self, line: Line) -> None:
         assert self._path is not None  # noqa: S101 - asked by every caller
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"The record {self._path} cannot be written: {error}. What it has is kept, and "
+                "the same call goes on from there."
+            ) from error
 
 
 def digest_of(rows: Iterable[Row]) -> str:
