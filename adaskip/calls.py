@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adaskip.policy import SkipPolicy
 
 _CONTINUOUS_BATCHING = "transformers.generation.continuous_batching."
+_KEPT_MANAGER = "_cached_continuous_batching_manager"
 _FIXED = "Use a policy with a fixed plan (AdaSkip: online=False)."
 
 
@@ -39,13 +40,49 @@ def cache_of(call: dict[str, Any], config: PretrainedConfig) -> Cache | None:
     cache = cache_in(call)
     if cache is None and _flag(call, config, "use_cache"):
         cache = call[CACHE] = DynamicCache(config=config)
-    if type(cache).__module__.startswith(_CONTINUOUS_BATCHING):
+    if is_batched(call):
         return None
     if cache is not None and not isinstance(cache, Cache):
         raise UnsupportedCallError(
             f"{CACHE} is a {type(cache).__name__}; pass a transformers Cache, e.g. DynamicCache()."
         )
     return cache
+
+
+def is_batched(call: Mapping[str, Any]) -> bool:
+    """Whether a forward is one of continuous batching, by its cache."""
+    caches = call.get(CACHE), call.get("cache")
+    return any(type(each).__module__.startswith(_CONTINUOUS_BATCHING) for each in caches)
+
+
+def refuse_batching_before(model: PreTrainedModel) -> None:
+    """Refuses a model that keeps pages of keys and values from batches before the block.
+
+    Raises:
+        UnsupportedCallError: it does; they would be reused under the plan.
+    """
+    if getattr(model, _KEPT_MANAGER, None) is not None:
+        raise UnsupportedCallError(
+            "The model keeps a manager of continuous batching, whose keys and values were computed "
+            "without this plan; call model.destroy_cached_continuous_batching_manager() before."
+        )
+
+
+def refuse_lasting_batching(name: str, given: Mapping[str, Any]) -> None:
+    """Refuses continuous batching that would outlast the block.
+
+    Args:
+        name: of the model's method that was called.
+        given: its arguments.
+
+    Raises:
+        UnsupportedCallError: it begins a manager, or is to keep the one of `generate_batch`.
+    """
+    if name != "generate_batch" or given.get("persistent_manager"):
+        raise UnsupportedCallError(
+            "A manager of continuous batching may outlast the block, and its keys and values with "
+            "it; inside skipping() use generate_batch() with persistent_manager=False."
+        )
 
 
 def _flag(call: dict[str, Any], config: PretrainedConfig, name: str) -> bool:
@@ -74,6 +111,8 @@ def check_plan(policy: SkipPolicy, plan: object, n_layers: int, config: Pretrain
 
 def check_fits(plan: SkipPlan, n_layers: int, config: PretrainedConfig) -> None:
     """Refuses a plan of other layers, widths or heads than the model has, or of its own windows."""
+    if not isinstance(plan, SkipPlan):
+        raise AdaskipError(f"The plan is of type {type(plan).__name__}; give a SkipPlan.")
     plan.check(n_layers, config.hidden_size)
     for layer, window in plan.windows.items():
         check_window(layer, window, config)

@@ -181,6 +181,8 @@ def _checked(
 ) -> frozenset[Sublayer]:
     """The sublayers to fit, which the model has."""
     config = model.config.get_text_config(decoder=True)
+    if isinstance(sublayers, Sublayer):
+        raise AdaskipError(f"sublayers is {sublayers}; give a list of them: [{sublayers!r}].")
     wanted = SkipPlan(dict.fromkeys(sublayers))
     for each in (wanted, plan):
         check_fits(each, config.num_hidden_layers, config)

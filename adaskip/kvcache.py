@@ -179,7 +179,7 @@ def _windowed(
             "same shape; give windows to all of them at once, or begin with an empty cache."
         )
     held = getattr(replaced, "keys", None)
-    if not isinstance(held, Tensor) or held.shape[-2] < length:
+    if not isinstance(held, Tensor) or held.ndim != 4 or held.shape[-2] < length:
         raise UnsupportedCallError(
             f"A window of attention cannot begin in the middle of a request on a cache layer of "
             f"{type(replaced).__name__}. Use transformers' DynamicCache or StaticCache, or windows "

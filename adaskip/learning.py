@@ -18,6 +18,7 @@ from adaskip.fingerprint import model_fingerprint
 from adaskip.importance import Importance
 from adaskip.plan import EMPTY_PLAN, Phase, Step, all_sublayers
 from adaskip.recorders import Span, StepStats, median
+from adaskip.supported import check_model
 from adaskip.warmup import checked_prompts, tokenized
 
 
@@ -170,6 +171,7 @@ def learn_importance(
 
     Source: AdaSkip (arXiv 2501.02336), offline importance learning; METHOD, "Policies".
     """
+    check_model(model)
     given: Any = prompts
     if tokenizer is not None:
         given = tokenized(given, tokenizer, model.config.get_text_config(decoder=True))

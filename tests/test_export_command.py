@@ -13,7 +13,15 @@ from conftest import ROOT, prompt
 from export_fixtures import byte_tokenizer, gguf_model
 from run_fixtures import save_checkpoint
 
-from adaskip import AdaSkip, SkipPlan, Sublayer, learn_importance, load_model, load_tokenizer
+from adaskip import (
+    AdaSkip,
+    SkipPlan,
+    Sublayer,
+    export_checkpoint,
+    learn_importance,
+    load_model,
+    load_tokenizer,
+)
 from adaskip.export.command_line import EXPORT
 from adaskip.export.refusing import plan_of
 
@@ -62,6 +70,16 @@ def test_from_a_policy(checkpoint: Path, tmp_path: Path) -> None:
     assert kept["about"]["profile"] == importance.name
     assert "AdaSkip(n_skip=3" in kept["about"]["policy"]
     assert kept["source"] == "model"
+    # As where it is called from Python.
+    report = export_checkpoint(
+        model,
+        load_tokenizer(checkpoint),
+        AdaSkip(importance, 3, online=False, gain="norm"),
+        tmp_path / "same",
+    )
+    same = json.loads((Path(report.folder) / "config.json").read_text())["adaskip"]
+    assert {**same, "about": None} == {**kept, "about": None}
+    assert same["about"]["profile"] == importance.name
     rows = {Sublayer(row["layer"], row["kind"]): row["gain"] for row in kept["plan"]}
     assert rows == dict(expected)
     # What serves it is in the folder, too.

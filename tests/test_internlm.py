@@ -167,11 +167,24 @@ def test_forward_refuses_more_than_the_exact_range(model: PreTrainedModel):
         lambda: model(inputs_embeds=embeds),
         lambda: model.generate(ids, max_new_tokens=1),
         lambda: model.generate(ids[:, :10], max_new_tokens=4, min_new_tokens=4, do_sample=False),
+        lambda: model.generate(
+            ids[:, :10],
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            cache_implementation="static",
+        ),
     ):
         with pytest.raises(UnsupportedCallError, match="exact only up to 12 tokens"):
             call()
     answer = model.generate(ids[:, :10], max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert answer.shape == (1, 13)  # the last token is never an input
+
+
+def test_continuous_batching_cannot_be_held_to_it(model: PreTrainedModel):
+    for call in (lambda: model.generate_batch([[3, 4]]), lambda: model.init_continuous_batching()):
+        with pytest.raises(UnsupportedCallError, match="cannot be held to; use generate"):
+            call()
 
 
 def test_decode_steps_count_what_the_cache_holds(model: PreTrainedModel):

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import N_LAYERS, prompt, tiny_model
-from torch import Tensor
+from export_fixtures import byte_tokenizer
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from adaskip import (
     AdaSkip,
     AdaskipError,
+    EarlyExit,
     FixedSkipping,
     GrowingCache,
     Linear,
@@ -25,7 +27,9 @@ from adaskip import (
     Step,
     Sublayer,
     UnsupportedCallError,
+    UnsupportedModelError,
     Window,
+    distill_plan,
     export_checkpoint,
     fit_linears,
     learn_importance,
@@ -307,19 +311,57 @@ def test_what_is_no_argument(model: PreTrainedModel) -> None:
     texts: Any = [("a prompt", "an answer")]
     short = SublayerTimes(4.0, dict.fromkeys(all_sublayers(N_LAYERS - 1), 0.1), Phase.PREFILL, 8)
     one: Any = 64
+    ffn = Sublayer(1, "ffn")
     for act, message in (
         (
             lambda: search_plan(model, texts, replacements=("gain",)),
-            "row is of texts; give the ids",
+            "row is of texts; give the ids of prompt and answer",
         ),
         (
             lambda: search_plan(model, ROWS, times=short, replacements=("gain",)),
             "times are of 3 layers, this model has 4",
         ),
         (lambda: search_plan(model, ROWS, windows=one), r"windows is 64; give sizes, e.g. \(64,\)"),
+        (
+            lambda: search_plan(model, ["a text"], windows=(64,)),
+            "row is of texts; give the ids of prompt",
+        ),
+        (lambda: make_plan(model, ["a text"], "SLEB"), "row is of texts; give the ids of prompt"),
+        (
+            lambda: search_plan(model, [prompt(9)[0]], windows=(64,)),
+            "a Tensor that is no pair of ids",
+        ),
+        (
+            lambda: search_plan(model, [({"a": 1}, [3])], windows=(64,)),
+            "a tuple that is no pair of ids",
+        ),
+        (
+            lambda: search_plan(model, ROWS, exchanges=None, windows=(64,)),
+            "exchanges is None; give a whole",
+        ),
+        (lambda: fit_linears(model, [prompt(60)], ffn), r"sublayers is ffn1; give a list of them"),
+        (
+            lambda: fit_linears(model, [prompt(60)], [ffn], plan=EarlyExit(1)),
+            "plan is of type EarlyExit; give a SkipPlan",
+        ),
+        (
+            lambda: distill_plan(model, EarlyExit(1), [prompt(60), prompt(60)]),
+            "plan is of type EarlyExit; give a SkipPlan",
+        ),
+        (lambda: measured_times(model, "decode", 8.5), "context is 8.5; give a whole number"),
+        (lambda: measured_times(model, "decode", 8, batch=0), "batch is 0; give a whole number"),
     ):
         with pytest.raises(AdaskipError, match=message):
             act()
+    wrapped: Any = nn.DataParallel(model)
+    for use in (
+        lambda: learn_importance(wrapped, ["a text"], tokenizer=byte_tokenizer()),
+        lambda: search_plan(wrapped, ROWS),
+        lambda: measured_times(wrapped, "decode", 8),
+        lambda: export_checkpoint(wrapped, byte_tokenizer(), SkipPlan(), "nowhere"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=r"of type DataParallel.*model\.module"):
+            use()
     nothing: Any = 3
     with (
         pytest.raises(AdaskipError, match="recorders is a int"),

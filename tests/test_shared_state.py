@@ -340,6 +340,26 @@ def test_continuous_batching_answers_as_requests_alone_do(model: PreTrainedModel
     assert batched(model, prompts) == dense
 
 
+def test_pages_of_batches_do_not_outlast_a_block(model: PreTrainedModel) -> None:
+    keeps = {"persistent_manager": True}
+    with skipping(model, FixedSkipping(PLAN)):
+        for call in (
+            lambda: model.generate_batch([[3, 4, 5]], **keeps),
+            lambda: model.init_continuous_batching(),
+        ):
+            with pytest.raises(UnsupportedCallError, match="may outlast the block"):
+                call()
+    model._cached_continuous_batching_manager = object()
+    with (
+        pytest.raises(UnsupportedCallError, match="computed without this plan"),
+        skipping(model, FixedSkipping(PLAN)),
+    ):
+        pass
+    del model._cached_continuous_batching_manager
+    with skipping(model, FixedSkipping(PLAN)):
+        answer(model, prompt(5))
+
+
 class ByPhase(SkipPolicy):
     """Skips other sublayers in decode, the same at every step."""
 

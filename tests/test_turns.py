@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import prompt, reset_empties, tiny_model
+from conftest import N_LAYERS, prompt, reset_empties, tiny_model
 from oracle import greedy, zeroed
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -380,6 +380,27 @@ def test_a_stored_cache_keeps_its_extension_in_another_block(model: PreTrainedMo
     with skipping(model, AdaSkip(policy.importance, 4)) as session, torch.no_grad():
         model(prompt(1), past_key_values=reloaded(cache))
         assert len(session.plan) == 4
+
+
+@pytest.mark.parametrize(("n_skip", "window"), [(2, 4), (1, 2), (2, 6)])
+def test_half_a_window_of_another_block_is_taken_up_or_begun_anew(
+    model: PreTrainedModel, n_skip: int, window: int
+) -> None:
+    importance = learn_importance(model, [prompt(30)])
+    cache = DynamicCache()
+    with skipping(model, AdaSkip(importance, 1, online=True, window=4)), torch.no_grad():
+        for tokens in (9, 1, 1):
+            model(prompt(tokens), past_key_values=cache)
+    policy = AdaSkip(importance, n_skip, online=True, window=window)
+    with skipping(model, policy) as session, torch.no_grad():
+        for _ in range(window):
+            model(prompt(1), past_key_values=cache)
+        (own,) = session.policy._windows.values()
+    ran = [Sublayer(n, "ffn") for n in range(N_LAYERS) if Sublayer(n, "ffn") not in policy.chosen()]
+    # Only what one and the same FFNs showed is put together.
+    assert [*own.ffns] == ran
+    assert {len(step[0]) for step in own.seen} == {len(ran)}
+    assert own.is_full
 
 
 def test_a_copy_that_was_reset_is_an_empty_cache_anywhere(model: PreTrainedModel) -> None:

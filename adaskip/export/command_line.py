@@ -15,7 +15,7 @@ from adaskip.models.loading import load_model, load_tokenizer
 from adaskip.models.spec import model_source
 from adaskip.plan import SCOPES, SkipPlan
 from adaskip.policies import POLICIES
-from adaskip.policies.factory import BUDGETS, LEARNED, build_policy, takes
+from adaskip.policies.factory import BUDGETS, build_policy, takes
 from adaskip.policy import policy_class
 
 
@@ -62,14 +62,8 @@ def _act(given: argparse.Namespace) -> int:
     plan = _plan(given)
     model = load_model(given.model, device=given.device)
     if not isinstance(plan, SkipPlan):
-        profile = plan.importance if takes(given.policy, LEARNED) else None
         plan.check_model(model)
-        fixed = refusing.plan_of(plan, model.config.num_hidden_layers, given.scope)
-        plan = SkipPlan(
-            fixed,
-            fingerprint="" if profile is None else profile.fingerprint,
-            about={"policy": repr(plan)} | ({} if profile is None else {"profile": profile.name}),
-        )
+        refusing.plan_of(plan, model.config.num_hidden_layers, given.scope)
     report = export_checkpoint(
         model,
         load_tokenizer(given.model),

@@ -20,8 +20,11 @@ from adaskip.export.metadata import about, source_name
 from adaskip.export.refusing import Format
 from adaskip.export.report import Check, ExportReport, Written
 from adaskip.export.surviving import Surviving, surviving
+from adaskip.importance import Importance
 from adaskip.plan import SkipPlan
-from adaskip.policy import SkipPolicy
+from adaskip.policies.factory import LEARNED
+from adaskip.policy import FixedSkipping, SkipPolicy
+from adaskip.supported import check_model
 
 
 def export_checkpoint(
@@ -61,6 +64,7 @@ def export_checkpoint(
         AdaskipError: the folder is not empty, or there is no such format, precision or tokenizer.
         OSError: it cannot be written.
     """
+    check_model(model)
     name = refusing.short_dtype(dtype, model, format)
     target = Path(folder).expanduser()
     refusing.check_folder(target)
@@ -75,7 +79,7 @@ def export_checkpoint(
     expected = comparing.samples(model, wanted, comparing.texts_of(model, tokenizer))
     tolerance = comparing.tolerance(name, refusing.short_dtype(None, model, "hf"))
     with _appearing(target) as work:
-        written = kind.write(work, name, about(model, wanted))
+        written = kind.write(work, name, about(model, _told(policy, wanted)))
         checks = tuple(
             comparing.accepted(comparing.compared(engine, expected, found, tolerance))
             for engine, found in kind.run(work, expected)
@@ -83,6 +87,16 @@ def export_checkpoint(
         report = _report(model, left, written, checks, str(target), format, name)
         report.save(work)
     return report
+
+
+def _told(policy: SkipPolicy, plan: SkipPlan) -> SkipPlan:
+    """A plan that says where it is from: one of a policy, of the policy and its profile."""
+    if isinstance(policy, FixedSkipping) or plan.fingerprint or plan.about:
+        return plan
+    profile = getattr(policy, LEARNED, None)
+    learned = profile if isinstance(profile, Importance) else None
+    about = {"policy": repr(policy)} | ({} if learned is None else {"profile": learned.name})
+    return SkipPlan(plan, fingerprint="" if learned is None else learned.fingerprint, about=about)
 
 
 @contextmanager

@@ -101,8 +101,8 @@ def check_prompt_length(model: PreTrainedModel, n_tokens: int, n_new: int = 0) -
 class PositionGuard:
     """A forward pre-hook of the base model that refuses sequences longer than a limit.
 
-    Lengths are shapes, Python integers: nothing is read from the device. Padding counts, because
-    without explicit positions it takes up positions.
+    Lengths are shapes, Python integers: nothing is read from the device but a static cache's count.
+    Padding counts, because without explicit positions it takes up positions.
     """
 
     def __init__(self, model: nn.Module, limit: int) -> None:
@@ -119,9 +119,8 @@ class PositionGuard:
             inputs = given.get("inputs_embeds")
         new = 0 if inputs is None else int(inputs.shape[1])
         cache, mask = cache_in(given), given.get("attention_mask")
-        past = cache.get_seq_length() if cache is not None else 0
-        # A static cache counts on the device; its mask, if there is one, has the length then.
-        total = new + past if isinstance(past, int) else new
+        # A static cache counts on the device, where nothing else knows how much of it is used.
+        total = new + (int(cache.get_seq_length()) if cache is not None else 0)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             total = max(total, mask.shape[1])
         if total > self.limit:
@@ -138,3 +137,18 @@ def guard_positions(model: PreTrainedModel) -> None:
     if limit is not None:
         base = model.base_model
         base.register_forward_pre_hook(PositionGuard(base, limit), with_kwargs=True)
+        for name in ("generate_batch", "init_continuous_batching"):
+            if hasattr(model, name):
+                setattr(model, name, _refuse_batching)
+
+
+def _refuse_batching(*_: object, **__: object) -> None:
+    """Takes the place of a method that puts several requests into one row.
+
+    Raises:
+        UnsupportedCallError: always.
+    """
+    raise UnsupportedCallError(
+        "InternLM v1 is exact only up to its max_position_embeddings, which the requests of "
+        "continuous batching cannot be held to; use generate()."
+    )

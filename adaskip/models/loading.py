@@ -87,7 +87,12 @@ def load_model(
     model, report = _load_weights(loader, source, build_config(raw), precision, allow_pickle, split)
     _check_complete(source, report, refuse_extra=raw["model_type"] == internlm.MODEL_TYPE)
     internlm.guard_positions(model)
-    ready: PreTrainedModel = (model if split else model.to(target)).eval()
+    try:
+        ready: PreTrainedModel = (model if split else model.to(target)).eval()
+    except (RuntimeError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise AdaskipError(f"The model cannot be put on {target}: {error}") from error
     return ready
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -26,12 +27,16 @@ class _Window:
 
     Attributes:
         plan: what its decode steps skip.
-        seen: per decode step similarity, gain and weight of the FFNs that ran: [rows, batch].
-        extension: the FFNs skipped in addition, once the window is full.
+        ffns: those that ran in these steps.
+        seen: per decode step their similarity, gain and weight: [rows, batch].
+        is_full: whether all steps were seen, and the extension is known.
+        extension: the FFNs skipped in addition.
     """
 
     plan: SkipPlan
+    ffns: tuple[Sublayer, ...] = ()
     seen: list[tuple[Tensor, ...]] = field(default_factory=list)
+    is_full: bool = False
     extension: SkipPlan = EMPTY_PLAN
 
 
@@ -156,22 +161,25 @@ class AdaSkip(SkipPolicy):
         if not self.stepwise or step.phase is Phase.PREFILL:
             return frozenset()
         window = self._windows.get(step.request)
-        waiting = window is None or len(window.seen) < self.window
+        waiting = window is None or not window.is_full
         return frozenset({"ffn"}) if waiting else frozenset()
 
     @override
     def observe(self, step: Step, stats: StepStats) -> None:
         window = self._latest = self._windows.setdefault(step.request, _Window(self._fixed))
         stats = stats.select("ffn")
-        if len(window.seen) == self.window or not stats.rows:
+        if window.is_full or not stats.rows:
             return
+        ffns = tuple(Sublayer(layer, "ffn") for layer, _ in stats.rows)
+        if ffns != window.ffns:
+            # At first, or after steps of another block, in which others ran.
+            window.ffns, window.seen = ffns, []
         # Sequences that have ended are padding; the others decide.
         kept = (stats.similarity(), stats.gain(), stats.weights()[None])
         window.seen.append(tuple(values.flatten(1) for values in kept))
-        if len(window.seen) == self.window:
-            ffns = [Sublayer(layer, "ffn") for layer, _ in stats.rows]
-            window.extension = self._extended(window.seen, ffns)
-            window.plan = self._fixed | window.extension
+        if len(window.seen) >= self.window:
+            window.extension = self._extended(window.seen[-self.window :], ffns)
+            window.is_full, window.plan = True, self._fixed | window.extension
 
     @override
     def memory(self, request: int) -> _Window | None:
@@ -189,7 +197,7 @@ class AdaSkip(SkipPolicy):
     def forget(self, request: int) -> None:
         self._windows.pop(request, None)
 
-    def _extended(self, seen: list[tuple[Tensor, ...]], ffns: list[Sublayer]) -> SkipPlan:
+    def _extended(self, seen: list[tuple[Tensor, ...]], ffns: Sequence[Sublayer]) -> SkipPlan:
         """What the window's statistics add to the plan, with one read from the device."""
         similarities, gains, weights = (torch.cat(v, dim=1) for v in zip(*seen, strict=True))
         similarity = (similarities * weights).sum(dim=1) / weights.sum()

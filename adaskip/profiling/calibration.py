@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from adaskip.chance import SEED
 from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError, unknown_name
+from adaskip.numbers import is_whole
 from adaskip.plan import Phase
 from adaskip.profiling.clock import ClockedRequests
 from adaskip.profiling.interleaving import by_turns
@@ -29,7 +31,7 @@ from adaskip.profiling.timing import (
     time_request,
 )
 from adaskip.sublayer_times import VERSION, SublayerTimes
-from adaskip.supported import refuse_inside
+from adaskip.supported import check_model, refuse_inside
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +69,8 @@ def measure_sublayers(
     Raises:
         AdaskipError: `context`, `batch`, `repeats` or `n_steps` is not positive.
     """
-    if min(context, batch, repeats, n_steps) < 1:
-        raise AdaskipError("Context, batch, repeats and steps must be 1 or more each.")
+    check_model(model)
+    _check_counts({"context": context, "batch": batch, "repeats": repeats, "n_steps": n_steps})
     # Its times would be kept as the model's own.
     refuse_inside(model.base_model)
     ids = random_prompt(model, context, batch)
@@ -91,7 +93,7 @@ def measured_times(
     *,
     batch: int = 1,
     make_cache: MakeCache = dynamic_cache,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> SublayerTimes:
     """The times of a phase, from disk where they were measured before on the same hardware.
@@ -110,7 +112,9 @@ def measured_times(
     """
     if phase not in list(Phase):
         raise unknown_name("phase", str(phase), list(Phase))
-    target = folder or cache_root() / "times"
+    check_model(model)
+    _check_counts({"context": context, "batch": batch})
+    target = cache_root() / "times" if folder is None else Path(folder)
     paths = _paths(model, target, context, batch, make_cache)
     with suppress(OSError, ValueError):  # AdaskipError and damaged JSON are ValueErrors
         return SublayerTimes.from_dict(json.loads(paths[Phase(phase)].read_text(encoding="utf-8")))
@@ -121,6 +125,13 @@ def measured_times(
         for p, path in paths.items():
             path.write_text(json.dumps(times[p].as_dict()), encoding="utf-8")
     return times[Phase(phase)]
+
+
+def _check_counts(counts: Mapping[str, object]) -> None:
+    """Raises an `AdaskipError` unless each is a whole number from 1 on."""
+    for name, count in counts.items():
+        if not (is_whole(count) and count >= 1):
+            raise AdaskipError(f"{name} is {count!r}; give a whole number, 1 or more.")
 
 
 def _paths(

@@ -7,6 +7,7 @@ computed again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -79,20 +80,25 @@ class _Looked:
         return self.behind if own is changed and runs == dropped else {}
 
 
-def row_ids(prompt: Ids, answer: Ids) -> tuple[Tensor, Tensor]:
+def row_ids(row: Row) -> tuple[Tensor, Tensor]:
     """Ids of a calibration row: prompt and answer together, [1, tokens], and the answer's, [n].
 
     The last of them is only predicted: what the model reads ends before it.
 
     Raises:
-        AdaskipError: it is of texts, or has no prompt or no answer tokens.
+        AdaskipError: it is no pair, not of ids, or has no prompt or no answer tokens.
     """
-    if isinstance(prompt, str) or isinstance(answer, str):
+    parts: list[Tensor] = []
+    if isinstance(row, tuple | list) and len(row) == 2:
+        with suppress(TypeError, ValueError, RuntimeError):
+            parts = [torch.as_tensor(part, dtype=torch.long).flatten() for part in row]
+    if not parts:
+        texts = any(isinstance(part, str) for part in (row, *row))
+        what = "of texts" if texts else f"a {type(row).__name__} that is no pair of ids"
         raise AdaskipError(
-            "A calibration row is of texts; give the ids of both, e.g. "
+            f"A calibration row is {what}; give the ids of prompt and answer, e.g. "
             "(tokenizer(prompt).input_ids, tokenizer(answer).input_ids)."
         )
-    parts = [torch.as_tensor(part, dtype=torch.long).flatten() for part in (prompt, answer)]
     if not all(map(len, parts)):
         raise AdaskipError(
             "A calibration row has no prompt or no answer tokens; the loss is taken over the "
@@ -103,7 +109,7 @@ def row_ids(prompt: Ids, answer: Ids) -> tuple[Tensor, Tensor]:
 
 def reads(rows: Iterable[Row]) -> list[Tensor]:
     """What the model reads of calibration rows: [1, tokens] each."""
-    return [row_ids(*each)[0][:, :-1] for each in rows]
+    return [row_ids(each)[0][:, :-1] for each in rows]
 
 
 class Losses:
@@ -132,7 +138,7 @@ class Losses:
         self.measure: Measure = measure
         # The latest changes that all rows, and that few, were looked at under.
         self._latest, self._few = _Looked(), _Looked()
-        self._streams = [self._stream(number, *row) for number, row in enumerate(rows)]
+        self._streams = [self._stream(number, row) for number, row in enumerate(rows)]
         if not self._streams:
             raise AdaskipError("No calibration row was given; a search needs at least one.")
 
@@ -312,9 +318,9 @@ class Losses:
         touched = [*changed, *([] if dropped is None else [dropped])]
         return plan, min((s.position for s in touched), default=len(self.order))
 
-    def _stream(self, number: int, prompt: Ids, answer: Ids) -> _Stream:
+    def _stream(self, number: int, row: Row) -> _Stream:
         vocab_size = self.sublayers.model.config.get_text_config(decoder=True).vocab_size
-        both, answer_ids = row_ids(prompt, answer)
+        both, answer_ids = row_ids(row)
         [inputs] = checked_prompts([both], vocab_size)
         ids = inputs["input_ids"][:, :-1]
         x, calls = self.sublayers.begin({"input_ids": ids})

@@ -13,7 +13,7 @@ from adaskip.budget import check_acceleration
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.fingerprint import model_fingerprint
 from adaskip.fitting import check_rank
-from adaskip.numbers import is_finite
+from adaskip.numbers import is_finite, is_whole
 from adaskip.plan import COURSE, Phase, SkipPlan
 from adaskip.profiling.calibration import identity as place
 from adaskip.profiling.plan_times import measured_plan_times
@@ -34,6 +34,7 @@ from adaskip.sublayer_times import (
     timed_as,
     times_given,
 )
+from adaskip.supported import check_model
 
 NAME = "SEARCH"
 WINDOWS = (64, 128, 256)
@@ -106,6 +107,7 @@ def search_plan(
     Source: lazy greedy as in SLEB (arXiv 2402.09025) and BlockPruner (2406.10594), here by loss per
     time, with exchange; METHOD, "Search".
     """
+    check_model(model)
     dishes = Dishes(replacements, windows, rank)
     asked = _Asked(acceleration, str(phase), context, batch, kv_share, exchanges)
     asked.check()
@@ -171,6 +173,8 @@ class _Asked:
             raise AdaskipError(
                 f"A kv_share of {self.kv_share!r} is none; give a number above 0, up to 1."
             )
+        if not (is_whole(self.exchanges) and self.exchanges >= 0):
+            raise AdaskipError(f"exchanges is {self.exchanges!r}; give a whole number, 0 or more.")
 
 
 def _times(
