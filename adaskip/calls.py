@@ -49,6 +49,18 @@ def cache_of(call: dict[str, Any], config: PretrainedConfig) -> Cache | None:
     return cache
 
 
+def refuse_failed() -> None:
+    """Refuses to go on behind a forward that failed midway.
+
+    Raises:
+        UnsupportedCallError: always.
+    """
+    raise UnsupportedCallError(
+        "A forward on this cache failed midway and left tokens in some of its layers and not in "
+        "others; begin with an empty cache (cache.reset())."
+    )
+
+
 def is_batched(call: Mapping[str, Any]) -> bool:
     """Whether a forward is one of continuous batching, by its cache."""
     caches = call.get(CACHE), call.get("cache")

@@ -78,6 +78,26 @@ def refuse_torn(cache: Cache, past: int) -> None:
             )
 
 
+def is_torn(cache: Cache, past: int) -> bool:
+    """Whether a forward that failed has left something in some layers, which reads static ones.
+
+    Args:
+        cache: of the forward.
+        past: tokens it held before.
+    """
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if isinstance(layer, SkippedCacheLayer):
+            if isinstance(layer, WindowCacheLayer) and layer.is_touched:
+                return True
+        elif not getattr(layer, "is_initialized", False):
+            if past:
+                return True
+        elif int(layer.get_seq_length()) != past:
+            return True
+    return False
+
+
 def _own_length(layer: Any) -> int | None:
     """Tokens that a layer has seen; None if it does not know them without the device."""
     if isinstance(layer, SkippedCacheLayer):
@@ -218,6 +238,8 @@ def advance(cache: Cache, tokens: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, SkippedCacheLayer):
             layer.length += tokens
+            if isinstance(layer, WindowCacheLayer):
+                layer.is_touched = False
             if layer.position is not None:
                 positions.append(layer.position)
     if positions:

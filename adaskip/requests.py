@@ -44,6 +44,7 @@ class Request:
             looked through.
         windows: what its windows of attention hold, by shape and device.
         memory: what the policy and the summary know of it, for copies of its cache.
+        torn: whether a forward that failed has left tokens in some layers of its cache.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Request:
         default_factory=dict, repr=False
     )
     memory: Any = field(default=None, repr=False)
+    torn: bool = field(default=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be stored; without one, a loaded cache counts as a copy.
@@ -99,6 +101,12 @@ class Requests:
         self._watch(request)
         setattr(cache, _ATTRIBUTE, request)
         return request
+
+    @staticmethod
+    def known(cache: Cache) -> Request | None:
+        """What a cache has of a request, its own or that of the cache it is a copy of."""
+        found: Request | None = getattr(cache, _ATTRIBUTE, None)
+        return found
 
     def look(
         self, cache: Cache | None, past: int, tokens: int, said: Phase | None = None

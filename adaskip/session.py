@@ -80,7 +80,7 @@ class Session:
         self._requests = _told(policy, self._tally)
         self._rows = self._past = 0
         # The request of the forward that is computed now, and what was known of it before.
-        self._counted: tuple[Request, dict[str, Any]] | None = None
+        self._counted: tuple[Request, dict[str, Any], Cache | None] | None = None
         self._signature = list(inspect.signature(type(self._decoder).forward).parameters)[1:]
         # Who wants statistics of the present forward, and which.
         self._watching: list[tuple[Recorder, frozenset[Span]]] = []
@@ -144,8 +144,10 @@ class Session:
             try:
                 cache = self._before(call)
                 output = patch.original(**call)
-                self._after(cache)
+                self._advance(cache)
+                # What the forward computed counts, whatever becomes of its statistics.
                 failed = False
+                self._tell()
             finally:
                 self._leave(failed=failed)
             return output
@@ -181,8 +183,11 @@ class Session:
             raise
 
     def _end_compiled(self, cache: Cache | None) -> None:
-        self._after(cache)
-        self._leave()
+        self._advance(cache)
+        try:
+            self._tell()
+        finally:
+            self._leave()
 
     def _leave(self, *, failed: bool = False) -> None:
         """Lets go of what the forward needed, and lets other threads in."""
@@ -190,8 +195,10 @@ class Session:
             self._board.record_to(None)
         self._board.windows.end(failed=failed)
         if failed and self._counted is not None:
-            request, held = self._counted
+            request, held, cache = self._counted
             vars(request).update(held)
+            if cache is not None:
+                request.torn = kvcache.is_torn(cache, self._past)
         self._counted = None
         self._turnstile.leave()
 
@@ -205,6 +212,8 @@ class Session:
         turn = self._turns.current
         said = None if turn is None else turn.phase
         past = 0 if cache is None else self._past_length(cache, tokens, turn)
+        if cache is not None:
+            self._refuse_torn(cache, past)
         request, step = self._requests.look(cache, past, tokens, said)
         # Everything that can refuse the call comes before anything that remembers it.
         if cache is None:
@@ -237,12 +246,12 @@ class Session:
             self._prepare(cache, request, plan, earlier, past)
         if changed:
             self._board.set(plan)
-        self._counted = request, dict(vars(request))
+        self._counted, self._past = (request, dict(vars(request)), cache), past
         self._requests.advance(cache, request, step, past)
         if step.phase is Phase.PREFILL:
             request.prefill_plan |= plan
         self.step, self.plan = step, plan
-        self._rows, self._past = inputs.shape[0], past
+        self._rows = inputs.shape[0]
         if changed and logger.isEnabledFor(logging.DEBUG):
             logger.debug(
                 "request %d, %s, forward %d: %s",
@@ -284,11 +293,24 @@ class Session:
             kvcache.prepare(cache, skipped, past, self._cache_devices, windows)
         request.prepared = plan
 
-    def _after(self, cache: Cache | None) -> None:
-        """Moves the skipped-cache placeholders on, and hands out the statistics."""
+    def _refuse_torn(self, cache: Cache, past: int) -> None:
+        """Refuses a cache that a failed forward has left something in, until that is gone."""
+        request = self._requests.known(cache)
+        if request is not None and request.torn:
+            if kvcache.is_torn(cache, past):
+                calls.refuse_failed()
+            request.torn = False
+
+    def _advance(self, cache: Cache | None) -> None:
+        """Moves the skipped-cache placeholders on."""
         assert self.step is not None  # noqa: S101 - set by _before of this same forward
         if cache is not None and (self.plan.layers("attn") or self.plan.windows):
             kvcache.advance(cache, self.step.tokens)
+
+    def _tell(self) -> None:
+        """Counts the forward, and hands out its statistics."""
+        assert self.step is not None and self._counted is not None  # noqa: S101, PT018 - likewise
+        cache = self._counted[2]
         cached = cache is not None
         self._tally.note(self.step, self.plan, self._rows, self._past, cached=cached)
         turn = self._turns.current
@@ -301,9 +323,8 @@ class Session:
                 own = stats.select(*wanted)
                 if own.rows:
                     recorder.observe(self.step, own)
-        if self._counted is not None:
-            request, number = self._counted[0], self.step.request
-            request.memory = self.policy.memory(number), self._tally.memory(number)
+        request, number = self._counted[0], self.step.request
+        request.memory = self.policy.memory(number), self._tally.memory(number)
 
     @property
     def _steps_matter(self) -> bool:

@@ -39,6 +39,7 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         rest: a layer like the replaced one that has the other heads, with all tokens; or None.
         leads: whether it is the one that moves the track along when rows are moved.
         is_open: whether a forward is under way in which its attention sees a window.
+        is_touched: whether it was given tokens of a forward that has not ended.
     """
 
     # transformers would cut it back, and what has fallen out of the window cannot come back.
@@ -61,6 +62,7 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         self.rest: Any = None if split is None else _emptied(replaced)
         self.leads = False
         self.is_open = False
+        self.is_touched = False
         # [batch, heads, sinks + ring, width] each; None before the first token.
         self._held: tuple[Tensor, Tensor] | None = None
         # Those of the cache's last request, used again if they fit.
@@ -103,6 +105,8 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
         """
         if not self.is_open:
             return super().update(*states, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.is_touched = True
         if self.split is not None:
             others = [self.split.rest(states[0]), self.split.rest(states[1])]
             self._rest_states = self.rest.update(*others, *states[2:], **kwargs)
@@ -132,6 +136,7 @@ class WindowCacheLayer(SkippedCacheLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Empties it; the next request brings a layer of its own."""
         super().reset()
+        self.is_touched = False
         if self.rest is not None:
             self.rest.reset()
         self._spare = self._held or self._spare

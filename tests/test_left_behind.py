@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import N_LAYERS, prompt, tiny_model
+from conftest import N_LAYERS, prompt, reset_empties, tiny_model
 from export_fixtures import byte_tokenizer
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -39,6 +39,7 @@ from adaskip import (
     skipping,
 )
 from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
+from adaskip.recorders import Recorder, Span
 from adaskip.session import Session
 from adaskip.sublayer_times import SublayerTimes
 
@@ -106,6 +107,71 @@ def test_a_forward_that_failed_is_no_part_of_the_request(
                 steps.append(logits(model, ids[:, at : at + 1], held))
         found[fails] = torch.cat(steps, dim=1)
     assert torch.equal(found[True], found[False])
+
+
+MIXED_WINDOW = SkipPlan(
+    {Sublayer(0, "attn"): Window(8, 2), Sublayer(2, "attn"): Window(8, 2, heads=(1,), of_heads=2)}
+)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("tokens", [0, 6])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        SkipPlan({Sublayer(0, "attn"): None}),
+        SkipPlan({Sublayer(3, "attn"): None}),
+        SkipPlan({Sublayer(0, "attn"): None, Sublayer(3, "attn"): None}),
+        MIXED_WINDOW,
+    ],
+    ids=["first", "last", "both", "windows"],
+)
+def test_nothing_goes_on_behind_a_forward_that_failed_midway(
+    model: PreTrainedModel, plan: SkipPlan, tokens: int, static: bool
+) -> None:
+    ids = prompt(26)
+    held: Any = StaticCache(model.config, max_cache_len=40) if static else DynamicCache()
+    layer = model.model.layers[2].mlp
+    with skipping(model, plan):
+        expected = logits(model, ids, DynamicCache())
+        if tokens:
+            logits(model, ids[:, :tokens], held)
+        broken = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logits(model, ids[:, tokens:20], held)
+        broken.remove()
+        for again in (ids[:, tokens:20], ids[:, 20:21]):
+            with pytest.raises(UnsupportedCallError, match="failed midway"):
+                logits(model, again, held)
+        if reset_empties() or static:
+            held.reset()
+            torch.testing.assert_close(logits(model, ids, held), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_recorder_that_raises_takes_nothing_back(model: PreTrainedModel) -> None:
+    class Raising(Recorder):
+        def watch(self, step: Step) -> frozenset[Span]:
+            return frozenset({"ffn"})
+
+        def observe(self, step: Step, stats: Any) -> None:
+            if step.index == 3:
+                raise ZeroDivisionError
+
+    ids = prompt(26)
+    found = {}
+    for raises in (False, True):
+        recorders = [Raising()] if raises else []
+        with skipping(model, MIXED_WINDOW, recorders=recorders):
+            held, steps = DynamicCache(), []
+            logits(model, ids[:, :20], held)
+            for at in range(20, 26):
+                try:
+                    steps.append(logits(model, ids[:, at : at + 1], held))
+                except ZeroDivisionError:
+                    assert (raises, at) == (True, 22)
+        found[raises] = steps
+    assert len(found[True]) == 5
+    assert all(map(torch.equal, found[True], [*found[False][:2], *found[False][3:]]))
 
 
 def test_of_two_threads_one_enters(model: PreTrainedModel) -> None:

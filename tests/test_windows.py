@@ -15,7 +15,7 @@ from conftest import N_LAYERS, prompt, reset_empties, tiny_model
 from test_compile import new_graphs
 from test_families import DISTINCT, GENERATE, generated
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
 from adaskip import (
     AdaskipError,
@@ -544,3 +544,14 @@ def test_a_static_cache_keeps_its_tensors_from_request_to_request(
     with skipping(model, plan):
         fresh = model.generate(prompt(20, seed=2), cache_implementation="static", **GREEDY)
     assert torch.equal(found[1], fresh)
+
+
+def test_a_window_cannot_begin_on_a_cache_that_holds_other_forms(model: PreTrainedModel) -> None:
+    try:
+        cache = QuantizedCache("fp8", model.config)
+    except (ImportError, ValueError):
+        pytest.skip("this transformers quantizes no cache without another package")
+    with skipping(model, plan_of({1: NARROW}), scope="decode"), torch.no_grad():
+        model(prompt(20), past_key_values=cache)
+        with pytest.raises(UnsupportedCallError, match="in the middle of a request on a"):
+            model(prompt(1), past_key_values=cache)
