@@ -261,9 +261,9 @@ def test_rows_that_are_scored_too_are_told_of(
 def test_a_plan_made_otherwise_is_not_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = options(tmp_path, "--method", "EE", "--acceleration", "1.05")
+    given = options(tmp_path, "--method", "SLEB", "--acceleration", "1.05")
     assert plan_main(given) == 0
-    before = (tmp_path / "EE-1.05.safetensors").read_bytes()
+    before = (tmp_path / "SLEB-1.05.safetensors").read_bytes()
     assert plan_main([*given, "--rows", "2"]) == 2
     assert "was made with another calibration" in capsys.readouterr().err
     assert plan_main([*given, "--reference_tokens", "8"]) == 2
@@ -272,7 +272,7 @@ def test_a_plan_made_otherwise_is_not_replaced(
     assert "was made with another model (smollm2, asked for: qwen)" in capsys.readouterr().err
     assert plan_main([*given, "--exact"]) == 2
     assert "was made with another exact" in capsys.readouterr().err
-    assert (tmp_path / "EE-1.05.safetensors").read_bytes() == before
+    assert (tmp_path / "SLEB-1.05.safetensors").read_bytes() == before
 
 
 def test_a_kept_plan_is_measured_when_that_is_asked_for(
