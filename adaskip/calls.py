@@ -38,10 +38,10 @@ def cache_of(call: dict[str, Any], config: PretrainedConfig) -> Cache | None:
         UnsupportedCallError: it is not a transformers cache.
     """
     cache = cache_in(call)
-    if cache is None and _flag(call, config, "use_cache"):
-        cache = call[CACHE] = DynamicCache(config=config)
     if is_batched(call):
         return None
+    if cache is None and _flag(call, config, "use_cache"):
+        cache = call[CACHE] = DynamicCache(config=config)
     if cache is not None and not isinstance(cache, Cache):
         raise UnsupportedCallError(
             f"{CACHE} is a {type(cache).__name__}; pass a transformers Cache, e.g. DynamicCache()."

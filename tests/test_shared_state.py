@@ -326,8 +326,10 @@ def one_by_one(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[in
 def test_continuous_batching_answers_as_requests_alone_do(model: PreTrainedModel) -> None:
     prompts = [prompt(n, seed=n)[0].tolist() for n in (9, 5, 12)]
     dense = one_by_one(model, prompts)
+    # Earlier ones leave the model with an attention that only batches have.
+    other = tiny_model("llama")
     try:
-        batches = batched(model, prompts) == dense
+        batches = batched(other, prompts) == dense
     except (AttributeError, ImportError, KeyError, TypeError, ValueError):
         batches = False
     if not batches:
