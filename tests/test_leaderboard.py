@@ -40,7 +40,7 @@ from adaskip.leaderboard.values import REPORT_FILE, read_report
 from adaskip.profiling.interleaving import Ratio
 from adaskip.replacements import Linear, Window
 from adaskip.reports.leaderboard_readme import readme_table
-from adaskip.reports.leaderboard_tables import dense_sentence
+from adaskip.reports.leaderboard_tables import dense_sentence, equal_time_title
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.yamlfile import read_yaml
 from adaskip.search.losses import reads
@@ -484,6 +484,8 @@ def test_a_plan_without_times_does_not_stand_beside_those_that_have_them(tmp_pat
     assert [(entry.ttft, entry.speed) for entry in table.entries] == [(None, 1.1)] * 3
     assert table.seconds is None
     assert table.missing == {}
+    assert equal_time_title(table).startswith("At equal predicted time: ")
+    assert equal_time_title(whole).startswith("At equal measured time: ")
 
 
 def test_a_verdict_holds_at_both_ends_of_the_measured_time(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def as_text(report: Report) -> str:
     parts = ["# Leaderboard", introduction(report)]
     for table in report.tables:
         parts += [f"## {table.model}, {table.context:,} tokens", dense_sentence(table)]
-        parts += [markdown_table(*_main(table)), EQUAL_TIME]
+        parts += [markdown_table(*_main(table)), equal_time_title(table)]
         parts += [markdown_table(*equal_time(table)), *filter(None, [search_sentence(table)])]
         if table.tasks:
             parts += [task_sentence(table), markdown_table(*_scores(table))]
@@ -59,7 +59,6 @@ def as_text(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-EQUAL_TIME = f"At equal measured time: gap, its share of {NAMES[BASE]}'s, and what that shows"
 CALIBRATIONS = "The same point from other calibration rows:"
 AXES = (
     "Absolute values: seconds to the first token, and nats per character of the references that "
@@ -81,6 +80,16 @@ def dense_sentence(table: Table) -> str:
     return f"{text} Calibration: {'; '.join(used)}." if used else text
 
 
+def equal_time_title(table: Table) -> str:
+    """What stands above the gaps at equal time."""
+    return f"At equal {_kind(table)} time: gap, its share of {NAMES[BASE]}'s, and what that shows"
+
+
+def _kind(table: Table) -> str:
+    """Of times: predicted ones until some were measured."""
+    return "measured" if table.sittings else "predicted"
+
+
 def search_sentence(table: Table) -> str:
     """Whether another method is better than the searched plan; empty without one."""
     search = table.search
@@ -91,8 +100,8 @@ def search_sentence(table: Table) -> str:
     worse = sum(e.beside[search].verdict == "worse" for e in rivals)
     told = ", ".join(better) or "none"
     return (
-        f"At the measured times of {len(rivals)} plans of other methods, {search} loses less than "
-        f"{worse} of them, beyond the interval, and more than: {told}."
+        f"At the {_kind(table)} times of {len(rivals)} plans of other methods, {search} loses less "
+        f"than {worse} of them, beyond the interval, and more than: {told}."
     )
 
 
