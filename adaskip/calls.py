@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from adaskip.batching import is_batched
 from adaskip.blocks import BlockSpec
 from adaskip.cache_name import CACHE, cache_in
 from adaskip.errors import AdaskipError, UnsupportedCallError
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from adaskip.generating import Turn
     from adaskip.policy import SkipPolicy
 
-_CONTINUOUS_BATCHING = "transformers.generation.continuous_batching."
-_KEPT_MANAGER = "_cached_continuous_batching_manager"
 _FIXED = "Use a policy with a fixed plan (AdaSkip: online=False)."
 
 
@@ -38,15 +37,19 @@ def cache_of(call: dict[str, Any], config: PretrainedConfig) -> Cache | None:
         UnsupportedCallError: it is not a transformers cache.
     """
     cache = cache_in(call)
+    if isinstance(cache, Cache):
+        return cache
     if is_batched(call):
         return None
-    if cache is None and _flag(call, config, "use_cache"):
-        cache = call[CACHE] = DynamicCache(config=config)
-    if cache is not None and not isinstance(cache, Cache):
+    if cache is not None:
         raise UnsupportedCallError(
             f"{CACHE} is a {type(cache).__name__}; pass a transformers Cache, e.g. DynamicCache()."
         )
-    return cache
+    if not _flag(call, config, "use_cache"):
+        return None
+    made: Cache = DynamicCache(config=config)
+    call[CACHE] = made
+    return made
 
 
 def refuse_failed() -> None:
@@ -59,42 +62,6 @@ def refuse_failed() -> None:
         "A forward on this cache failed midway and left tokens in some of its layers and not in "
         "others; begin with an empty cache (cache.reset())."
     )
-
-
-def is_batched(call: Mapping[str, Any]) -> bool:
-    """Whether a forward is one of continuous batching, by its cache."""
-    caches = call.get(CACHE), call.get("cache")
-    return any(type(each).__module__.startswith(_CONTINUOUS_BATCHING) for each in caches)
-
-
-def refuse_batching_before(model: PreTrainedModel) -> None:
-    """Refuses a model that keeps pages of keys and values from batches before the block.
-
-    Raises:
-        UnsupportedCallError: it does; they would be reused under the plan.
-    """
-    if getattr(model, _KEPT_MANAGER, None) is not None:
-        raise UnsupportedCallError(
-            "The model keeps a manager of continuous batching, whose keys and values were computed "
-            "without this plan; call model.destroy_cached_continuous_batching_manager() before."
-        )
-
-
-def refuse_lasting_batching(name: str, given: Mapping[str, Any]) -> None:
-    """Refuses continuous batching that would outlast the block.
-
-    Args:
-        name: of the model's method that was called.
-        given: its arguments.
-
-    Raises:
-        UnsupportedCallError: it begins a manager, or is to keep the one of `generate_batch`.
-    """
-    if name != "generate_batch" or given.get("persistent_manager"):
-        raise UnsupportedCallError(
-            "A manager of continuous batching may outlast the block, and its keys and values with "
-            "it; inside skipping() use generate_batch() with persistent_manager=False."
-        )
 
 
 def _flag(call: dict[str, Any], config: PretrainedConfig, name: str) -> bool:
@@ -309,27 +276,4 @@ def refuse_early_exit_draft(generation_config: GenerationConfig) -> None:
             f"assistant_early_exit={generation_config.assistant_early_exit} drafts with the first "
             "layers of the model that is inside skipping(); draft with an assistant_model or with "
             "prompt_lookup_num_tokens."
-        )
-
-
-def refuse_continuous_batching(*, differs: bool, windows: object) -> None:
-    """Refuses `generate_batch` under plans that its forwards cannot have.
-
-    Args:
-        differs: whether the plan of a decode step may be another one than that of the prompt.
-        windows: those of the plan.
-
-    Raises:
-        UnsupportedCallError: its forwards hold prompts and decode steps of several requests.
-    """
-    if differs:
-        raise UnsupportedCallError(
-            "generate_batch() computes prompts and decode steps in one forward, so a plan that "
-            "differs between them cannot apply. Use generate(), or scope 'e2e' with a fixed plan. "
-            f"{_FIXED}"
-        )
-    if windows:
-        raise UnsupportedCallError(
-            "generate_batch() puts several requests into one row, which attention with a window "
-            "would mix up; use generate(), or a plan without windows."
         )

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from adaskip import calls, kvcache, supported
+from adaskip.batching import Batching, is_batched, refuse_plan
 from adaskip.blocks import BlockSpec
 from adaskip.errors import UnsupportedCallError
 from adaskip.generating import OpenCalls, Turn, Turns, listen
@@ -61,8 +62,7 @@ class Session:
         self._recorders = recorders
         self._turns = Turns(OpenCalls())
         self._turnstile = Turnstile()
-        # Calls of generate_batch() that go on.
-        self._n_batching = 0
+        self._batching = Batching(self._check_batching)
         self._model = model
         self._decoder: Any = model.base_model
         # Fingerprints of plans that are this model's, or anybody's.
@@ -95,7 +95,7 @@ class Session:
         Raises:
             UnsupportedCallError: one does, in another thread; the rest of it is dense.
         """
-        if self._turns.calls.n_open or self._n_batching:
+        if self._turns.calls.n_open or self._batching.n_open:
             raise UnsupportedCallError(
                 "A generate() went on in another thread when the block was left, so that the rest "
                 "of its answer is dense; join the thread inside the block."
@@ -120,13 +120,10 @@ class Session:
 
     def patched_model(self, model: PreTrainedModel) -> Iterator[Patch]:
         """Lets each forward set the switches, and `generate()` say what it does, patch by patch."""
-        calls.refuse_batching_before(model)
         yield self._patched_decoder()
         if model.can_generate():
             yield from listen(model, self._turns, self._check_assisted)
-            for name in ("generate_batch", "init_continuous_batching"):
-                if hasattr(model, name):
-                    yield self._patched_batching(model, name)
+            yield from self._batching.patches(model)
 
     def _patched_decoder(self) -> Patch:
         begin, end = _untraced()
@@ -153,25 +150,6 @@ class Session:
             return output
 
         patch = patch_forward(self._decoder, forward)
-        return patch
-
-    def _patched_batching(self, model: PreTrainedModel, name: str) -> Patch:
-        """Refuses before its thread begins: what fails there, transformers only logs."""
-
-        def batching(*args: Any, **kwargs: Any) -> Any:
-            step = Step(Phase.PREFILL, request=0, index=0, tokens=1)
-            self._check_batching(step, self.policy.plan(step))
-            # generate_batch() begins a manager of its own, which ends with it.
-            if not self._n_batching:
-                given = inspect.signature(patch.original).bind(*args, **kwargs).arguments
-                calls.refuse_lasting_batching(name, given)
-            self._n_batching += 1
-            try:
-                return patch.original(*args, **kwargs)
-            finally:
-                self._n_batching -= 1
-
-        patch = Patch(model, name, batching)
         return patch
 
     def _begin_compiled(self, call: dict[str, Any]) -> Cache | None:
@@ -223,8 +201,8 @@ class Session:
             kvcache.refuse_torn(cache, past)
             self._check_order(request, step, past, said)
         plan = self._plan(request, step)
-        if calls.is_batched(call):
-            self._check_batching(step, plan)
+        if cache is None and is_batched(call):
+            self._check_batching(step)
         changed = plan != self._board.plan
         if changed:
             calls.check_plan(self.policy, plan, self._n_layers, config)
@@ -361,9 +339,10 @@ class Session:
         first, second = (self.policy.plan(replace(step, phase=phase)) for phase in Phase)
         return first != second
 
-    def _check_batching(self, step: Step, plan: SkipPlan) -> None:
-        """Refuses what forwards of many requests cannot have."""
-        calls.refuse_continuous_batching(differs=self._phase_matters(step), windows=plan.windows)
+    def _check_batching(self, step: Step | None = None) -> None:
+        """Refuses what forwards of many requests cannot have, by the plan of one of them."""
+        step = step or Step(Phase.PREFILL, request=0, index=0, tokens=1)
+        refuse_plan(differs=self._phase_matters(step), windows=self.policy.plan(step).windows)
 
     def _check_assisted(self, generation_config: Any) -> None:
         calls.refuse_early_exit_draft(generation_config)

@@ -25,11 +25,12 @@ from adaskip import (
     UnsupportedCallError,
     Window,
     distill_plan,
-    distilling,
+    divergence,
     fit_linears,
     skipping,
+    training,
 )
-from adaskip.distilling import _Course, _Trained
+from adaskip.divergence import Course, Trained
 from adaskip.fitting import about_other_maps
 from adaskip.streams import Sublayers
 
@@ -125,7 +126,7 @@ def trained_by_hand(
 def test_what_is_trained_is_what_a_loop_by_hand_makes(
     model: PreTrainedModel, rank: int | None, n_positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distilling, "_POSITIONS", n_positions)
+    monkeypatch.setattr(divergence, "_POSITIONS", n_positions)
     plan = fitted(model, {ATTN2: 1.25}, rank)
     found = distill_plan(model, plan, PROMPTS, epochs=3, learning_rate=1e-3)
     assert found.digest != plan.digest
@@ -139,11 +140,11 @@ def test_what_is_trained_is_what_a_loop_by_hand_makes(
 def test_gradients_are_those_of_finite_differences_through_windows(model: PreTrainedModel) -> None:
     double = model.double().requires_grad_(False)
     # Before the windows, so that gradients pass through them, of all heads and of one.
-    trained = _Trained(Sublayers(double), fitted(double, {Sublayer(0, "ffn"): 1.1, **WINDOWS}))
-    course = _Course(trained, [{"input_ids": ids} for ids in PROMPTS], progress=False)
+    trained = Trained(Sublayers(double), fitted(double, {Sublayer(0, "ffn"): 1.1, **WINDOWS}))
+    course = Course(trained, [{"input_ids": ids} for ids in PROMPTS], progress=False)
     (gain,), bias = trained.gains, trained.maps[-1]
     one = course._held[0]
-    positions = course._spread(one)
+    positions = one.spread()
     assert len(positions) == 33
 
     def lost() -> float:
@@ -185,11 +186,11 @@ def test_it_is_the_same_for_a_seed(model: PreTrainedModel) -> None:
 def test_one_that_was_interrupted_goes_on(
     model: PreTrainedModel, stops: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distilling, "_KEPT_EVERY", 0.0)
+    monkeypatch.setattr(training, "_KEPT_EVERY", 0.0)
     plan, record = fitted(model, {ATTN2: 1.25, **WINDOWS}), tmp_path / "new" / "training"
     settings: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-3}
     expected = distill_plan(model, plan, PROMPTS, **settings)
-    stock, steps = distilling._Training._step, 0
+    stock, steps = training.Training._step, 0
 
     def counted(*args: Any) -> None:
         nonlocal steps
@@ -198,7 +199,7 @@ def test_one_that_was_interrupted_goes_on(
             raise KeyboardInterrupt
         stock(*args)
 
-    monkeypatch.setattr(distilling._Training, "_step", counted)
+    monkeypatch.setattr(training.Training, "_step", counted)
     with pytest.raises(KeyboardInterrupt):
         distill_plan(model, plan, PROMPTS, record=record, **settings)
     assert record.is_file()
@@ -282,7 +283,7 @@ def test_an_offloaded_model_is_left_as_it_was(model: PreTrainedModel) -> None:
 def test_what_overflows_is_not_learned(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, stock, steps = fitted(model, {ATTN2: 1.25}), distilling._Course.by_token, []
+    plan, stock, steps = fitted(model, {ATTN2: 1.25}), divergence.Course.by_token, []
 
     def overflowing(*args: Any) -> Tensor:
         lost = stock(*args)
@@ -290,7 +291,7 @@ def test_what_overflows_is_not_learned(
         # The last step of the second epoch.
         return lost * (float("inf") if sum(steps) == 12 and steps[-1] else 1.0)
 
-    monkeypatch.setattr(distilling._Course, "by_token", overflowing)
+    monkeypatch.setattr(divergence.Course, "by_token", overflowing)
     found = distill_plan(model, plan, PROMPTS, epochs=2, learning_rate=1e-3)
     assert sum(steps) == 12
     assert found.digest != plan.digest
@@ -306,7 +307,7 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel, *, inference: bool)
     model.model.layers[2].mlp.train()
     learning = [weight.requires_grad for weight in model.parameters()]
     weights = [weight.detach().clone() for weight in model.parameters()]
-    training = [module.training for module in model.modules()]
+    modes = [module.training for module in model.modules()]
     plan = fitted(model, WINDOWS)
     with torch.inference_mode(inference):
         inputs = [
@@ -317,7 +318,7 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel, *, inference: bool)
     assert [weight.requires_grad for weight in model.parameters()] == learning
     assert all(weight.grad is None for weight in model.parameters())
     assert all(map(torch.equal, model.parameters(), weights))
-    assert [module.training for module in model.modules()] == training
+    assert [module.training for module in model.modules()] == modes
     assert not any(tensor.requires_grad for tensor in numbers(found))
     with skipping(model, found):
         model.generate(PROMPTS[0], max_new_tokens=2, do_sample=False)

@@ -401,6 +401,7 @@ def test_what_is_no_argument(model: PreTrainedModel) -> None:
             lambda: search_plan(model, [({"a": 1}, [3])], windows=(64,)),
             "a tuple that is no pair of ids",
         ),
+        (lambda: search_plan(model, [3], windows=(64,)), "a int that is no pair of ids"),
         (
             lambda: search_plan(model, ROWS, exchanges=None, windows=(64,)),
             "exchanges is None; give a whole",

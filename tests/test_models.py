@@ -150,6 +150,9 @@ def test_a_folder_loads_in_eval_mode_with_the_asked_dtype(folder: Path):
     model = load_model(folder, dtype="float16", device="cpu")
     assert (model.dtype, model.device.type, model.training) == (torch.float16, "cpu", False)
     assert load_model(str(folder), device="cpu").dtype == torch.float32
+    if not torch.backends.mps.is_available():
+        with pytest.raises(AdaskipError, match="cannot be put on mps"):
+            load_model(folder, device="mps")
     # A part is left for template and answer.
     assert model_spec(folder).prompt_limit == 28
     assert model_spec(folder).template is None

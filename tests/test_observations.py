@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import N_LAYERS, ROOT
+from conftest import N_LAYERS, ROOT, tiny_model
 from test_recorders import residuals
 from tiny_loaded import TinyLoaded, tiny_rows
 from torch.nn.functional import cosine_similarity
@@ -33,7 +33,13 @@ from adaskip.observing.analysis import (
     phases_summary,
     spread,
 )
-from adaskip.observing.layer_skipping import HIGHEST, LOWEST, choices, layer_similarity
+from adaskip.observing.layer_skipping import (
+    HIGHEST,
+    LOWEST,
+    choices,
+    layer_similarity,
+    measure,
+)
 from adaskip.observing.recording import observe_requests, observe_task
 from adaskip.observing.similarities import SPANS, from_rows, layers
 from adaskip.observing.stability import chosen, overlap, resampled, stability
@@ -171,6 +177,21 @@ def test_an_interrupted_recording_goes_on(
     assert more["id"].nunique() == 4
     with pytest.raises(RunError, match="seed: 2025 then, 1 now"):
         observe_task(make_config(seed=1), "sample_qa", never)
+
+
+def test_nothing_is_added_to_what_other_weights_showed(
+    loaded: TinyLoaded, make_config: Callable[..., RunConfig]
+) -> None:
+    observe_task(make_config(limit=2), "sample_qa", lambda _: loaded)
+    other = TinyLoaded(loaded.spec, tiny_model("llama", seed=5), loaded.tokenizer, ())
+    with pytest.raises(RunError, match=r"was made with model llama.*it is now llama"):
+        observe_task(make_config(limit=3), "sample_qa", lambda _: other)
+    made = choices([0.9, 0.5, 0.7, 0.8], [1])
+    config = make_config(limit=2)
+    measure(config, "sample_qa", made[:1], lambda _: loaded)
+    with pytest.raises(RunError, match="was made with model llama"):
+        measure(config, "sample_qa", made, lambda _: other)
+    assert len(measure(config, "sample_qa", made, lambda _: loaded)) == len(made)
 
 
 def test_prompts_of_other_files_are_not_taken_for_these(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,32 @@ def test_an_interrupted_search_goes_on(
     again = search_plan(model, LONG, record=record, **OPTIONS)
     assert contents(again) == contents(whole)
     assert looks[0] <= 3
+
+
+def test_a_full_disk_is_one_sentence_and_the_search_goes_on(
+    model: PreTrainedModel, tmp_path: Path, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, stock, opened = tmp_path / "search.jsonl", Path.open, 0
+
+    def full(path: Path, mode: str = "r", **given: Any) -> Any:
+        nonlocal opened
+        opened += path == record
+        if path == record and opened > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return stock(path, mode, **given)
+
+    whole = search_plan(model, LONG, **OPTIONS)
+    alone = looks[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        with pytest.raises(RunError, match=r"cannot be written: .*No space left.* goes on"):
+            search_plan(model, LONG, record=record, **OPTIONS)
+    kept = len(record.read_text().splitlines())
+    assert kept == 6
+    looks[0] = 0
+    assert contents(search_plan(model, LONG, record=record, **OPTIONS)) == contents(whole)
+    # The first line says what it is of.
+    assert looks[0] == alone - (kept - 1)
 
 
 @pytest.mark.parametrize(

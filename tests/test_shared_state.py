@@ -362,6 +362,39 @@ def test_pages_of_batches_do_not_outlast_a_block(model: PreTrainedModel) -> None
         answer(model, prompt(5))
 
 
+def test_the_block_is_not_left_while_batches_go_on(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, ends = threading.Event(), threading.Event()
+
+    def going_on(inputs: list[list[int]], persistent_manager: bool = False) -> None:
+        began.set()
+        ends.wait(10)
+
+    monkeypatch.setattr(model, "generate_batch", going_on)
+    thread = threading.Thread(target=lambda: model.generate_batch([[3, 4]]))
+
+    def leave() -> None:
+        with skipping(model, FixedSkipping(PLAN)):
+            thread.start()
+            began.wait(10)
+            # That one's thread is not this one's.
+            with pytest.raises(UnsupportedCallError, match="may outlast the block"):
+                model.init_continuous_batching()
+
+    with pytest.raises(UnsupportedCallError, match="went on in another thread"):
+        leave()
+    ends.set()
+    thread.join()
+
+
+def test_a_manager_from_before_the_block_is_refused_in_its_forward(model: PreTrainedModel) -> None:
+    pages = type("PagedAttentionCache", (), {})
+    pages.__module__ = "transformers.generation.continuous_batching.cache"
+    with skipping(model, ByPhase()), pytest.raises(UnsupportedCallError, match="in one forward"):
+        model(prompt(5), cache=pages(), use_cache=False)
+
+
 class ByPhase(SkipPolicy):
     """Skips other sublayers in decode, the same at every step."""
 

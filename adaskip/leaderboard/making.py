@@ -251,13 +251,12 @@ class Maker:
         told: dict[str, Any] = {"source": f"{n_rows} rows", "progress": self.progress}
         if plan.has_linears:
             plan = refit_linears(self._model, plan, prompts, **told)
+        record = board.path_of(point).with_suffix(".distilling")
         if trains:
-            record = board.path_of(point).with_suffix(".distilling")
             plan = distill_plan(self._model, plan, prompts, record=record, **told)
-            made = self._kept(point, plan)
-            record.unlink()
-            return made
-        return self._kept(point, plan)
+        made = self._kept(point, plan)
+        record.unlink(missing_ok=True)
+        return made
 
     def _again(self, point: Point, row: PlanRow) -> PlanRow | None:
         """A plan put together again from what is known of it; None if that is too little."""

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from adaskip.batching import BEGINNINGS
 from adaskip.cache_name import cache_in
 from adaskip.errors import UnsupportedCallError, UnsupportedModelError
 
@@ -137,7 +138,7 @@ def guard_positions(model: PreTrainedModel) -> None:
     if limit is not None:
         base = model.base_model
         base.register_forward_pre_hook(PositionGuard(base, limit), with_kwargs=True)
-        for name in ("generate_batch", "init_continuous_batching"):
+        for name in BEGINNINGS:
             if hasattr(model, name):
                 setattr(model, name, _refuse_batching)
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from adaskip.observing.similarities import layers
 from adaskip.plan import Phase, whole_layers
 from adaskip.policies import FixedSkipping
 from adaskip.runs.generation import generate_greedy
-from adaskip.runs.loaded import LoadedModel, hold
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import Loss, perplexity_of, shared_perplexity
 from adaskip.runs.runconfig import DATA_DIR, RunConfig
 from adaskip.runs.store import Store, locked
@@ -124,6 +124,11 @@ def measure(
     about = {"model": config.name, "task": task}
     group = team()
     store = Store(path, Measured, settings, about, key="sums", lately=[DATA_DIR])
+
+    @cache
+    def ready() -> tuple[LoadedModel, Sequence[Row]]:
+        return opened(config, open_model, lambda loaded: loaded.rows(config, task), store)
+
     with locked(path.parent):
         kept = {row.id: row.as_dict() for row in group.on_main(store.rows)}
         found: list[dict[str, Any]] = []
@@ -135,8 +140,7 @@ def measure(
             found.append(done)
             policy = FixedSkipping(whole_layers(choice.layers))
             if "nll" not in done:
-                loaded, rows = opened(config, open_model, lambda loaded: loaded.rows(config, task))
-                hold(store, loaded, rows)
+                loaded, rows = ready()
                 items = [(loaded.prompt(config, row), row.reference) for row in rows]
                 result = shared_perplexity(
                     loaded.model, loaded.tokenizer, policy, items, max_tokens=max_tokens
@@ -144,8 +148,7 @@ def measure(
                 done |= {"nll": result.nll, "tokens": result.tokens, "rows": len(rows)}
                 group.on_main(partial(store.append, [Measured.from_dict(done)]))
             if scores and "score" not in done:
-                loaded, rows = opened(config, open_model, lambda loaded: loaded.rows(config, task))
-                hold(store, loaded, rows)
+                loaded, rows = ready()
                 done["score"] = _score(config, loaded, rows, policy)
                 group.on_main(partial(store.append, [Measured.from_dict(done)]))
     return [{key: value for key, value in each.items() if key != "id"} for each in found]

@@ -154,8 +154,7 @@ def _recorded(
         if made and (known is None or (limit is not None and len(made) >= limit)):
             return [row.as_dict() for row in made[:limit]]
         group.on_main(store.note)
-        loaded, rows = opened(config, open_model, rows_of)
-        hold(store, loaded, rows)
+        loaded, rows = opened(config, open_model, rows_of, store)
 
         def work(share: Share[Observed]) -> None:
             missing = [row for row in rows if row.id not in share.done]
@@ -178,13 +177,22 @@ def _recorded(
 
 
 def opened(
-    config: RunConfig, open_model: OpenModel, rows_of: Callable[[LoadedModel], Sequence[Row]]
+    config: RunConfig,
+    open_model: OpenModel,
+    rows_of: Callable[[LoadedModel], Sequence[Row]],
+    store: Store[Any],
 ) -> tuple[LoadedModel, Sequence[Row]]:
-    """Model and rows, loaded by the main process before the others: what it leaves, they find."""
+    """Model and rows, loaded by the main process before the others: what it leaves, they find.
+
+    Raises:
+        RunError: what the store has was made with another model or other rows.
+    """
     group = team()
     with group.together(), group.main_ahead():
         loaded = open_model(config)
-        return loaded, rows_of(loaded)
+        rows = rows_of(loaded)
+    hold(store, loaded, rows)
+    return loaded, rows
 
 
 def _warmup_rows(config: RunConfig, task: str, loaded: LoadedModel, n: int) -> list[Row]:

@@ -93,7 +93,8 @@ def row_ids(row: Row) -> tuple[Tensor, Tensor]:
         with suppress(TypeError, ValueError, RuntimeError):
             parts = [torch.as_tensor(part, dtype=torch.long).flatten() for part in row]
     if not parts:
-        texts = any(isinstance(part, str) for part in (row, *row))
+        parted = row if isinstance(row, tuple | list) else [row]
+        texts = any(isinstance(part, str) for part in parted)
         what = "of texts" if texts else f"a {type(row).__name__} that is no pair of ids"
         raise AdaskipError(
             f"A calibration row is {what}; give the ids of prompt and answer, e.g. "
