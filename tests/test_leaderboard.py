@@ -421,7 +421,8 @@ def test_a_new_plan_is_timed_beside_dense_and_no_other_anew(
         for row in store.rows()
     ]
     store.append(slow)
-    store.note(environment=store.record()["environment"] | {"device": "abacus"})
+    here = store.record()["environment"]
+    store.note(environment=here | {"device": "abacus"})
     (table,) = collect(board.file, [board]).tables
     by_method = {entry.method: entry.ttft for entry in table.entries}
     for method in ("ADA", "SHORTGPT"):
@@ -431,7 +432,7 @@ def test_a_new_plan_is_timed_beside_dense_and_no_other_anew(
     assert (table.sittings, table.rounds) == (2, 3)
     assert table.environment["device"].endswith(" / abacus")
     assert "3 rounds in each of 2 sittings" in dense_sentence(table)
-    # A sitting of which all plans were made anew is gone, and its number free.
+    # No sitting is added to that of another machine.
     board.sitting(1).append(
         [
             row.model_copy(update={"plan_digest": "of an earlier plan"})
@@ -439,6 +440,10 @@ def test_a_new_plan_is_timed_beside_dense_and_no_other_anew(
             if row.id == "EE 1.05"
         ]
     )
+    with pytest.raises(RunError, match=r"has times of abacus, \d+ threads; here is"):
+        maker.make("times")
+    store.note(environment=here)
+    # A sitting of which all plans were made anew is gone, and its number free.
     assert board.untimed == ["EE 1.05"]
     maker.make("times")
     assert [*digests(board.sitting(1))] == ["dense", "EE 1.05"]
@@ -454,7 +459,8 @@ def test_times_of_another_machine_are_taken_anew(
     maker.make("times")
     record = board.sitting(1).record()["environment"]
     kept = [row.model_copy(update={"ttft": row.ttft[:1]}) for row in board.sitting(1).rows()]
-    for place, same in ((record, True), (record | {"threads": 99}, False)):
+    other = record | {"commit": "another"}
+    for place, same in ((other, True), (record | {"transformers": "5.0"}, False)):
         board.sitting(1).path.unlink()
         board.sitting(1).append(kept)
         board.sitting(1).note(environment=place)
@@ -462,7 +468,34 @@ def test_times_of_another_machine_are_taken_anew(
         again = {row.id: row.ttft for row in board.sitting(1).rows()}
         assert {len(ttft) for ttft in again.values()} == {3}
         assert (again["dense"][0] == kept[0].ttft[0]) is same
-        assert board.sitting(1).record()["environment"]["threads"] == record["threads"]
+        told = board.sitting(1).record()["environment"]
+        assert told == record | ({"commit": f"another / {record['commit']}"} if same else {})
+
+
+def test_losses_of_other_weights_precision_or_prompts_are_not_set_beside(
+    make: Callable[..., tuple[Board, Maker]],
+) -> None:
+    board, maker = make()
+    maker.make("plans")
+    maker.make("losses")
+    store = board.losses
+    keys = ("computed_in", "sources", "model_fingerprint")
+    record = {key: store.record()[key] for key in keys}
+    assert record["computed_in"] == "float32 on cpu"
+    row = next(iter(record["sources"]))
+    for facts, said in (
+        ({"computed_in": "bfloat16 on cuda"}, "computed in bfloat16 on cuda, it is now float32"),
+        ({"sources": {row: "another prompt"}}, f"another row {row}"),
+        ({"model_fingerprint": "f" * 64}, "was made with model"),
+    ):
+        store.keep(["dense"])
+        store.note(**record | facts)
+        with pytest.raises(RunError, match=said):
+            maker.make("losses")
+        assert [row.id for row in store.rows()] == ["dense"]
+    store.note(**record)
+    maker.make("losses")
+    assert board.lacking(store) == []
 
 
 def test_a_plan_without_times_does_not_stand_beside_those_that_have_them(tmp_path: Path) -> None:
@@ -508,6 +541,8 @@ def test_a_verdict_holds_at_both_ends_of_the_measured_time(tmp_path: Path) -> No
     assert verdict_of([1.02, 1.1, 1.12]) == ""
     # Faster than any plan of the other method: nothing there says otherwise.
     assert verdict_of([1.1, 1.1, 2.0]) == "better"
+    # There a worse one may be faster than all of the other's.
+    assert verdict_of([1.02, 1.02, 2.0]) == ""
 
 
 def test_sittings_of_different_speed_share_their_seconds(tmp_path: Path) -> None:
@@ -521,6 +556,8 @@ def test_sittings_of_different_speed_share_their_seconds(tmp_path: Path) -> None
     first.keep([name for name in rows if name != "ADA 1.1"])
     second.append(slow)
     (table,) = collect(board.file, [board]).tables
+    # Of the first, which has two plans; dense took 3, 6 and 9 s in the other.
+    assert table.seconds == 2.0
     for entry in table.entries:
         assert entry.ttft is not None
         assert entry.seconds == pytest.approx(table.seconds / entry.ttft.median)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from leaderboard_fixtures import filled, whole
 
 from adaskip.leaderboard.axes import same_axes
 from adaskip.leaderboard.collecting import collect, table_of
-from adaskip.leaderboard.comparing import at_speed, beside
+from adaskip.leaderboard.comparing import at_equal_speed, at_speed, beside, unbeaten
 from adaskip.leaderboard.values import REPORT_FILE, read_report
 from adaskip.reports import leaderboard_figures
 from adaskip.reports.leaderboard_report import PAGE, render, write_report
@@ -47,6 +48,49 @@ def test_gaps_at_equal_time_lie_between_plans(tmp_path: Path) -> None:
     assert at_speed(table.entries, "ADA", 0.9) == {"a": 0.0, "b": 0.0}
     assert at_speed(table.entries, "ADA", 1.2) is None
     assert at_speed(table.entries, "SEARCH gain", 1.125) == pytest.approx({"a": 0.05, "b": 0.1})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan of one row."""
+
+    method: str
+    speed: float
+    gap: float
+    spread: float = 0.0
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.speed - self.spread, self.speed + self.spread
+
+    @property
+    def by_row(self) -> dict[str, float]:
+        return {"a": self.gap, "b": self.gap}
+
+
+def test_a_plan_that_the_methods_own_beats_is_on_no_line() -> None:
+    slow, best, fast = Plan("M", 1.125, 2.0), Plan("M", 1.25, 0.5), Plan("M", 1.5, 1.0)
+    plans = [fast, slow, best, Plan("other", 1.125, 0.0)]
+    assert unbeaten([fast, slow, best]) == [best, fast]
+    assert at_speed(plans, "M", 1.125) == {"a": 0.25, "b": 0.25}
+    assert at_speed(plans, "M", 1.375) == {"a": 0.75, "b": 0.75}
+
+
+def test_better_at_equal_time_is_said_at_both_ends_of_the_methods_times() -> None:
+    base = Plan("ADA", 1.25, 1.0)
+
+    def told(gap: float, spread: float, speed: float = 1.125) -> str:
+        found = at_equal_speed([base, Plan("M", 1.25, gap, spread)], "M", "ADA", speed)
+        assert found is not None
+        return found.verdict
+
+    # Base loses 0.5 there; 0.8 of a plan at 1.125 to 1.375 are 0.8 to 0.27.
+    assert (told(0.8, 0.0), told(0.8, 0.125)) == ("better", "")
+    assert (told(1.2, 0.0), told(1.2, 0.125)) == ("worse", "")
+    assert (told(0.2, 0.125), told(9.0, 0.125)) == ("better", "worse")
+    # It may not be as fast at all.
+    assert (told(0.2, 0.125, 1.1875), told(9.0, 0.125, 1.1875)) == ("", "worse")
+    assert at_equal_speed([base], "M", "ADA", 1.125) is None
 
 
 def test_a_plan_stands_beside_the_others_at_its_measured_time(tmp_path: Path) -> None:

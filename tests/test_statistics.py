@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from adaskip.leaderboard.comparing import ratio_interval
 from adaskip.profiling.intervals import median_interval, paired_interval
 
 
@@ -23,6 +24,15 @@ def test_two_rows_by_hand() -> None:
 def test_only_common_rows_count_and_one_is_not_enough() -> None:
     assert paired_interval({"a": 1.0, "b": 1.0}, {"a": 0.0, "x": 0.0}) is None
     assert paired_interval({"a": 1.0, "b": 1.0, "z": 9.0}, {"a": 0.0, "b": 0.0}) == (1.0, 1.0)
+
+
+def test_a_row_weighs_by_what_it_is_divided_by() -> None:
+    # The long row is in 64 % of the draws and then outweighs the 19 others.
+    found = ratio_interval([(5e5, 1e6), *[(0.0, 1.0)] * 19])
+    assert found is not None
+    assert (found[0], round(found[1], 3)) == (0.0, 0.5)
+    assert ratio_interval([(1.0, 2.0)]) is None
+    assert ratio_interval([(1.0, 0.0), (1.0, 2.0)]) is None
 
 
 def test_it_is_seeded() -> None:

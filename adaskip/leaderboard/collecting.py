@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Any
 
 from adaskip.leaderboard.board import Board
-from adaskip.leaderboard.comparing import at_speed, beside, fronts
+from adaskip.leaderboard.comparing import fronts, over_plan, ratio_interval
 from adaskip.leaderboard.rows import LossRow, PlanRow, ScoreRow, Timed, TimesRow
 from adaskip.leaderboard.settings import LeaderboardFile, Point
 from adaskip.leaderboard.values import (
     BASE,
     COLLAPSE,
-    Beside,
     Entry,
     Interval,
     Reference,
@@ -28,6 +27,7 @@ from adaskip.leaderboard.values import (
 )
 from adaskip.profiling.interleaving import Ratio
 from adaskip.profiling.intervals import paired_interval
+from adaskip.runs.environment import joined
 from adaskip.runs.runconfig import DENSE
 from adaskip.tasks.chance import at_chance
 from adaskip.tasks.spec import task_spec
@@ -71,14 +71,14 @@ def table_of(board: Board) -> Table | None:
         perplexity=math.exp(nll / n_tokens),
         sittings=len(sittings),
         rounds=min((len(dense.ttft) for dense in sittings), default=0),
-        seconds=kept.dense_median("ttft") if sittings else None,
-        per_token=kept.dense_median("per_token") if sittings else None,
+        seconds=median(sittings[0].ttft) if sittings else None,
+        per_token=median(sittings[0].per_token) if sittings else None,
         references=references,
         entries=tuple(_compared(main, main)),
         calibrations=tuple(_compared(others, main)),
         tasks=kept.tasks(),
         missing=kept.missing(),
-        environment=_joined(
+        environment=joined(
             [
                 store.record().get("environment", {})
                 for store in board.sittings
@@ -110,13 +110,10 @@ class _Kept:
 
     @property
     def sittings(self) -> list[TimesRow]:
-        """The dense model's times of each sitting that counts."""
-        return [*{tuple(dense.ttft): dense for _, dense in self.times.values()}.values()]
-
-    def dense_median(self, name: Literal["ttft", "per_token"]) -> float:
-        """The dense model's median time over all rounds of the sittings that count."""
-        found: list[list[float]] = [getattr(dense, name) for dense in self.sittings]
-        return median(chain.from_iterable(found))
+        """The dense model's times of each sitting that counts, that of most plans first."""
+        plans = Counter(tuple(dense.ttft) for _, dense in self.times.values())
+        found = {tuple(dense.ttft): dense for _, dense in self.times.values()}
+        return [found[key] for key, _ in plans.most_common()]
 
     def entries(self, points: Iterable[Point]) -> list[Entry]:
         """Those of the points whose plans can be compared, not compared yet."""
@@ -151,11 +148,9 @@ class _Kept:
     def _entry(self, point: Point) -> Entry:
         about = self.plans[point.name].about
         own, dense = self.losses[point.name], self.losses[DENSE]
-        by_token = [
-            {name: nll / tokens for name, (nll, tokens) in row.rows.items()} for row in (own, dense)
-        ]
-        by_row = {name: value - by_token[1][name] for name, value in by_token[0].items()}
-        gaps = [nll / tokens for nll, tokens in map(_sums, (own, dense))]
+        lost = {name: (nll - dense.rows[name][0], n) for name, (nll, n) in own.rows.items()}
+        by_row = {name: more / n for name, (more, n) in lost.items()}
+        nats, tokens = map(math.fsum, zip(*lost.values(), strict=True))
         return Entry(
             method=point.method,
             asked=point.acceleration,
@@ -163,8 +158,8 @@ class _Kept:
             calibration=str(about.get("calibration", "")),
             predicted=float(about["predicted acceleration"]),
             **self._measured(point.name),
-            gap=gaps[0] - gaps[1],
-            interval=paired_interval(*by_token),
+            gap=nats / tokens,
+            interval=ratio_interval([*lost.values()]),
             by_row=by_row,
             collapsed=sum(gap > COLLAPSE for gap in by_row.values()),
             front=False,
@@ -178,8 +173,8 @@ class _Kept:
         own, dense = self.times[name]
         ttft = Ratio.paired(dense.ttft, own.ttft)
         return {
-            # Sittings may have been slower than others, or on other machines.
-            "seconds": self.dense_median("ttft") / ttft.median,
+            # Its own sitting may have been a slower one.
+            "seconds": median(self.sittings[0].ttft) / ttft.median,
             "ttft": ttft,
             "per_token": Ratio.paired(dense.per_token, own.per_token),
             "kv_share": own.kv_bytes / dense.kv_bytes,
@@ -202,33 +197,13 @@ def _compared(entries: Sequence[Entry], among: Sequence[Entry]) -> list[Entry]:
     for entry, front in zip(entries, fronts(entries), strict=True):
         found = {}
         for method in filter(None, (BASE, search)):
-            other = at_speed(among, method, entry.speed)
-            if other is not None and method != entry.method:
-                here = beside(entry.by_row, other)
-                found[method] = replace(here, steady=_is_steady(here, entry, among, method))
+            here = over_plan(entry, among, method)
+            if here is not None and method != entry.method:
+                # One is as fast as the other beside the plan whose linear maps were fitted anew.
+                same = any(e.method == method and e.ttft == entry.ttft is not None for e in among)
+                found[method] = replace(here, steady=True) if same else here
         compared.append(replace(entry, front=front, beside=found))
     return compared
-
-
-def _joined(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several sittings were taken in; where they differ, all of it."""
-    found: dict[str, Any] = {}
-    for key in dict.fromkeys(key for environment in environments for key in environment):
-        values = [e[key] for e in environments if key in e]
-        different = [v for number, v in enumerate(values) if v not in values[:number]]
-        found[key] = values[0] if len(different) == 1 else " / ".join(map(str, different))
-    return found
-
-
-def _is_steady(here: Beside, entry: Entry, among: Sequence[Entry], method: str) -> bool:
-    """Whether a verdict is the same at both ends of the interval of a plan's measured speed."""
-    if any(e.method == method and e.ttft == entry.ttft is not None for e in among):
-        # Beside the plan whose linear maps were fitted anew: one is as fast as the other.
-        return True
-    ends = () if entry.ttft is None else (entry.ttft.low, entry.ttft.high)
-    others = [at_speed(among, method, speed) for speed in ends]
-    told = {beside(entry.by_row, other).verdict for other in others if other is not None}
-    return told <= {here.verdict}
 
 
 def _sums(row: LossRow) -> tuple[float, int]:

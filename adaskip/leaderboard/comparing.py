@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite, nan
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from adaskip.leaderboard.values import Beside, Interval
+from adaskip.leaderboard.values import Beside, Interval, Verdict
 from adaskip.profiling.intervals import bootstrap, paired_interval
 
 
@@ -21,48 +22,125 @@ class Placed(Protocol):
     def speed(self) -> float: ...  # noqa: D102
 
     @property
+    def ends(self) -> Interval: ...  # noqa: D102
+
+    @property
     def gap(self) -> float: ...  # noqa: D102
 
     @property
     def by_row(self) -> Mapping[str, float]: ...  # noqa: D102
 
 
-def at_speed(plans: Iterable[Placed], method: str, speed: float) -> dict[str, float] | None:
+P = TypeVar("P", bound=Placed)
+
+
+def at_speed(
+    plans: Iterable[Placed],
+    method: str,
+    speed: float,
+    *,
+    by: Callable[[Placed], float] = lambda plan: plan.speed,
+) -> dict[str, float] | None:
     """The gaps by row of a method at a measured acceleration, between its plans on both sides.
 
     Linear in the acceleration from plan to plan, the dense model being one: it is as fast as 1 and
-    loses nothing, nor does it at anything slower.
+    loses nothing, nor does it at anything slower. A plan that another one of the method beats is
+    none of them: nobody would take it.
+
+    Args:
+        plans: of all methods.
+        method: whose.
+        speed: the acceleration.
+        by: how fast a plan is, if not as fast as measured by the median.
 
     Returns:
         None beyond the fastest plan.
     """
-    own = sorted((e for e in plans if e.method == method), key=lambda e: e.speed)
-    if not own or own[-1].speed < speed:
+    own = unbeaten([plan for plan in plans if plan.method == method], by)
+    if not own or by(own[-1]) < speed:
         return None
     if speed <= 1:
         return dict.fromkeys(own[0].by_row, 0.0)
-    above = next(e for e in own if e.speed >= speed)
-    below = [e for e in own if 1 < e.speed < speed]
+    above = next(e for e in own if by(e) >= speed)
+    below = [e for e in own if 1 < by(e) < speed]
     low = below[-1].by_row if below else dict.fromkeys(above.by_row, 0.0)
-    start = below[-1].speed if below else 1.0
-    share = (speed - start) / (above.speed - start)
+    start = by(below[-1]) if below else 1.0
+    share = (speed - start) / (by(above) - start)
     return {name: low[name] + share * (gap - low[name]) for name, gap in above.by_row.items()}
+
+
+def unbeaten(plans: Iterable[P], by: Callable[[P], float] = lambda plan: plan.speed) -> list[P]:
+    """Those of some plans of which none other is as fast and loses as little, slowest first."""
+    kept: list[P] = []
+    for plan in sorted(plans, key=lambda plan: (-by(plan), plan.gap)):
+        if not kept or plan.gap < kept[-1].gap:
+            kept.append(plan)
+    return kept[::-1]
 
 
 def beside(own: Mapping[str, float], other: Mapping[str, float]) -> Beside:
     """A plan's gaps by row beside another method's at the same measured time."""
     mine, theirs = fmean(own.values()), fmean(other.values())
     share = mine / theirs if theirs > 0 else None
-    interval = None if share is None else share_interval(own, other)
+    pairs = [(own[name], value) for name, value in other.items()]
+    interval = None if share is None else ratio_interval(pairs)
     return Beside(theirs, mine - theirs, paired_interval(own, other), share, interval)
 
 
-def share_interval(own: Mapping[str, float], other: Mapping[str, float]) -> Interval | None:
-    """The 95 % bootstrap interval of a ratio of sums over rows, drawn as pairs.
+def steadily(found: Beside, at_ends: Iterable[Verdict]) -> Beside:
+    """The same comparison, which says nothing unless all would say so at the ends of a time."""
+    return replace(found, steady=all(told == found.verdict for told in at_ends))
 
-    None with fewer than two rows, or where some draws have nothing to divide by.
+
+def over_plan(entry: Placed, among: Sequence[Placed], method: str) -> Beside | None:
+    """A plan beside another method at the plan's measured acceleration; None beyond its fastest.
+
+    What is said of it holds at both ends of that acceleration's interval. Beyond the other method's
+    fastest plan nothing speaks for that one.
     """
-    pairs = [(own[name], other[name]) for name in other]
+    other = at_speed(among, method, entry.speed)
+    if other is None:
+        return None
+    theirs = [at_speed(among, method, speed) for speed in entry.ends]
+    return steadily(
+        beside(entry.by_row, other),
+        ("better" if each is None else beside(entry.by_row, each).verdict for each in theirs),
+    )
+
+
+def at_equal_speed(plans: Sequence[Placed], method: str, base: str, speed: float) -> Beside | None:
+    """A method beside another one at an acceleration; None where either has no plan as fast.
+
+    What is said of it holds with all of the method's plans at either end of their intervals. One
+    that may not be as fast at all has nothing that speaks for it.
+    """
+    own, other = (at_speed(plans, name, speed) for name in (method, base))
+    if own is None or other is None:
+        return None
+    ends = [at_speed(plans, method, speed, by=by) for by in (_slowest, _fastest)]
+    return steadily(
+        beside(own, other),
+        ("worse" if each is None else beside(each, other).verdict for each in ends),
+    )
+
+
+def _slowest(plan: Placed) -> float:
+    return plan.ends[0]
+
+
+def _fastest(plan: Placed) -> float:
+    return plan.ends[1]
+
+
+def ratio_interval(pairs: Sequence[tuple[float, float]]) -> Interval | None:
+    """The 95 % bootstrap interval of a ratio of sums over rows.
+
+    Args:
+        pairs: of each row what is added above and below the line.
+
+    Returns:
+        None with fewer than two rows, or where some draws have nothing to divide by.
+    """
     if len(pairs) < 2:
         return None
     low, high = bootstrap(pairs, _ratio)

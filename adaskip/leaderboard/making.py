@@ -18,8 +18,8 @@ import torch
 
 from adaskip.distilling import can_learn, distill_plan
 from adaskip.entering import skipping
-from adaskip.errors import AdaskipError
-from adaskip.fingerprint import fingerprint_name
+from adaskip.errors import AdaskipError, RunError
+from adaskip.fingerprint import fingerprint_name, model_fingerprint
 from adaskip.fitting import refit_linears
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.restoring import put_together, replaced, stand_in, take_as_long
@@ -33,7 +33,7 @@ from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import by_turns, per_round
 from adaskip.profiling.timing import RequestTimes, time_request
 from adaskip.runs.calibration import calibration_rows
-from adaskip.runs.environment import environment
+from adaskip.runs.environment import environment, joined
 from adaskip.runs.files import writing
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import reference_ids, reference_perplexity
@@ -104,7 +104,10 @@ class Maker:
     def measure_losses(self) -> None:
         """Scores the test rows under the plans that have no losses yet, dense first."""
         store = self.board.losses
-        for name, plan in self._plans(self.board.lacking(store)).items():
+        lacking = self._plans(self.board.lacking(store))
+        if lacking:
+            self._hold(store, self._items)
+        for name, plan in lacking.items():
             found = reference_perplexity(
                 self._model,
                 self._loaded.tokenizer,
@@ -123,7 +126,10 @@ class Maker:
         """Generates and scores the answers that are missing, dense first."""
         for task in self.board.file.scores:
             store = self.board.scores(task)
-            for name, plan in self._plans(self.board.unscored(task)).items():
+            lacking = self._plans(self.board.unscored(task))
+            if lacking:
+                self._hold(store, self._asked(self._run_config(task, DENSE)))
+            for name, plan in lacking.items():
                 config = self._run_config(task, name)
                 scores = score_run(run(config, self._loaded)).tasks[task].row_scores
                 store.append([ScoreRow(id=name, plan_digest=plan.digest, rows=scores)])
@@ -136,6 +142,8 @@ class Maker:
         timed that has the same in every place, but for the numbers of linear maps.
         """
         board = self.board
+        if board.untimed:
+            self._refuse_elsewhere()
         for store in board.sittings:
             self._go_on(store)
         if names := board.to_time:
@@ -152,13 +160,44 @@ class Maker:
         taken = len(known[DENSE].ttft) if DENSE in known else 0
         unfinished = taken < self.board.n_rounds
         here = environment(str(self._model.device)) if unfinished else {}
-        elsewhere = unfinished and not _same_place(store.record().get("environment", here), here)
+        elsewhere = unfinished and not _same(
+            _SITTING, store.record().get("environment", here), here
+        )
         if not taken or known.keys() == {DENSE} or elsewhere:
             store.path.unlink()
             return
         store.keep(known)
         if unfinished:
             self._take_turns(store, [name for name in known if name != DENSE])
+
+    def _refuse_elsewhere(self) -> None:
+        """Refuses to time on another machine than before, as methods would not compare."""
+        here = environment(str(self._model.device))
+        for store in self.board.sittings:
+            there = store.record().get("environment", here)
+            if not _same(_MACHINE, there, here):
+                raise RunError(
+                    f"{store.path} has times of {there.get('device')}, {there.get('threads')} "
+                    f"threads; here is {here['device']}, {here['threads']} threads, whose ratios "
+                    "are others. Take the times of new plans there, or delete the board's files "
+                    "of times to time all plans here."
+                )
+
+    def _hold(self, store: Store[Any], items: Mapping[str, tuple[Prompt, str]]) -> None:
+        """Refuses to put beside what is there what has another model, precision or prompt."""
+        sources = {
+            name: hashlib.sha256(json.dumps([prompt.text, reference]).encode()).hexdigest()[:12]
+            for name, (prompt, reference) in items.items()
+        }
+        store.hold(model_fingerprint(self._model), sources)
+        here = f"{str(self._model.dtype).removeprefix('torch.')} on {self._model.device.type}"
+        before = store.record().get("computed_in", here)
+        if before != here:
+            raise RunError(
+                f"{store.path} was computed in {before}, it is now {here}, and methods would not "
+                "compare: compute what is missing there, or delete the file to compute all here."
+            )
+        store.note(computed_in=here)
 
     def _take_turns(self, store: Store[TimesRow], names: Sequence[str]) -> None:
         """Times the rounds that a sitting lacks."""
@@ -169,7 +208,8 @@ class Maker:
         n_taken = min((len(row.ttft) for row in taken.values()), default=0)
         ids = random_prompt(self._model, board.context)
         kinds = {name: partial(self._request, plan, ids) for name, plan in plans.items()}
-        store.note(environment=environment(str(self._model.device)))
+        here, before = environment(str(self._model.device)), store.record().get("environment")
+        store.note(environment=joined([before, here] if before else [here]))
         self._request(EMPTY_PLAN, ids)
         for each in by_turns(
             kinds,
@@ -299,8 +339,11 @@ class Maker:
     @cached_property
     def _items(self) -> Mapping[str, tuple[Prompt, str]]:
         """Prompt and reference of each test row."""
-        config = dense_config(self.board, limit=self.board.n_rows)
-        rows: list[Row] = self._loaded.rows(config, self.board.file.task)
+        return self._asked(dense_config(self.board, limit=self.board.n_rows))
+
+    def _asked(self, config: RunConfig) -> Mapping[str, tuple[Prompt, str]]:
+        """Prompt and reference of each row of a run of one task."""
+        rows: list[Row] = self._loaded.rows(config, config.tasks[0])
         return {row.id: (self._loaded.prompt(config, row), row.reference) for row in rows}
 
     def _lengths(self) -> dict[str, Any]:
@@ -346,9 +389,14 @@ def dense_config(board: Board, **changes: Any) -> RunConfig:
     return resolve(RunConfig.from_dict(given | changes))
 
 
-def _same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether times of two environments are times of one machine."""
-    return all(one.get(key) == other.get(key) for key in ("device", "threads", "torch"))
+# What ratios of times depend on: between the sittings of a board, and within one.
+_MACHINE = ("device", "threads")
+_SITTING = (*_MACHINE, "torch", "transformers")
+
+
+def _same(keys: Sequence[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two environments agree in some of what they say."""
+    return all(one.get(key) == other.get(key) for key in keys)
 
 
 PARTS: dict[str, Callable[[Maker], None]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,6 +15,7 @@ from adaskip.profiling.interleaving import Ratio
 from adaskip.runs.files import SCHEMA, read_json, write_json
 
 Interval = tuple[float, float]
+Verdict = Literal["better", "worse", ""]
 
 REPORT_FILE = "report.json"
 
@@ -24,7 +25,7 @@ BASE = "ADA"
 COLLAPSE = 1.0
 
 
-def verdict(interval: Interval | None, *, higher_is_better: bool) -> str:
+def verdict(interval: Interval | None, *, higher_is_better: bool) -> Verdict:
     """Says better or worse if a difference's interval excludes zero; otherwise nothing."""
     if interval is None or interval[0] <= 0 <= interval[1]:
         return ""
@@ -52,7 +53,7 @@ class Beside:
     steady: bool = True
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """Whether the plan is better or worse, beyond the intervals; else empty."""
         return verdict(self.interval, higher_is_better=False) if self.steady else ""
 
@@ -71,7 +72,7 @@ class Score:
     interval: Interval | None
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """Whether it differs from dense beyond the interval."""
         return "" if self.delta is None else verdict(self.interval, higher_is_better=True)
 
@@ -103,7 +104,8 @@ class Entry:
         variant: how its calibration differs from the others'; empty if it does not.
         calibration: the rows it was made from.
         predicted: the acceleration that was predicted of the plan.
-        seconds: measured time to first token, median; None before times were taken.
+        seconds: to the first token: what dense takes in the table by the plan's measured ratio;
+            None before times were taken.
         ttft: measured ratio of dense to its time to first token.
         per_token: likewise of its time per token.
         kv_share: of the dense keys and values.
@@ -138,6 +140,12 @@ class Entry:
         """The measured acceleration of prefill, or the predicted one."""
         return self.predicted if self.ttft is None else self.ttft.median
 
+    @property
+    def ends(self) -> Interval:
+        """Those of the interval of `speed`; twice itself where it is predicted."""
+        own = self.ttft
+        return (self.predicted, self.predicted) if own is None else (own.low, own.high)
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -167,7 +175,8 @@ class Table:
         perplexity: of the references under the dense model.
         sittings: in which times were taken, each with dense requests of its own.
         rounds: of each.
-        seconds: its time to first token, median; None before times were taken.
+        seconds: its time to first token, median of the sitting of most plans, as other sittings may
+            have been slower; None before times were taken.
         per_token: its time per token, likewise.
         references: by row.
         entries: in the file's order.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from adaskip.leaderboard.axes import Axis
+from adaskip.leaderboard.comparing import unbeaten
 from adaskip.leaderboard.values import Table
 from adaskip.reports.figures import COLOURS, MARKERS, as_png, canvas
 from adaskip.runs.runconfig import DENSE
@@ -26,8 +27,11 @@ def draw_front(table: Table) -> bytes:
     front = sorted([(1.0, 0.0), *((e.speed, e.gap) for e in table.entries if e.front)])
     panel.plot(*_bent(front), color="0.85", linewidth=7, label="not beaten")
     for number, method in enumerate(table.methods):
-        own = sorted((e.speed, e.gap) for e in table.entries if e.method == method)
-        _line(panel, [(1.0, 0.0), *own], number, method)
+        own = [e for e in table.entries if e.method == method]
+        line = unbeaten(own)
+        _line(panel, [(1.0, 0.0), *((e.speed, e.gap) for e in line)], number, method)
+        for beaten in (e for e in own if e not in line):
+            panel.plot(beaten.speed, beaten.gap, **_mark(number), fillstyle="none")
     panel.set_xlabel("time to first token, x faster than dense" + _how(table))
     panel.set_ylabel("nats per token lost to dense")
     panel.set_yscale("symlog", linthresh=0.1)
@@ -71,13 +75,18 @@ def _line(panel: Any, at: Sequence[tuple[float, float]], number: int, method: st
     searched = method.startswith("SEARCH")
     panel.plot(
         *_bent(at),
-        color=COLOURS[number % len(COLOURS)],
+        **_mark(number),
         markevery=_STEPS,
-        marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
         linestyle="-" if searched else ":",
         linewidth=2 if searched else 1.3,
         label=method,
     )
+
+
+def _mark(number: int) -> dict[str, Any]:
+    """What tells the methods of a figure from each other."""
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker}
 
 
 def _bent(at: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:

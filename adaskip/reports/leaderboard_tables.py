@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from adaskip.leaderboard.axes import Axis, same_axes
-from adaskip.leaderboard.comparing import at_speed, beside
+from adaskip.leaderboard.comparing import at_equal_speed, at_speed
 from adaskip.leaderboard.values import (
     BASE,
     Interval,
@@ -75,7 +75,9 @@ def dense_sentence(table: Table) -> str:
     else:
         text += f"; {table.seconds:.3f} s to the first token, {1e3 * table.per_token:.1f} ms per "
         text += f"token ({table.hardware}; {table.rounds} rounds"
-        text += ")." if table.sittings == 1 else f" in each of {table.sittings} sittings)."
+        if table.sittings > 1:
+            text += f" in each of {table.sittings} sittings, these times in that of most plans"
+        text += ")."
     used = dict.fromkeys(entry.calibration for entry in table.entries)
     return f"{text} Calibration: {'; '.join(used)}." if used else text
 
@@ -159,14 +161,14 @@ def equal_time(table: Table) -> Shown:
 
 
 def _at(table: Table, method: str, speed: float) -> str:
-    own, base = (at_speed(table.entries, name, speed) for name in (method, BASE))
+    own = at_speed(table.entries, method, speed)
     if own is None:
         return MISSING
-    if base is None or method == BASE:
-        return f"{fmean(own.values()):.3f}"
-    found = beside(own, base)
-    share = percent_of(found.share, found.share_interval)
-    return ", ".join(filter(None, [f"{fmean(own.values()):.3f}", share, found.verdict]))
+    found = None if method == BASE else at_equal_speed(table.entries, method, BASE, speed)
+    parts = [f"{fmean(own.values()):.3f}"]
+    if found is not None:
+        parts += [percent_of(found.share, found.share_interval), found.verdict]
+    return ", ".join(filter(None, parts))
 
 
 def _scores(table: Table) -> Shown:

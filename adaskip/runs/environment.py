@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 CHECKOUT = Path(__file__).parents[2]
 # What scores depend on besides the code here. fuzzywuzzy compares otherwise where Levenshtein is.
 METRIC_PACKAGES = ("rouge", "rouge-score", "fuzzywuzzy", "Levenshtein", "jieba")
+# What several environments differ in is told with this between.
+_BETWEEN = " / "
 
 
 def environment(device: str, attention: str | None = None) -> dict[str, Any]:
@@ -39,6 +42,20 @@ def environment(device: str, attention: str | None = None) -> dict[str, Any]:
         "attention": attention or attention_implementations(),
         "metrics": {name: installed_version(name) for name in METRIC_PACKAGES},
         "commit": git_commit(),
+    }
+
+
+def joined(environments: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was measured in several environments; where they differ, all that they say."""
+    found: dict[str, dict[str, Any]] = {}
+    for environment in environments:
+        for key, value in environment.items():
+            # One may be of several itself.
+            parts = value.split(_BETWEEN) if isinstance(value, str) else [value]
+            found.setdefault(key, {}).update({str(part): part for part in parts})
+    return {
+        key: next(iter(parts.values())) if len(parts) == 1 else _BETWEEN.join(parts)
+        for key, parts in found.items()
     }
 
 
