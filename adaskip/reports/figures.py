@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ EMBEDDED_COLOURS = 64
 
 def policy_colour(policy: str) -> str:
     """The colour of a policy or of the method in a plan's name, the same in every figure."""
-    return COLOURS[_number(policy) % len(COLOURS)]
+    return _looks(COLOURS, policy)
 
 
 def policy_marker(policy: str) -> str:
     """The marker of a policy or of the method in a plan's name, likewise."""
-    return MARKERS[_number(policy) % len(MARKERS)]
+    return _looks(MARKERS, policy)
 
 
 def canvas(
@@ -96,14 +97,15 @@ def as_data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _number(policy: str) -> int:
+def _looks(looks: Sequence[str], policy: str) -> str:
+    """The one of a name; the last is that of all names that nobody knows."""
     from adaskip.methods import method_names
     from adaskip.policies import POLICIES
 
     known = [*dict.fromkeys([*_PAPER, *POLICIES, *method_names()])]
     # A plan's file is called after its method, then its budget.
     found = next((name for name in (policy, *_beginnings(policy)) if name in known), None)
-    return len(known) if found is None else known.index(found)
+    return looks[-1 if found is None else known.index(found) % (len(looks) - 1)]
 
 
 def _beginnings(name: str) -> list[str]:
