@@ -25,9 +25,9 @@ def past_length(cache: Cache) -> int | None:
     """
     if not cache.layers:
         return 0
-    for layer in cache.layers:
-        if isinstance(layer, SkippedCacheLayer):
-            return layer.length
+    stand_in = _stand_in(cache)
+    if stand_in is not None:
+        return stand_in.length
     first: Any = cache.layers[0]
     if not hasattr(first, "is_initialized") or not hasattr(first, "get_seq_length"):
         raise UnsupportedCallError(
@@ -37,6 +37,20 @@ def past_length(cache: Cache) -> int | None:
     if not first.is_initialized:
         return 0
     return None if first.is_compileable else int(first.get_seq_length())
+
+
+def was_used_outside(cache: Cache) -> bool:
+    """Whether a forward in which nothing stood in has put tokens into it, as after a reset."""
+    stand_in = _stand_in(cache)
+    return stand_in is not None and stand_in.stood_aside
+
+
+def _stand_in(cache: Cache) -> SkippedCacheLayer | None:
+    """The first layer that stands in for another one; a forward finds all of them alike."""
+    for layer in cache.layers:
+        if isinstance(layer, SkippedCacheLayer):
+            return layer
+    return None
 
 
 def read_past_length(cache: Cache) -> int:
@@ -134,7 +148,7 @@ def prepare(
         _refuse_holes(stand_ins, wanted, windows)
     for index, stand_in in stand_ins.items():
         same = windows if isinstance(stand_in, WindowCacheLayer) else wanted
-        if length == 0 or index not in same:
+        if length == 0 or index not in same or stand_in.stood_aside:
             cache.layers[index] = stand_in.replaced
     while len(cache.layers) <= max([*wanted, *windows], default=-1):
         new_layer: Any = cache.layer_class_to_replicate
@@ -170,7 +184,7 @@ def _refuse_holes(
             window = windows.get(index)
             held = stand_in.track, stand_in.split
             same = window is not None and (window.track, window.split) == held
-            if stand_in.length and not same and index not in skipped:
+            if stand_in.lacks_tokens and not same and index not in skipped:
                 raise CacheHoleError(
                     f"Attention of layer {index} had a window of {stand_in.track.window.size} "
                     "tokens earlier in this request, so its KV cache lacks those before. Keep the "

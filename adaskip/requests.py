@@ -19,6 +19,7 @@ from uuid import UUID, uuid4
 import torch
 from transformers.cache_utils import Cache
 
+from adaskip.kvcache import was_used_outside
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Step
 from adaskip.replacements import Window
 from adaskip.window_track import WindowTrack
@@ -86,12 +87,14 @@ class Requests:
         self._is_open = True
 
     def of(self, cache: Cache) -> Request | None:
-        """The request of this cache; None if no forward of any session has seen it.
+        """The request of this cache; None if no forward of any session has seen what it holds.
 
         A copy of a cache continues what it is a copy of, as a request of its own.
         """
-        found: Request | None = getattr(cache, _ATTRIBUTE, None)
-        if found is None or (found.session == self._session and _owner(found) is cache):
+        found = self.known(cache)
+        if found is None or (found.prepared and was_used_outside(cache)):
+            return None
+        if found.session == self._session and _owner(found) is cache:
             return found
         request = replace(
             found, number=self._count, session=self._session, owner=weakref.ref(cache)

@@ -37,6 +37,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         replaced: the layer it stands for.
         length: tokens that have passed.
         kept: tokens of them that the replaced layer has seen.
+        stood_aside: whether the replaced layer has taken tokens meanwhile, as outside of the block.
         following: the next layer that holds keys and values, which is fetched when an offloaded
             cache would fetch this one.
     """
@@ -44,6 +45,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     # Set as properties or in __init__ here, where the base class has plain attributes.
     is_croppable = True
     supports_early_init = False
+    stood_aside = False
 
     def __init__(
         self,
@@ -144,6 +146,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         updated: tuple[Tensor, Tensor] = self.replaced.update(*states, **kwargs)
         self.advance(states[0].shape[-2])
         self.kept = self.length
+        self.stood_aside = True
         return updated
 
     def advance(self, tokens: int) -> None:
@@ -157,6 +160,7 @@ class SkippedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.replaced.reset()
         self.length = self.kept = 0
         self._in_order = True
+        self.stood_aside = False
         if self.position is not None:
             self.position.zero_()
 

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import prompt, tiny_model
+from conftest import prompt, reset_empties, tiny_model
 from test_windows import GREEDY, SOME, masked, plan_of
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from typing_extensions import override
 
-from adaskip import SkipPlan, SkipPolicy, Step, UnsupportedCallError, Window, skipping
+from adaskip import SkipPlan, SkipPolicy, Step, Sublayer, UnsupportedCallError, Window, skipping
 from adaskip.padding import real_tokens
+from adaskip.plan import Scope
 
 WINDOWS = {0: SOME, 2: Window(5, sinks=2)}
 WIDE = {0: Window(40, sinks=4, heads=(1,), of_heads=2), 2: Window(40, sinks=4)}
@@ -153,6 +154,36 @@ def test_a_later_turn_says_what_of_an_ended_row_is_padding(
     expected = oracle(model, windows, answer.sequences, whole)[:, ids.shape[1] - 1 : -1]
     found = torch.stack(answer.logits, dim=1)
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("scope", ["prefill", "e2e"])
+@pytest.mark.parametrize(
+    "plan",
+    [plan_of(WINDOWS), plan_of({0: WINDOWS[2]}) | SkipPlan({Sublayer(1, "attn"): None})],
+    ids=["windows", "window and gap"],
+)
+@pytest.mark.parametrize("n_last", [1, 12])
+def test_a_cache_that_was_reset_and_filled_outside_of_the_block(
+    model: PreTrainedModel, plan: SkipPlan, scope: Scope, kind: str, n_last: int
+) -> None:
+    """It is what any other cache with the same tokens is, whatever it was before the reset."""
+    if kind == "dynamic" and not reset_empties():
+        pytest.skip("this transformers' own reset leaves a dynamic cache as long as it was")
+    used, fresh = made(model, kind), made(model, kind)
+    with skipping(model, plan, scope=scope), torch.no_grad():
+        for ids in (prompt(30), prompt(1)):
+            model(ids, past_key_values=used)
+    used.reset()  # type: ignore[no-untyped-call]
+    found = []
+    for cache in (used, fresh):
+        with torch.no_grad():
+            model(prompt(15, seed=2), past_key_values=cache)
+        with skipping(model, plan, scope=scope), torch.no_grad():
+            for ids in (prompt(n_last, seed=3), prompt(1, seed=4)):
+                found.append(model(ids, past_key_values=cache).logits)
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 4), (1, 1, 4, 1, 1, 9)])
