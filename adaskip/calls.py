@@ -146,17 +146,14 @@ def refuse_unseen(call: dict[str, Any], turn: Turn | None) -> None:
             "generate without an assistant, or use a plan without windows."
         )
     mask = call.get("attention_mask")
-    if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):
-        if turn is None or not turn.tells_padding:
-            raise UnsupportedCallError(
-                "Attention with a window takes an attention_mask [batch, tokens] or none, not one "
-                "that says for each token what it sees; or use generate()."
-            )
-    elif (
-        mask is None
-        and call.get("position_ids") is not None
-        and (turn is None or not turn.tells_padding)
-    ):
+    if turn is not None and turn.tells_padding:
+        return
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise UnsupportedCallError(
+            "Attention with a window takes an attention_mask [batch, tokens] or none, not one that "
+            "says for each token what it sees; or use generate()."
+        )
+    if mask is None and call.get("position_ids") is not None:
         raise UnsupportedCallError(
             "position_ids without an attention_mask may put several sequences into one row, which "
             "attention with a window would mix up; pass the attention_mask, or no position_ids."

@@ -20,7 +20,6 @@ from adaskip.calls import check_fits
 from adaskip.errors import AdaskipError, ProfileError
 from adaskip.fingerprint import model_fingerprint
 from adaskip.numbers import is_finite, is_whole
-from adaskip.padding import real_tokens
 from adaskip.plan import EMPTY_PLAN, SkipPlan, Sublayer, all_sublayers
 from adaskip.replacements import TINY, Linear, Replacement
 from adaskip.streams import Calls, Sublayers, measuring
@@ -220,8 +219,7 @@ def _streams(sublayers: Sublayers, prompts: Prompts, sinks: int) -> list[_Stream
     made = []
     for inputs in checked_prompts(prompts, config.vocab_size):
         x, calls = sublayers.begin(inputs)
-        real = real_tokens(inputs.get("attention_mask"), 0, x.shape[1], len(x))
-        real = torch.ones(x.shape[:2], dtype=torch.bool) if real is None else real
+        real = torch.ones(x.shape[:2], dtype=torch.bool) if calls.real is None else calls.real
         made.append(_Stream(x, calls, (real & (real.cumsum(dim=1) > sinks)).to(x.device)))
     if not made:
         raise ProfileError("No prompt was given; a fit needs at least one.")

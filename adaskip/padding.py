@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from adaskip.cache_name import CACHE
 from adaskip.calls import inputs_of
+from adaskip.errors import UnsupportedCallError
 from adaskip.generating import Turn
 from adaskip.plan import Phase, Step
 
@@ -26,13 +27,21 @@ def real_tokens(
         past: tokens in the cache.
         tokens: new tokens per sequence.
         batch: sequences, where one row of a mask may stand for all of them.
+
+    Raises:
+        UnsupportedCallError: the mask is of another kind, as flex attention's own.
     """
     if isinstance(attention_mask, dict):
         # By name: the order of such a dictionary is not to be relied on.
         masks = [attention_mask[name] for name in sorted(attention_mask)]
         attention_mask = next((mask for mask in masks if mask is not None), None)
-    if not isinstance(attention_mask, Tensor):
+    if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise UnsupportedCallError(
+            f"An attention_mask of type {type(attention_mask).__name__} does not tell which tokens "
+            "are padding; pass one [batch, tokens], or none."
+        )
     # Keys are those of the whole past, or, in the mask of a sliding window that is full, the last
     # ones only.
     width = attention_mask.shape[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,19 @@ from adaskip.replacements import Linear, Replacement, Window
 from adaskip.sublayers import sublayer_function
 from adaskip.window_track import WindowTrack
 
-# What each layer is given besides the residual stream.
-Calls = list[dict[str, Any]]
+
+@dataclass(frozen=True)
+class Calls:
+    """What a prompt gives the layers besides the residual stream.
+
+    Attributes:
+        given: by layer.
+        real: False at padding: bool [batch, tokens]; None if there is none. A layer's own mask need
+            not tell: it may be of any kind that the attention function takes.
+    """
+
+    given: list[dict[str, Any]]
+    real: Tensor | None
 
 
 class Sublayers:
@@ -54,7 +66,7 @@ class Sublayers:
 
     def run(self, sublayer: Sublayer, x: Tensor, calls: Calls) -> Tensor:
         """The residual stream after a sublayer that is computed: [batch, tokens, hidden]."""
-        given = calls[sublayer.layer] if sublayer.kind == "attn" else None
+        given = calls.given[sublayer.layer] if sublayer.kind == "attn" else None
         return self._functions[sublayer.position](x, given)
 
     def through(
@@ -74,9 +86,8 @@ class Sublayers:
 
     def _windowed(self, sublayer: Sublayer, window: Window, x: Tensor, calls: Calls) -> Tensor:
         """The residual stream after an attention over a window."""
-        given = calls[sublayer.layer]
-        real = real_tokens(given.get("attention_mask"), 0, x.shape[1], len(x))
-        step = WindowTrack(window.whole, x.device).advance(real, x.shape[1])
+        given = calls.given[sublayer.layer]
+        step = WindowTrack(window.whole, x.device).advance(calls.real, x.shape[1])
         attention: nn.Module = getattr(self.decoder.layers[sublayer.layer], self._attention)
         window_attention.switch(attention, window)
         try:
@@ -91,7 +102,11 @@ class Sublayers:
         device = execution_device(self.model.get_input_embeddings())
         with self._layers_as(lambda layer, _: _noting(layer, seen)):
             self.decoder(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
-        return seen[0][0], [call for _, call in seen]
+        x = seen[0][0]
+        real = real_tokens(inputs.get("attention_mask"), 0, x.shape[1], len(x))
+        if real is not None and real.all():
+            real = None
+        return x, Calls([call for _, call in seen], real)
 
     def logits(self, ids: Tensor, x: Tensor, n_last: int) -> Tensor:
         """Logits of the last positions of a stream behind the last layer: [batch, n, vocabulary].

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import N_LAYERS, prompt, tiny_model
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from adaskip import (
     ProfileError,
     SkipPlan,
     Sublayer,
+    UnsupportedCallError,
     learn_importance,
     skipping,
 )
@@ -49,6 +51,17 @@ def residuals(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> li
         hook.remove()
     assert len(found) == 2 * N_LAYERS + 1
     return found
+
+
+def test_a_mask_that_does_not_tell_padding_is_refused(model: PreTrainedModel) -> None:
+    mask = create_block_mask(lambda batch, head, query, key: query >= key, 1, None, 9, 9, "cpu")
+    watching = TokenStatistics("attn")
+    with (
+        skipping(model, SkipPlan(), recorders=[watching]),
+        pytest.raises(UnsupportedCallError, match="of type BlockMask does not tell"),
+    ):
+        model(prompt(9), attention_mask=mask)
+    assert watching.count is None
 
 
 @pytest.mark.parametrize("tokens", [11, 40])

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_families import DISTINCT, GENERATE, generated
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from adaskip import (
     AdaskipError,
@@ -446,6 +447,21 @@ def test_padding_is_not_fitted_on(model: PreTrainedModel) -> None:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     found = fit_linears(model, padded, [FFN1])[FFN1]
     torch.testing.assert_close(found.weight, expected.weight, rtol=1e-3, atol=1e-3)
+
+
+def test_windows_know_padding_that_no_layer_is_told_of(model: PreTrainedModel) -> None:
+    """Flex attention's masks are no tensors, and an attention function of one's own has none."""
+    ids = prompt(60, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    windows = SkipPlan({ATTN0: Window(8, 2), Sublayer(1, "attn"): Window(8, 2)})
+    told = {"input_ids": ids, "attention_mask": mask}
+    expected = fit_linears(model, [told], [FFN1], plan=windows)[FFN1]
+    AttentionInterface.register("unmasked", sdpa_attention_forward)
+    found = fit_linears(tiny_model("llama", "unmasked"), [told], [FFN1], plan=windows)[FFN1]
+    assert isinstance(expected, Linear)
+    assert isinstance(found, Linear)
+    assert torch.equal(found.weight, expected.weight)  # type: ignore[arg-type]
 
 
 def test_fits_of_every_family(cell: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from conftest import N_LAYERS, prompt, reset_empties, tiny_model
 from test_compile import new_graphs
 from test_families import DISTINCT, GENERATE, generated
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
 from adaskip import (
@@ -454,9 +455,14 @@ def test_what_no_model_or_sublayer_takes(model: PreTrainedModel) -> None:
 def test_calls_in_which_a_window_would_be_wrong(model: PreTrainedModel) -> None:
     ids = prompt(20)
     four = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+
+    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
     calls: list[tuple[dict[str, Any], str]] = [
         ({"attention_mask": four}, "not one that says for each token"),
         ({"attention_mask": {"full_attention": four}}, "not one that says for each token"),
+        ({"attention_mask": create_block_mask(causal, 1, None, 20, 20, "cpu")}, "says for each"),
         ({"position_ids": torch.arange(20)[None] % 10}, "several sequences into one row"),
         ({"output_attentions": True}, "has no weights to return"),
     ]
