@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import N_LAYERS, prompt, tiny_model
 
 from adaskip import AdaSkip, AdaskipError, Importance, Sublayer, learn_importance, skipping
@@ -160,6 +162,20 @@ def test_times_of_one_model_are_not_those_of_another_of_the_same_weights(
     attention = "eager" if family == "mistral" else "sdpa"
     told = [identity(tiny_model(family, attention, **changes)) for changes in (one, other, one)]
     assert told[0] == told[2] != told[1]
+
+
+def test_times_go_by_where_weights_lie_and_in_which_form() -> None:
+    plain = identity(tiny_model("llama"))
+    # Times that are kept of a model on one device go by these.
+    assert len(plain) == 6
+    assert identity(dispatch_model(tiny_model("llama"), {"": "cpu"}, force_hooks=True)) == plain
+    offloaded = cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu"))
+    mixed, quantized, split = (tiny_model("llama") for _ in range(3))
+    mixed.model.layers[1].mlp.up_proj.bfloat16()
+    quantized.config.quantization_config = {"quant_method": "hqq", "nbits": 4}
+    add_hook_to_module(split.model.layers[1], AlignDevicesHook("meta"))
+    told = [identity(model) for model in (offloaded, mixed, quantized, split)]
+    assert len({*map(tuple, [plain, *told])}) == 5
 
 
 def test_layers_of_one_type_get_their_mean() -> None:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adaskip.blocks import execution_device
 from adaskip.chance import SEED
 from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError, unknown_name
@@ -161,10 +163,29 @@ def processor_name() -> str:
 
 
 def identity(model: PreTrainedModel) -> list[str]:
-    """What a time depends on besides context and batch."""
+    """What a time depends on besides context and batch.
+
+    A model on one device, in one precision, is told by six facts, and any other by more: what was
+    kept of the former stays in use.
+    """
     parameters = [f"{name}{tuple(p.shape)}" for name, p in model.named_parameters()]
     shape = hashlib.sha256("".join(parameters).encode()).hexdigest()
     attention = str(getattr(model.config, "_attn_implementation", ""))
     config = model.config.get_text_config(decoder=True)
     work = json.dumps([getattr(config, name, None) for name in _WORK])
-    return [hardware(model.device), shape, work, str(model.dtype), attention, torch.__version__]
+    plain = [hardware(model.device), shape, work, str(model.dtype), attention, torch.__version__]
+    return [*plain, *_placement(model)]
+
+
+def _placement(model: PreTrainedModel) -> list[str]:
+    """Where each weight lies and each layer computes, and in which form; nothing if all are alike.
+
+    Quantized weights may have the names, shapes and device of the others.
+    """
+    decoder: Any = model.base_model
+    devices = [str(execution_device(layer)) for layer in decoder.layers]
+    forms = [f"{type(p.data).__name__} {p.dtype} {p.device}" for p in model.parameters()]
+    quantized = getattr(model.config, "quantization_config", None)
+    if quantized is None and {*devices} == {str(model.device)} and len({*forms}) == 1:
+        return []
+    return [*devices, hashlib.sha256("".join(forms).encode()).hexdigest(), str(quantized)]
