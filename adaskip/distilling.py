@@ -89,7 +89,8 @@ def distill_plan(
         PlanError: it was made for another model.
         ProfileError: a prompt is none.
         RunError: the record is of another training, damaged, or cannot be read or written.
-        UnsupportedModelError: the architecture is not supported, or the model is patched.
+        UnsupportedModelError: the architecture is not supported, or the model is patched or on
+            several devices.
 
     Source: knowledge distillation (arXiv 1503.02531); METHOD, "Replacements".
     """

@@ -76,7 +76,8 @@ def fit_linears(
     Raises:
         AdaskipError: a sublayer or a rank does not fit the model, or there are too few tokens.
         ProfileError: a prompt is none.
-        UnsupportedModelError: the architecture is not supported, or the model is patched.
+        UnsupportedModelError: the architecture is not supported, or the model is patched or on
+            several devices.
 
     Source: NBL (arXiv 2505.21077), ReplaceMe; METHOD, "Replacements".
     """
@@ -124,7 +125,8 @@ def refit_linears(
         AdaskipError: the plan has no linear map, or there are too few tokens.
         PlanError: it was made for another model.
         ProfileError: a prompt is none.
-        UnsupportedModelError: the architecture is not supported, or the model is patched.
+        UnsupportedModelError: the architecture is not supported, or the model is patched or on
+            several devices.
     """
     ranks = {s: r.rank for s, r in plan.items() if isinstance(r, Linear)}
     if not ranks:

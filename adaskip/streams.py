@@ -45,7 +45,8 @@ class Sublayers:
         model: a causal language model of a supported family, outside of `skipping()`.
 
     Raises:
-        UnsupportedModelError: the architecture is not supported, or the model is patched.
+        UnsupportedModelError: the architecture is not supported, or the model is patched or on
+            several devices.
         UnsupportedCallError: the model is inside `skipping()`.
     """
 
@@ -58,6 +59,7 @@ class Sublayers:
         self._attention = block.attn.body
         layers: list[nn.Module] = list(decoder.layers)
         supported.check_layers(layers, model.config.model_type, block)
+        supported.refuse_several_devices(layers)
         self._functions = [
             sublayer_function(layer, getattr(block, kind), block.multiplier)
             for layer in layers

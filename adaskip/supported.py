@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from adaskip import patching
-from adaskip.blocks import BlockSpec, block_spec, lacks
+from adaskip.blocks import BlockSpec, block_spec, execution_device, lacks
 from adaskip.cache_name import CACHE
 from adaskip.errors import UnsupportedCallError, UnsupportedModelError
 from adaskip.plan import KINDS, Sublayer
@@ -59,6 +59,24 @@ def refuse_inside(decoder: nn.Module, advice: str = "do this outside of the bloc
     """
     if decoder in _ACTIVE:
         raise UnsupportedCallError(f"The model is inside skipping() already; {advice}.")
+
+
+def refuse_several_devices(layers: Iterable[nn.Module]) -> None:
+    """Refuses layers that compute on several devices, for what takes them apart.
+
+    Between the parts of a layer nothing moves the residual stream to another device, and timestamps
+    of two devices cannot be subtracted.
+
+    Raises:
+        UnsupportedModelError: they do.
+    """
+    devices = sorted({str(execution_device(layer)) for layer in layers})
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"The model's layers are on {', '.join(devices)}; sublayers are timed, fitted and "
+            "searched on one device: load the model on one that holds all of it (without "
+            "device_map), and use the times or the plan on any number."
+        )
 
 
 def check_model(model: object) -> BlockSpec:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import prompt, tiny_model
 from transformers import PreTrainedModel
 
-from adaskip import AdaSkip, EarlyExit, learn_importance, skipping
+from adaskip import (
+    AdaSkip,
+    EarlyExit,
+    SkipPlan,
+    Sublayer,
+    UnsupportedModelError,
+    distill_plan,
+    fit_linears,
+    learn_importance,
+    make_plan,
+    measured_times,
+    search_plan,
+    skipping,
+)
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -43,6 +58,24 @@ def test_beneath_the_hooks_of_accelerate(dispatch) -> None:  # type: ignore[no-u
         assert list(was) == list(now)
         assert was.get("forward") is now.get("forward")
         assert was.get("_old_forward") == now.get("_old_forward")
+
+
+def test_what_takes_layers_apart_refuses_several_devices(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    hook = accelerate.hooks.AlignDevicesHook("meta")
+    accelerate.hooks.add_hook_to_module(model.model.layers[2], hook)
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    plan, ids, rows = SkipPlan({Sublayer(1, "ffn"): 1.1}), [prompt(40)] * 2, [([5, 6, 7], [8, 9])]
+    for act in (
+        lambda: measured_times(model, "prefill", 8, folder=tmp_path),
+        lambda: fit_linears(model, ids, [Sublayer(1, "ffn")]),
+        lambda: distill_plan(model, plan, ids),
+        lambda: search_plan(model, rows, windows=(8,)),
+        lambda: make_plan(model, rows, "NBL"),
+        lambda: make_plan(model, rows, "ADA"),
+    ):
+        with pytest.raises(UnsupportedModelError, match="layers are on cpu, meta"):
+            act()
 
 
 @pytest.mark.parametrize("dispatch", [dispatched, offloaded])

@@ -115,9 +115,11 @@ def make_plan(
     if times is not None:
         n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         times = times_given(times, n_layers, phase=str(phase), context=context, batch=batch)
+    # What cannot be taken through sublayer by sublayer is refused before anything is learned.
+    sublayers_of = Sublayers(model)
     chosen = METHODS.get(method) or _of_policy(method, model, rows, importance)
     with measuring(model):
-        losses = Losses(Sublayers(model), rows, chosen.measure)
+        losses = Losses(sublayers_of, rows, chosen.measure)
         journal = Journal(record, identity(model, rows))
         if times is None:
             sorts = [linear_like(model, None)] if chosen.linear else []

@@ -70,6 +70,7 @@ def measure_sublayers(
 
     Raises:
         AdaskipError: `context`, `batch`, `repeats` or `n_steps` is not positive.
+        UnsupportedModelError: the model is not supported, or on several devices.
     """
     check_model(model)
     _check_counts({"context": context, "batch": batch, "repeats": repeats, "n_steps": n_steps})
@@ -111,6 +112,7 @@ def measured_times(
 
     Raises:
         AdaskipError: unknown phase, or a number is not positive.
+        UnsupportedModelError: the model is not supported, or on several devices.
     """
     if phase not in list(Phase):
         raise unknown_name("phase", str(phase), list(Phase))

@@ -27,6 +27,7 @@ from adaskip.profiling.timing import (
     time_request,
 )
 from adaskip.sublayer_times import SublayerTimes, combined
+from adaskip.supported import refuse_several_devices
 
 
 def sublayer_types(model: PreTrainedModel) -> dict[Sublayer, str]:
@@ -50,10 +51,14 @@ class SublayerClock:
     """Timestamps at the borders of all sublayers, forward after forward.
 
     On CUDA the timestamps are events in the stream, read when the measurement is over.
+
+    Raises:
+        UnsupportedModelError: the model is on several devices.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._decoder: Any = model.base_model
+        refuse_several_devices(self._decoder.layers)
         self._block = block_spec(model.config.model_type)
         self._device = model.device
         self._marks: list[Any] = []

@@ -167,8 +167,8 @@ class SpeedTest(Measurement):
             RunError: a case holds other keys and values than it must.
         """
         start, n_steps = time.perf_counter(), self.new_tokens
-        measured = {c.label: _first(model, c, ids, n_steps, count=rates is not None) for c in cases}
         clock = ClockedRequests(model, ids, n_steps)
+        measured = {c.label: _first(model, c, ids, n_steps, count=rates is not None) for c in cases}
         clock.warm_up()
         kinds = {case.label: partial(_request, model, case, ids, n_steps) for case in cases}
         turns = by_turns(
