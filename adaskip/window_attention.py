@@ -64,6 +64,20 @@ def _itself(config: Any) -> Any:
     return config
 
 
+class _Stock:
+    """An attention module as it is outside of `skipping()`, for its own attention function.
+
+    Flash attention's asks the configuration which of several it is.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.config = module.config.stock  # type: ignore[union-attr]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def switch(attention: nn.Module, window: Window | None) -> None:
     """Gives an attention module our attention function for a window; for None its own back."""
     config: Any = attention.config
@@ -134,7 +148,7 @@ def window_attention_forward(
     keys, values = held or (split.rest(key), split.rest(value))
     capped = {} if softcap is None else {"softcap": softcap}
     whole, *_ = _stock_function(module)(
-        module,
+        _Stock(module),
         split.rest(query),
         keys,
         values,

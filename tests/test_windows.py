@@ -16,7 +16,14 @@ from test_compile import new_graphs
 from test_families import DISTINCT, GENERATE, generated
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from adaskip import (
     AdaskipError,
@@ -499,6 +506,24 @@ def test_what_a_window_dropped_does_not_come_back(model: PreTrainedModel) -> Non
     with skipping(model, SkipPlan({Sublayer(0, "attn"): None})), torch.no_grad():
         model(prompt(2), past_key_values=cache)
     assert block_spec("llama").attn.body == "self_attn"
+
+
+def test_heads_without_a_window_have_the_models_own_attention_function() -> None:
+    """Flash attention's looks its kernel up by the configuration, where ours has another name."""
+    seen = set()
+
+    def named(module: Any, *states: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        seen.add((module.config._attn_implementation, module.layer_idx, module.training))
+        return sdpa_attention_forward(module, *states, **kwargs)
+
+    AttentionInterface.register("named", named)
+    plan, found = plan_of({1: SOME}), []
+    for attention in ("sdpa", "named"):
+        model, cache = tiny_model("llama", attention), DynamicCache()
+        with skipping(model, plan), torch.no_grad():
+            found.append([model(prompt(n), past_key_values=cache).logits for n in (20, 1)])
+    assert seen == {("named", layer, False) for layer in range(N_LAYERS)}
+    assert all(torch.equal(*both) for both in zip(*found, strict=True))
 
 
 def test_a_cache_with_windows_outside_of_the_block(model: PreTrainedModel) -> None:
