@@ -17,7 +17,7 @@ from adaskip import calls, supported
 from adaskip.blocks import execution_device
 from adaskip.errors import AdaskipError, UnsupportedModelError, unknown_name
 from adaskip.evaluating import evaluating
-from adaskip.plan import SCOPES, Scope, SkipPlan
+from adaskip.plan import EMPTY_PLAN, SCOPES, Scope, SkipPlan
 from adaskip.policy import FixedSkipping, SkipPolicy
 from adaskip.recorders import Recorder
 from adaskip.session import Session
@@ -77,6 +77,7 @@ def skipping(
         policy = undo.enter_context(_bound(policy, scope, len(decoder.layers)))
         calls.refuse_bare_model(model, policy, scope)
         board = Switchboard(decoder.layers, block, model.dtype)
+        board.take_maps(policy.constant_plan or EMPTY_PLAN)
         session = Session(model, policy, scope, recorders, block, board)
         undo.callback(board.windows.take_back)
         expected = probe(model) if verify else None

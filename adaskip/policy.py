@@ -132,6 +132,11 @@ class SkipPolicy(ABC):
         """Whether the plan of a decode step depends on the steps before it."""
         return False
 
+    @property
+    def constant_plan(self) -> SkipPlan | None:
+        """The plan of every step, where all have the same and it is known; else None."""
+        return None
+
     @abstractmethod
     def plan(self, step: Step) -> SkipPlan:
         """What this forward skips. A plan equal to the last one costs nothing."""
@@ -181,6 +186,11 @@ class FixedSkipping(SkipPolicy):
     def bind(self, n_layers: int) -> None:
         self._plan.check(n_layers)
         super().bind(n_layers)
+
+    @property
+    @override
+    def constant_plan(self) -> SkipPlan:
+        return self._plan
 
     @override
     def plan(self, step: Step) -> SkipPlan:

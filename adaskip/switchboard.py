@@ -58,6 +58,12 @@ class Switchboard:
         for switch in self._switches:
             switch.recording = recording
 
+    def take_maps(self, plan: SkipPlan) -> None:
+        """Takes a plan's linear maps to the devices, so that its first forward need not."""
+        for sublayer, replacement in plan.items():
+            if isinstance(replacement, Linear):
+                self._placed(sublayer, replacement)
+
     def set(self, plan: SkipPlan) -> None:
         """Switches every layer to the plan, and takes its replacements to the devices."""
         self.plan = None

@@ -335,7 +335,14 @@ def test_switches_that_could_not_be_set_are_set_anew(
     def full(*_: Any) -> Linear:
         raise torch.OutOfMemoryError
 
-    with skipping(model, plan, scope="decode"):
+    class Unforeseen(FixedSkipping):
+        constant_plan = None
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(Linear, "to", full)
+        with skipping(model, plan):
+            pass
+    with skipping(model, Unforeseen(plan), scope="decode"):
         cache = DynamicCache()
         logits(model, prompt(8), cache)
         with monkeypatch.context() as patched:

@@ -114,6 +114,30 @@ def test_a_measurement_that_cannot_be(phase: str, changes: dict[str, Any], said:
         measured_acceleration(tiny_model("llama"), SkipPlan(), phase, **{"context": 9, **changes})
 
 
+def test_no_clock_runs_while_linear_maps_are_taken_to_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, taken, in_requests = tiny_model("llama"), Counter[str](), []
+    placed, timed = Linear.to, plan_times.time_request
+
+    def to(linear: Linear, *where: Any) -> Linear:
+        taken["maps"] += 1
+        return placed(linear, *where)
+
+    def request(*args: Any, **kwargs: Any) -> RequestTimes:
+        before = taken["maps"]
+        found = timed(*args, **kwargs)
+        in_requests.append(taken["maps"] - before)
+        return found
+
+    monkeypatch.setattr(Linear, "to", to)
+    monkeypatch.setattr(plan_times, "time_request", request)
+    plan = SkipPlan({Sublayer(layer, "attn"): linear_like(model, 4) for layer in (1, 2)})
+    measured_acceleration(model, plan, "prefill", 8, rounds=1)
+    assert set(in_requests) == {0}
+    assert taken["maps"] == 2 * 2
+
+
 def test_replacements_are_timed_where_they_run(tmp_path: Path) -> None:
     model = tiny_model("llama")
     sorts = [Window(8), linear_like(model, None), linear_like(model, 4)]

@@ -98,6 +98,11 @@ class MadePlan(SkipPolicy):
             )
         super().bind(n_layers)
 
+    @property
+    @override
+    def constant_plan(self) -> SkipPlan:
+        return self.plan_file.plan
+
     @override
     def plan(self, step: Step) -> SkipPlan:
         return self.plan_file.plan

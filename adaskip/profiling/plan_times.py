@@ -27,7 +27,7 @@ from adaskip.sublayer_times import PlanTimes, SublayerTimes, replacement_name, t
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 _DENSE, _NOTHING = "dense", "nothing"
 # How many requests of each kind tell what a plan reaches.
 ROUNDS = 9
