@@ -8,6 +8,7 @@ the softmax over all of them.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,12 +28,27 @@ def takes_flash(query: Tensor, step: BlockStep) -> bool:
     """
     return (
         query.is_cuda
+        and _has_kernel(query.device)
         and query.dtype in _DTYPES
         and query.shape[-1] <= _MAX_WIDTH
         and query.shape[-1] % 8 == 0
         and step.past is not None
         and not (torch.is_grad_enabled() and query.requires_grad)
     )
+
+
+# Compiled, it is traced once: what a cache keeps is a warning there, what a device can do a break.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_kernel(device: torch.device) -> bool:
+    """Whether this torch was built with the kernel, and the device is one that it was made for."""
+    return _found(device)
+
+
+@cache
+def _found(device: torch.device) -> bool:
+    # ROCm's devices call themselves CUDA ones, too; NVIDIA's have it from Ampere on.
+    built = torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def flash_windows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,39 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[BlockStep]:
     monkeypatch.setattr(window_flash, "_kernel", imitation)
     monkeypatch.setattr(window_attention, "takes_flash", takes)
     return taken
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "hip", "expected"),
+    [
+        ((9, 0), True, None, True),
+        ((8, 0), True, None, True),
+        ((7, 5), True, None, False),
+        ((9, 0), False, None, False),
+        ((9, 0), True, "6.2", False),
+    ],
+)
+def test_the_kernel_is_taken_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    built: bool,
+    hip: str | None,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    query: Any = SimpleNamespace(
+        is_cuda=True,
+        device=torch.device("cuda", 0),
+        dtype=torch.float16,
+        shape=(1, 2, 30, 64),
+        requires_grad=False,
+    )
+    step: Any = SimpleNamespace(past=0)
+    window_flash._found.cache_clear()
+    assert window_flash.takes_flash(query, step) is expected
+    window_flash._found.cache_clear()
 
 
 @pytest.mark.parametrize("chunks", [[40], [1, 3, 36], [20, 20], [33, 7]])
