@@ -34,10 +34,12 @@ class Batching:
 
     Args:
         check: refuses what the block's plan does not allow.
+        is_watched: whether anybody wants statistics of its forwards.
     """
 
-    def __init__(self, check: Callable[[], None]) -> None:
+    def __init__(self, check: Callable[[], None], is_watched: Callable[[], bool]) -> None:
         self._check = check
+        self._is_watched = is_watched
         # The threads in which a generate_batch() goes on.
         self._threads: list[int] = []
 
@@ -71,6 +73,8 @@ class Batching:
             if thread not in self._threads:
                 given = inspect.signature(patch.original).bind(*args, **kwargs).arguments
                 _refuse_lasting(name, given)
+                if self._is_watched():
+                    _refuse_replays(model, given)
             self._threads.append(thread)
             try:
                 return patch.original(*args, **kwargs)
@@ -101,6 +105,24 @@ def refuse_plan(*, differs: bool, windows: object) -> None:
         raise UnsupportedCallError(
             "generate_batch() puts several requests into one row, which attention with a window "
             "would mix up; use generate(), or a plan without windows."
+        )
+
+
+def _refuse_replays(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
+    """Refuses statistics where transformers may record a forward as a CUDA graph and replay it.
+
+    Nobody sees a replay: what was kept of the recorded forward is written over.
+    """
+    generation = given.get("generation_config") or model.generation_config
+    own = getattr(generation, "continuous_batching_config", None)
+    config = given.get("continuous_batching_config") or own
+    # For the path of prompts and that of decode steps; some releases have one for both.
+    graphs = getattr(config, "use_cuda_graph", None)
+    if model.device.type != "cpu" and graphs not in (False, (False, False)):
+        raise UnsupportedCallError(
+            f"generate_batch() with use_cuda_graph={graphs} may replay forwards as CUDA graphs, of "
+            "which recorders and policies that observe learn nothing; give it "
+            "continuous_batching_config=ContinuousBatchingConfig(use_cuda_graph=False)."
         )
 
 

@@ -32,6 +32,9 @@ from adaskip.turnstile import Turnstile
 
 logger = logging.getLogger(__name__)
 
+# A forward of many requests has no step of its own.
+_ANY_STEP = Step(Phase.PREFILL, request=0, index=0, tokens=1)
+
 
 class Session:
     """One model under one policy, from entering `skipping()` to leaving it.
@@ -62,7 +65,7 @@ class Session:
         self._recorders = recorders
         self._turns = Turns(OpenCalls())
         self._turnstile = Turnstile()
-        self._batching = Batching(self._check_batching)
+        self._batching = Batching(self._check_batching, lambda: bool(self._watchers(_ANY_STEP)))
         self._model = model
         self._decoder: Any = model.base_model
         # Fingerprints of plans that are this model's, or anybody's.
@@ -228,8 +231,7 @@ class Session:
         self._requests.advance(cache, request, step, past)
         if step.phase is Phase.PREFILL:
             request.prefill_plan |= plan
-        self.step, self.plan = step, plan
-        self._rows = inputs.shape[0]
+        self.step, self.plan, self._rows = step, plan, inputs.shape[0]
         if changed and logger.isEnabledFor(logging.DEBUG):
             logger.debug(
                 "request %d, %s, forward %d: %s",
@@ -339,9 +341,8 @@ class Session:
         first, second = (self.policy.plan(replace(step, phase=phase)) for phase in Phase)
         return first != second
 
-    def _check_batching(self, step: Step | None = None) -> None:
+    def _check_batching(self, step: Step = _ANY_STEP) -> None:
         """Refuses what forwards of many requests cannot have, by the plan of one of them."""
-        step = step or Step(Phase.PREFILL, request=0, index=0, tokens=1)
         refuse_plan(differs=self._phase_matters(step), windows=self.policy.plan(step).windows)
 
     def _check_assisted(self, generation_config: Any) -> None:
@@ -361,18 +362,17 @@ class Session:
     def _start_recording(self, call: dict[str, Any], turn: Turn | None, past: int) -> None:
         """Gives the layers a place for statistics, if anybody wants any of this step."""
         assert self.step is not None  # noqa: S101 - set by _before
-        step = self.step
-        self._watching = []
-        spans: frozenset[Span] = frozenset()
+        self._watching = self._watchers(self.step)
+        if self._watching:
+            spans = frozenset[Span]().union(*(wanted for _, wanted in self._watching))
+            real = real_in_call(call, turn, self.step, past)
+            self._board.record_to(StepRecording(spans, self.step.tokens, real))
+
+    def _watchers(self, step: Step) -> list[tuple[Recorder, frozenset[Span]]]:
+        """Who wants statistics of a forward, and which."""
         in_scope = self._scope in ("e2e", step.phase)
-        for recorder in (*self._recorders, *((self.policy,) if in_scope else ())):
-            wanted = recorder.watch(step)
-            if wanted:
-                self._watching.append((recorder, wanted))
-                spans |= wanted
-        if spans:
-            real = real_in_call(call, turn, step, past)
-            self._board.record_to(StepRecording(spans, step.tokens, real))
+        asked = (*self._recorders, *((self.policy,) if in_scope else ()))
+        return [(each, wanted) for each in asked if (wanted := each.watch(step))]
 
 
 def _told(policy: SkipPolicy, tally: Tally) -> Requests:

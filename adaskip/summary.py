@@ -37,6 +37,9 @@ class PhaseSummary:
 class Summary:
     """What a session did so far; as a text, a line per phase and one on memory.
 
+    Forwards that `generate_batch()` replays as CUDA graphs are not counted: nobody sees them
+    (`ContinuousBatchingConfig(use_cuda_graph=False)`).
+
     Attributes:
         n_layers: decoder layers of the model.
         phases: by phase; only those of which there was a forward.

@@ -8,6 +8,7 @@ import pickle
 import threading
 import warnings
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,7 @@ from adaskip import (
 from adaskip.cache_name import CACHE
 from adaskip.kvcache import prepare
 from adaskip.plan import Phase, Scope, Step
+from adaskip.recorders import TokenStatistics
 from adaskip.skipped_cache import SkippedCacheLayer
 
 PLAN = SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): None})
@@ -431,6 +433,35 @@ def test_continuous_batching_is_refused_where_it_would_be_wrong(
         pytest.raises(UnsupportedCallError, match=message),
     ):
         getattr(model, name)(*given)
+
+
+@pytest.mark.parametrize("place", ["argument", "generation config"])
+@pytest.mark.parametrize("graphs", [None, True, (False, True), False, (False, False)])
+def test_statistics_of_batches_are_refused_where_graphs_may_be_replayed(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, graphs: Any, place: str
+) -> None:
+    def answering(
+        inputs: Any, generation_config: Any = None, continuous_batching_config: Any = None
+    ) -> str:
+        return "answers"
+
+    # A CPU has no graphs.
+    other = tiny_model("llama").to("meta")
+    given: Any = {"continuous_batching_config": SimpleNamespace(use_cuda_graph=graphs)}
+    if place == "generation config":
+        given = {"generation_config": SimpleNamespace(**given)}
+    for each, recorders, expected in (
+        (model, [TokenStatistics("attn")], True),
+        (other, [], True),
+        (other, [TokenStatistics("attn")], graphs in (False, (False, False))),
+    ):
+        monkeypatch.setattr(each, "generate_batch", answering)
+        with skipping(each, FixedSkipping(PLAN), recorders=recorders):
+            if expected:
+                assert each.generate_batch([[3, 4]], **given) == "answers"
+            else:
+                with pytest.raises(UnsupportedCallError, match=r"use_cuda_graph=False\)"):
+                    each.generate_batch([[3, 4]], **given)
 
 
 # Caches ---------------------------------------------------------------------------------------
