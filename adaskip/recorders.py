@@ -60,12 +60,15 @@ class StepStats:
         keep = [i for i, (_, span) in enumerate(self.rows) if span in spans]
         if len(keep) == len(self.rows):
             return self
+
+        def kept(values: Tensor) -> Tensor:
+            # A list as an index is copied to the device, which waits for it.
+            by_row = values.unbind()
+            return torch.stack([by_row[i] for i in keep]) if keep else values[:0]
+
+        rows = tuple(self.rows[i] for i in keep)
         return StepStats(
-            tuple(self.rows[i] for i in keep),
-            self.inner[keep],
-            self.squared_in[keep],
-            self.squared_out[keep],
-            self.real,
+            rows, kept(self.inner), kept(self.squared_in), kept(self.squared_out), self.real
         )
 
     def weights(self) -> Tensor:

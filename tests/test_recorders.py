@@ -25,7 +25,7 @@ from adaskip import (
     skipping,
 )
 from adaskip.plan import all_sublayers
-from adaskip.recorders import TokenStatistics
+from adaskip.recorders import StepStats, TokenStatistics
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,20 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.calls[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
+
+
+def test_rows_are_selected_without_an_index_on_the_device() -> None:
+    rows = tuple((n // 3, span) for n, span in enumerate(("attn", "ffn", "layer") * 2))
+    values = [torch.randn(6, 2, 3) for _ in range(3)]
+    stats = StepStats(rows, *values, None)
+    with Operations() as operations:
+        chosen = stats.select("attn", "layer")
+        none = StepStats(rows[:1], *(each[:1] for each in values), None).select("ffn")
+    assert set(operations.calls) <= {"unbind", "stack", "slice"}
+    assert [span for _, span in chosen.rows] == ["attn", "layer"] * 2
+    for name, each in zip(("inner", "squared_in", "squared_out"), values, strict=True):
+        assert torch.equal(getattr(chosen, name), each[[0, 2, 3, 5]])
+        assert getattr(none, name).shape == (0, 2, 3)
 
 
 class CountReads(Operations):
