@@ -17,6 +17,8 @@ Select = Literal["rank", "knapsack"]
 SELECTS: tuple[Select, ...] = get_args(Select)
 # Times are compared as whole picoseconds, in which sums do not depend on their order.
 _UNIT = 1e-12
+# Sums of seconds and of shares, and their ratios, are compared up to their rounding.
+ROUNDING = 1e-9
 
 
 def sublayers_for(
@@ -63,6 +65,11 @@ def check_acceleration(acceleration: object) -> None:
             f"An acceleration of {acceleration!r} is none; give a ratio of times, a number from 1 "
             "up, e.g. 1.2."
         )
+
+
+def reaches(speedup: float, acceleration: float) -> bool:
+    """Whether a predicted ratio of times is the one that is asked for, or more."""
+    return speedup >= acceleration * (1 - ROUNDING)
 
 
 def dense_tokens(config: PretrainedConfig, context: int) -> list[int]:

@@ -204,6 +204,15 @@ def test_prune_and_comp_looks_again_at_what_is_left(model: PreTrainedModel) -> N
             assert plan[Sublayer(layer, "ffn")] is None
 
 
+def test_an_acceleration_that_is_reached_exactly_is_reached(model: PreTrainedModel) -> None:
+    seconds = dict.fromkeys(all_sublayers(N_LAYERS), 0.1)
+    given = SublayerTimes(1.0, seconds, Phase.PREFILL, 40, 1)
+    # Eight times 0.1 add up to less than 0.8.
+    assert given.speedup(seconds) < 5
+    plan = make_plan(model, ROWS, "EE", acceleration=5, times=given)
+    assert set(plan) == set(seconds)
+
+
 def test_nbl_takes_the_attentions_of_highest_canonical_correlations(
     model: PreTrainedModel,
 ) -> None:

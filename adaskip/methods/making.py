@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from adaskip.budget import check_acceleration
+from adaskip.budget import check_acceleration, reaches
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.fingerprint import model_fingerprint
 from adaskip.importance import Importance
@@ -160,7 +160,7 @@ def _until_it_reaches(growth: Growth, times: PlanTimes, acceleration: float, met
     for plan in growth:
         yield plan
         speedup = times.speedup(for_all(plan))
-        if speedup >= acceleration:
+        if reaches(speedup, acceleration):
             return
         best = max(best, speedup)
     raise AdaskipError(

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
-from adaskip.budget import dense_tokens
+from adaskip.budget import ROUNDING, dense_tokens
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.plan import Sublayer, all_sublayers
 from adaskip.profiling.plan_times import linear_like, windowable
@@ -27,8 +27,6 @@ WINDOWED: tuple[Name, ...] = ("window", "heads")
 HeadsByHarm = Callable[[Sublayer, Window, int], Sequence[int]]
 # An option of the methods that put nothing in a sublayer's place.
 NOTHING = "nothing"
-# Sums of seconds and of shares are compared up to their rounding.
-_TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -268,11 +266,11 @@ class Budget:
 
     def lacks_time(self, chosen: Collection[Option]) -> float:
         """Seconds that are still to be saved, 0 or less if the time is met."""
-        return self.seconds * (1 - _TINY) - sum(option.saved for option in chosen)
+        return self.seconds * (1 - ROUNDING) - sum(option.saved for option in chosen)
 
     def lacks_share(self, chosen: Collection[Option]) -> float:
         """The share that is still to be freed, 0 or less if there is nothing to do."""
-        return self.share - _TINY - sum(option.freed for option in chosen)
+        return self.share - ROUNDING - sum(option.freed for option in chosen)
 
     def progress(self, option: Option, chosen: Mapping[Sublayer, Option]) -> float:
         """How much nearer an option in its sublayer's place brings a choice to the budget.
@@ -308,13 +306,13 @@ def check_reach(
     """
     dense = times.dense
     most = sum(map(menu.most, menu.options))
-    if most < budget.seconds * (1 - _TINY):
+    if most < budget.seconds * (1 - ROUNDING):
         raise AdaskipError(
             f"An acceleration of {asked['acceleration']} cannot be reached in {dense.phase} at "
             f"{dense.context} tokens; with these replacements the best is "
             f"{dense.total / (dense.total - most):.2f}. Give less."
         )
-    if menu.freeable() < budget.share - _TINY:
+    if menu.freeable() < budget.share - ROUNDING:
         raise AdaskipError(
             f"A kv_share of {asked['kv_share']} cannot be reached; with these replacements the "
             f"least is {1 - menu.freeable():.2f}. Give more, or allow gains."
