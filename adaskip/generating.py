@@ -76,10 +76,12 @@ class Turns(threading.local):
 
     Args:
         calls: counts those of all threads.
+        ended: called when one of them ends, in its thread.
     """
 
-    def __init__(self, calls: OpenCalls) -> None:
+    def __init__(self, calls: OpenCalls, ended: Callable[[], None]) -> None:
         self._stack: list[Turn] = []
+        self._ended = ended
         self.calls = calls
 
     @property
@@ -95,6 +97,7 @@ class Turns(threading.local):
             yield
         finally:
             self._stack.pop()
+            self._ended()
 
 
 class _NotedCriteria(StoppingCriteriaList):

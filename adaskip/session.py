@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -63,8 +63,8 @@ class Session:
         self.policy = policy
         self._scope = scope
         self._recorders = recorders
-        self._turns = Turns(OpenCalls())
-        self._turnstile = Turnstile()
+        self._turnstile = Turnstile(partial(self._leave, failed=True))
+        self._turns = Turns(OpenCalls(), self._turnstile.free)
         self._batching = Batching(self._check_batching, lambda: bool(self._watchers(_ANY_STEP)))
         self._model = model
         self._decoder: Any = model.base_model
@@ -90,6 +90,7 @@ class Session:
 
     def close(self) -> None:
         """Ends the session: what caches of it do later concerns no other one."""
+        self._turnstile.free()
         self._requests.close()
 
     def refuse_unfinished(self) -> None:
@@ -134,7 +135,7 @@ class Session:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = kwargs | dict(zip(self._signature, args, strict=False))
             if torch.compiler.is_compiling():
-                # No graph could be broken inside a try block, so here a failure does not clean up.
+                # No graph could be broken inside a try block: the end of the turn cleans up.
                 cache = begin(self, call)
                 output = patch.original(**call)
                 end(self, cache)
@@ -290,8 +291,7 @@ class Session:
     def _tell(self) -> None:
         """Counts the forward, and hands out its statistics."""
         assert self.step is not None and self._counted is not None  # noqa: S101, PT018 - likewise
-        cache = self._counted[2]
-        cached = cache is not None
+        cached = self._counted[2] is not None
         self._tally.note(self.step, self.plan, self._rows, self._past, cached=cached)
         turn = self._turns.current
         if turn is not None and turn.assisted:

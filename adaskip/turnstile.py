@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from adaskip.errors import UnsupportedCallError
 
 
 class Turnstile:
-    """Forwards from several threads are computed one after the other, and none within another."""
+    """Forwards from several threads are computed one after the other, and none within another.
 
-    def __init__(self) -> None:
+    Args:
+        give_up: leaves a forward that failed.
+    """
+
+    def __init__(self, give_up: Callable[[], None]) -> None:
+        self._give_up = give_up
+        self._owner: int | None = None
         self._lock = threading.RLock()
         self._running = False
         self._left_behind = False
@@ -26,6 +33,7 @@ class Turnstile:
         """
         self._lock.acquire()
         if not self._running:
+            self._owner = threading.get_ident()
             self._running = True
             self._left_behind = compiled
             return
@@ -36,6 +44,11 @@ class Turnstile:
                 "The model was called from within its own forward (by a hook?) inside skipping(); "
                 "call it after that forward."
             )
+
+    def free(self) -> None:
+        """Leaves what a graph's forward of this thread has left behind; not within a forward."""
+        if self._running and self._left_behind and self._owner == threading.get_ident():
+            self._give_up()
 
     def leave(self) -> None:
         """Lets other threads in."""

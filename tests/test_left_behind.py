@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from adaskip import (
     search_plan,
     skipping,
 )
+from adaskip.cache_name import CACHE
 from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
 from adaskip.recorders import Recorder, Span
 from adaskip.session import Session
@@ -322,6 +324,28 @@ def test_a_refused_compiled_forward_lets_other_threads_in(model: PreTrainedModel
         other.start()
         other.join(10)
         assert answers
+
+
+def test_a_compiled_forward_that_failed_lets_other_threads_in(model: PreTrainedModel) -> None:
+    cache = DynamicCache()
+    with skipping(model, ATTENTION) as session:
+
+        def failing() -> None:
+            with contextlib.suppress(ZeroDivisionError), session.prefill():
+                Session._begin_compiled(session, {"input_ids": prompt(4), CACHE: cache})
+                raise ZeroDivisionError
+
+        thread = threading.Thread(target=failing)
+        thread.start()
+        thread.join(10)
+        answers: list[Tensor] = []
+        other = threading.Thread(
+            target=lambda: answers.append(logits(model, prompt(4), cache)), daemon=True
+        )
+        other.start()
+        other.join(10)
+        # Nor is the forward a part of the request.
+        assert torch.equal(answers[0], logits(model, prompt(4)))
 
 
 def test_switches_that_could_not_be_set_are_set_anew(
