@@ -177,5 +177,19 @@ class Window:
         object.__setattr__(self, "of_heads", int(of_heads))
 
 
+def scaled(x: Tensor, gain: Tensor | float) -> Tensor:
+    """`x * gain`, by the number that the gain is: only the product is rounded to x's precision.
+
+    Args:
+        x: [..., hidden].
+        gain: a number, or a float32 scalar on the device of x.
+    """
+    if x.is_cuda and isinstance(gain, Tensor) and gain.dtype.itemsize > x.dtype.itemsize:
+        # CUDA's product rounds a scalar that lies there beforehand (1.003 is 1 in bfloat16), not
+        # a vector of one number; a CPU's rounds neither.
+        return (x * gain[None]).to(x.dtype)
+    return x * gain
+
+
 # None leaves the residual stream as it is, a number scales it.
 Replacement = float | Linear | Window | None

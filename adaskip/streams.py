@@ -19,7 +19,7 @@ from adaskip.evaluating import evaluating
 from adaskip.padding import real_tokens
 from adaskip.patching import patch_forward
 from adaskip.plan import KINDS, Sublayer
-from adaskip.replacements import Linear, Replacement, Window
+from adaskip.replacements import Linear, Replacement, Window, scaled
 from adaskip.sublayers import sublayer_function
 from adaskip.window_track import WindowTrack
 
@@ -154,7 +154,7 @@ def replaced(x: Tensor, replacement: Replacement) -> Tensor:
         return replacement.to(x.device, x.dtype)(x)
     if isinstance(replacement, Window):
         raise AdaskipError("A Window needs the attention it is of; use Sublayers.through.")
-    return x * replacement
+    return scaled(x, replacement)
 
 
 def _noting(layer: nn.Module, seen: list[tuple[Tensor, dict[str, Any]]]) -> Callable[..., Tensor]:

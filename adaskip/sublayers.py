@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaskip.blocks import BlockSpec, SublayerSpec, bound_parts, first_tensor, lacks
 from adaskip.recorders import StepRecording
-from adaskip.replacements import Linear
+from adaskip.replacements import Linear, scaled
 from adaskip.window_attention import windowed
 from adaskip.window_track import WindowStep
 
@@ -93,7 +93,7 @@ def _seen(run: Callable[..., Tensor], after: Tensor) -> Tensor:
 
 def _replaced(x: Tensor, replacement: Tensor | Linear) -> Tensor:
     """The residual stream after a sublayer that something takes the place of."""
-    return replacement(x) if isinstance(replacement, Linear) else x * replacement
+    return replacement(x) if isinstance(replacement, Linear) else scaled(x, replacement)
 
 
 def sublayer_function(

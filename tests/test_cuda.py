@@ -34,6 +34,8 @@ from adaskip.growing_cache import kv_tensors
 from adaskip.models.loading import random_model
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.timing import growing_cache, time_request
+from adaskip.recorders import TokenStatistics
+from adaskip.replacements import scaled
 from adaskip.speedtest.cases import compiled_call
 from adaskip.window_flash import takes_flash
 
@@ -168,6 +170,23 @@ def test_a_step_waits_for_nothing(
                 plans.add(session.plan)
     if name == "SD":  # a new plan does not wait either
         assert len(plans) == 2
+
+
+def test_statistics_for_several_watchers_do_not_wait(model: PreTrainedModel) -> None:
+    ids = random_prompt(model, 12)
+    watchers = [TokenStatistics("attn"), TokenStatistics("ffn", "layer")]
+    with torch.no_grad(), skipping(model, SkipPlan(), recorders=watchers):
+        cache = growing_cache(model)
+        for part in (ids, ids[:, :1]):
+            model(part, past_key_values=cache)
+        with waiting_is_an_error():
+            model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gain_is_the_number_that_it_is_on_the_cpu(dtype: torch.dtype) -> None:
+    x, gain = torch.randn(64, 576).to(dtype), torch.tensor(1.003)
+    assert torch.equal(scaled(x.cuda(), gain.cuda()).cpu(), x * gain)
 
 
 @pytest.mark.parametrize("name", ["plan", "replaced", "EE", "US"])

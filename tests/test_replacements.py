@@ -36,6 +36,7 @@ from adaskip import (
 )
 from adaskip.fingerprint import model_fingerprint
 from adaskip.plan import KINDS
+from adaskip.replacements import scaled
 
 HIDDEN = 32
 ATTN0, FFN1, ATTN2 = Sublayer(0, "attn"), Sublayer(1, "ffn"), Sublayer(2, "attn")
@@ -433,6 +434,34 @@ def test_maps_of_a_plan_are_fitted_anew_each_with_its_rank(model: PreTrainedMode
         refit_linears(model, SkipPlan({FFN1: 1.1}), ids)
     with pytest.raises(PlanError, match="was made for model"):
         refit_linears(tiny_model("llama", seed=3), plan, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gain", [1.003, 0.98, 5.0123])
+def test_a_gain_is_not_rounded_to_the_models_precision(dtype: torch.dtype, gain: float) -> None:
+    class OnCuda(Tensor):
+        """Rounds the scalars that it is multiplied by, as a product on CUDA does."""
+
+        is_cuda = True
+
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "mul" in func.__name__:
+                rounded = isinstance(args[1], Tensor) and args[1].ndim == 0
+                args = (args[0], args[1].to(args[0].dtype)) if rounded else args
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = (x.float() * torch.tensor(gain)).to(dtype)
+    for stream in (x, x.as_subclass(OnCuda)):
+        for given in (gain, torch.tensor(gain)):
+            found = scaled(stream, given)
+            assert found.dtype == dtype
+            assert torch.equal(found.as_subclass(Tensor), expected)
+    as_scalar = (x.as_subclass(OnCuda) * torch.tensor(gain)).as_subclass(Tensor)
+    assert torch.equal(as_scalar, expected) is (dtype == torch.float32)
 
 
 def test_padding_is_not_fitted_on(model: PreTrainedModel) -> None:
