@@ -192,10 +192,26 @@ def test_a_run_that_fails_leaves_its_place_empty_and_is_told(
     assert [square["score"] for square in report["maps"][1]["squares"]] == [None, 0.0, 0.0, 0.0]
 
 
-def test_runs_of_another_task_leave_a_place_empty(
-    options: list[str], place: Workplace, monkeypatch: pytest.MonkeyPatch
+def test_runs_of_another_plan_or_task_leave_a_place_empty(
+    options: list[str],
+    place: Workplace,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert needle_main(options) == 0
+    path = options[options.index("--plan") + 1]
+    before = SkipPlan.load(path)
+    other = SkipPlan(dict.fromkeys([Sublayer(2, "attn"), Sublayer(2, "ffn")]))
+    SkipPlan(other, fingerprint=before.fingerprint).save(path)
+    capsys.readouterr()
+    assert needle_main(options) == 1
+    left = "llama e2e WINDOWS-2 2 needle_single, 300 tokens, 0 %: left out, its rows were made with"
+    assert f"- {left} other settings (plan_file" in capsys.readouterr().out
+    report = json.loads((place.results / "llama-needle_single.json").read_text())
+    scores = [{square["score"] for square in shown["squares"]} for shown in report["maps"]]
+    assert scores == [{0.0}, {0.0}, {None}]
+    assert len(report["notes"]) == 4
+    assert not [name for name in report["recipe"] if "WINDOWS" in name]
 
     def failing(config: RunConfig, loaded: LoadedModel) -> Path:
         raise DataError("no such text")
@@ -210,7 +226,7 @@ def test_means_leave_out_where_dense_is_at_chance() -> None:
     dense = HeatMap("dense", (Square(1000, 50, 100.0, 4), Square(2000, 50, 0.0, 4)))
     other = HeatMap("EE (1)", (Square(1000, 50, 25.0, 4), Square(2000, 50, 75.0, 4)))
     report = NeedleReport(
-        "m", "needle_single", "", (1000, 2000), (50,), (dense, other), ((2000, 50),), {}, {}
+        "m", "needle_single", "", (1000, 2000), (50,), (dense, other), ((2000, 50),), (), {}, {}
     )
     assert [report.mean(one) for one in report.maps] == [100.0, 25.0]
     unfinished = HeatMap("EE (2)", (Square(1000, 50, None, 0), Square(2000, 50, 75.0, 4)))

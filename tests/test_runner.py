@@ -32,6 +32,7 @@ from adaskip.runs import batches
 from adaskip.runs.audit import Audit
 from adaskip.runs.batches import make_batches, pending_batches
 from adaskip.runs.generation import generate_greedy
+from adaskip.runs.ledger import made_otherwise
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runner import is_finished, resolve, run, run_folder
 from adaskip.runs.scoring import score_run
@@ -225,6 +226,13 @@ def test_another_profile_under_the_same_name_changes_nothing(place: Workplace) -
     with pytest.raises(RunError, match="importance profile other"):
         run(place.config(**budget("ADA")))
     assert len(rows_of(folder)) == 1
+    # Reports know it without a model where the profile is given.
+    (profile,) = (place.results / "importance").iterdir()
+    given = resolve(place.config(**budget("ADA"), importance=str(profile)))
+    what = made_otherwise(given, "multifieldqa_en")
+    assert what.startswith("importance: 'other")
+    path.write_text(path.read_text().replace('"importance": "other', '"importance": "llama'))
+    assert made_otherwise(given, "multifieldqa_en") == ""
 
 
 def test_other_weights_under_the_same_name_change_nothing(place: Workplace) -> None:

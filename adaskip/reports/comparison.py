@@ -161,11 +161,10 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
     runs = {folder: score_run(folder, min_length=named[folder]) for folder in folders}
     for run in runs.values():
         run.save()
-    # Rows that were made with other settings than the sweep has now say nothing of it.
     otherwise = {
-        cell: what
+        cell: note
         for cell in plan.cells
-        if run_folder(cell.config) in runs and (what := _made_otherwise(cell))
+        if run_folder(cell.config) in runs and (note := left_out(cell))
     }
     cells = [cell for cell in plan.cells if cell not in otherwise]
     tables = tuple(
@@ -180,10 +179,7 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
         for s in line.tasks.values()
         for note in notes_on(line.label, s, is_dense=line.policy == DENSE)
     ]
-    notes += [
-        f"{cell.label}: left out, its rows were made with other settings ({what})."
-        for cell, what in otherwise.items()
-    ]
+    notes += otherwise.values()
     return Report(
         plan.name,
         sum(len(cell.experiments) for cell in plan.cells),
@@ -197,12 +193,16 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
     )
 
 
-def _made_otherwise(cell: Cell) -> str:
-    """How the rows of a cell were made otherwise than the sweep asks; empty if they were not."""
+def left_out(cell: Cell) -> str:
+    """What to say of a cell whose rows were made otherwise than is asked; empty if they were not.
+
+    Such rows say nothing of the cell.
+    """
     try:
-        return made_otherwise(resolve(cell.config), cell.task)
+        what = made_otherwise(resolve(cell.config), cell.task)
     except AdaskipError as error:
-        return str(error)
+        what = str(error)
+    return what and f"{cell.label}: left out, its rows were made with other settings ({what})."
 
 
 def _lines(

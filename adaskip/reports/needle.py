@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from adaskip.reports import sweep_tables
+from adaskip.reports.comparison import left_out
 from adaskip.reports.figures import as_png, canvas
 from adaskip.reports.sweep_tables import as_markdown
 from adaskip.runs.files import SCHEMA, Record, write_bytes, write_json, write_text
@@ -37,7 +38,7 @@ class Square:
     Attributes:
         tokens: of the context.
         depth: of the needle, in percent.
-        score: x100, None before there are rows.
+        score: x100, None before there are rows of what is asked for.
         rows: how many were scored.
     """
 
@@ -71,6 +72,7 @@ class NeedleReport:
         depths: in percent.
         maps: of every policy, dense first.
         chance: places, context and depth, where dense is no better than guessing.
+        notes: which rows are left out, and why.
         failures: what stopped the runs that failed, by label.
         recipe: how the rows were made: of each run folder its record.
     """
@@ -82,6 +84,7 @@ class NeedleReport:
     depths: tuple[int, ...]
     maps: tuple[HeatMap, ...]
     chance: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...]
     failures: dict[str, str]
     recipe: dict[str, Record]
 
@@ -116,22 +119,26 @@ def write_report(grid: NeedleGrid, command: str, failures: Mapping[str, str]) ->
 
 
 def collect(grid: NeedleGrid, command: str, failures: Mapping[str, str]) -> NeedleReport:
-    """Scores every run of a grid that has rows.
+    """Scores every run of a grid that has rows, made as the grid asks.
 
     Raises:
         RunError: a file is damaged or cannot be written.
     """
     recipe: dict[str, Record] = {}
     chance: list[tuple[int, int]] = []
+    notes: list[str] = []
     maps = []
     for policy in grid.policies:
         squares = []
         for place in grid.squares():
-            folder = run_folder(grid.config(policy, *place))
+            cell = grid.cell(policy, *place)
+            folder = run_folder(cell.config)
             run = score_run(folder) if (folder / RUN_FILE).is_file() else None
             # Tasks share the folder.
             score = None if run is None else run.tasks.get(grid.task)
-            if run is None or score is None:
+            note = left_out(cell) if score is not None else ""
+            if run is None or score is None or note:
+                notes += filter(None, [note])
                 squares.append(Square(*place, None, 0))
                 continue
             run.save()
@@ -149,6 +156,7 @@ def collect(grid: NeedleGrid, command: str, failures: Mapping[str, str]) -> Need
         grid.depths,
         tuple(maps),
         tuple(chance),
+        tuple(notes),
         dict(failures),
         recipe,
     )
@@ -171,6 +179,8 @@ def text_of(report: NeedleReport) -> str:
         markdown_table(["policy", "mean"], means),
         f"Rows per place: {', '.join(map(str, rows))}. Made by `{report.command}`.",
     ]
+    if report.notes:
+        parts.append("\n".join(f"- {note}" for note in report.notes))
     if report.failures:
         failed = report.failures.items()
         parts.append("\n".join(f"- FAILED: {label}: {error}" for label, error in failed))

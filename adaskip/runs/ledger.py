@@ -140,6 +140,7 @@ def made_otherwise(config: RunConfig, task: str) -> str:
 
     Raises:
         RunError: the record is damaged.
+        ProfileError: the profile is damaged.
     """
     record = read_record(run_folder(config))
     facts = record.tasks.get(task)
@@ -148,6 +149,8 @@ def made_otherwise(config: RunConfig, task: str) -> str:
         return what
     asked = {"max_new_tokens": answer_length(config, task), "prompt": _prompt_digest(task)}
     made = {"max_new_tokens": facts.max_new_tokens, "prompt": facts.prompt_sha256}
+    if (profile := _given_profile(config)) is not None:
+        asked["importance"], made["importance"] = profile, record.importance
     return differences(made, asked)
 
 
@@ -286,12 +289,23 @@ def _prompt_digest(task: str) -> str:
     return hashlib.sha256(prompt_template(task).encode()).hexdigest()
 
 
+def _given_profile(config: RunConfig) -> str | None:
+    """The name of the importance profile a run is given; None if it has no use for one, or learns.
+
+    Raises:
+        ProfileError: the profile is damaged.
+    """
+    if not (takes(config.policy, LEARNED) and config.importance):
+        return None
+    return Importance.load(Path(config.importance)).name
+
+
 def _same_profile(config: RunConfig, record: RunRecord) -> bool:
     """Whether a run is sure to use its recorded profile, which otherwise only its model tells."""
     if not takes(config.policy, LEARNED):
         return True
-    if config.importance:
-        return bool(Importance.load(Path(config.importance)).name == record.importance)
+    if (given := _given_profile(config)) is not None:
+        return given == record.importance
     return record.config.get("importance") is None
 
 

@@ -104,6 +104,10 @@ class NeedleGrid:
             results_dir=str(self.folder / "runs"),
         )
 
+    def cell(self, policy: RunConfig, tokens: int, depth: int) -> Cell:
+        """The same as a cell that can be run and reported."""
+        return PlacedCell((policy.experiment,), self.config(policy, tokens, depth))
+
     def squares(self) -> Iterator[tuple[int, int]]:
         """Context and depth of every square, short contexts first."""
         return ((tokens, depth) for tokens in self.contexts for depth in self.depths)
@@ -113,7 +117,7 @@ class NeedleGrid:
         cells: list[Cell] = []
         for square in self.squares():
             for policy in self.policies:
-                config = self.config(policy, *square)
-                config.check()
-                cells.append(PlacedCell((config.experiment,), config))
+                cell = self.cell(policy, *square)
+                cell.config.check()
+                cells.append(cell)
         return cells
