@@ -128,6 +128,7 @@ def test_linear_maps_are_fitted_anew_on_more_rows(
         assert plan_main(given) == 0
         out = capsys.readouterr().out
         (losses[name],) = re.findall(r"^\| SEARCH-linear-rank2-1.05 .*$", out, flags=re.M)
+        assert re.search(r" \d\.\d{4} before fit \|", losses[name])
         plans[name] = SkipPlan.load(tmp_path / name / "SEARCH-linear-rank2-1.05.safetensors")
         about = plans[name].about
         told = (about["fitted on"], about["fit rows"], about["method"])

@@ -37,7 +37,7 @@ def course() -> Course:
 
 def plan(name: str = "SEARCH") -> SkipPlan:
     about: dict[str, Any] = {"method": name, "phase": "prefill", "context": 4000}
-    about |= {"predicted acceleration": 1.2, "predicted kv share": 5 / 6, "loss": 0.02}
+    about |= {"predicted acceleration": 1.2, "predicted kv share": 5 / 6, "loss before fit": 0.02}
     about |= {"measured acceleration": 1.17, "measured from": 1.1, "measured to": 1.25}
     about |= {"gap": 0.18460093495}
     return SkipPlan({A4: 0.97, F2: 0.98}, about={**about, COURSE: course().as_text()})
@@ -79,11 +79,13 @@ def test_the_slider_shows_what_each_budget_replaces(window: Browser, explorer: P
     assert "predicted 1.200 × 1670 of 2000 ms" in tiles
     assert "measured 1.170 × 1.100 to 1.250" in tiles
     assert "KV held 83.3 %" in tiles
+    assert "loss 0.0200 nats per token, before it was fitted anew replaced" in tiles
+    assert "the last loss is from before the plan was fitted anew" in text(window, ".legend")
     assert "attention 1 is computed again" in text(window, "#changed")
     # A click in the middle of the slider, then keys.
     window.click("#budget", share=0.34)
     assert replaced(window) == {"attn1": "window 64"}
-    assert "loss 0.0100" in text(window, ".tiles")
+    assert "loss 0.0100 nats per token replaced" in text(window, ".tiles")
     assert "measured not yet" in text(window, ".tiles")
     window.press("ArrowRight")
     assert replaced(window) == {"attn1": "window 64", "ffn2": "gain"}
@@ -115,7 +117,9 @@ def test_the_map_is_shaded_by_what_is_asked_for(window: Browser, explorer: Path)
 def test_it_can_be_used_without_seeing_or_pointing(window: Browser, explorer: Path) -> None:
     window.open(explorer)
     value = "document.querySelector('#budget').getAttribute('aria-valuetext')"
-    assert window.value(value) == ("predicted 1.20 times as fast, 2 sublayers replaced, loss 0.020")
+    assert window.value(value) == (
+        "predicted 1.20 times as fast, 2 sublayers replaced, loss 0.020, before it was fitted anew"
+    )
     seen = []
     for _ in range(5):
         window.press("Tab")

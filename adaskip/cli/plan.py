@@ -376,12 +376,19 @@ def _table(plans: dict[str, SkipPlan]) -> str:
                 number(about.get("predicted acceleration"), 3),
                 measured,
                 percent(about.get("predicted kv share")),
-                number(about.get("loss", about.get(LOSS_BEFORE)), 4),
+                _loss(about),
                 number(about.get("forwards"), 0),
                 _replaces(plan),
             ]
         )
     return markdown_table(header, lines)
+
+
+def _loss(about: dict[str, Any]) -> str:
+    """The loss of a plan; nobody looked at that of one fitted anew, but at the one before."""
+    if LOSS_BEFORE in about:
+        return f"{number(about[LOSS_BEFORE], 4)} before fit"
+    return number(about.get("loss"), 4)
 
 
 def _replaces(plan: SkipPlan) -> str:

@@ -42,6 +42,11 @@ function short(value) {
   return value === null || value === undefined ? "–" : Number(value.toPrecision(3)).toString();
 }
 
+/* What is said behind the loss of a stop: nobody looked at that of a plan fitted anew. */
+function beforeFit(stop) {
+  return stop.fitted && stop.loss !== null ? ", before it was fitted anew" : "";
+}
+
 /* The value of a cell under a metric: [number for the shade, text]; null if unknown. */
 function value(metric, kind, layer) {
   const told = plan[metric][kind][layer];
@@ -117,6 +122,7 @@ function drawTiles() {
     ? `${measured[1].toFixed(3)} to ${measured[2].toFixed(3)}` : "";
   $("kv").textContent = stop.kv === null ? "–" : `${(100 * stop.kv).toFixed(1)} %`;
   $("loss").textContent = stop.loss === null ? "–" : digits(stop.loss, 4);
+  $("unit").textContent = `nats per token${beforeFit(stop)}`;
   const count = Object.keys(now).length;
   $("count").textContent = `${count} of ${2 * plan.layers}`;
   const kinds = Object.keys(KINDS)
@@ -127,7 +133,8 @@ function drawTiles() {
   slider.value = at;
   slider.setAttribute("aria-valuetext",
     `predicted ${stop.speedup ? stop.speedup.toFixed(2) : "unknown"} times as fast, ` +
-    `${count} sublayers replaced, loss ${stop.loss === null ? "unknown" : digits(stop.loss, 3)}`);
+    `${count} sublayers replaced, ` +
+    `loss ${stop.loss === null ? "unknown" : digits(stop.loss, 3)}${beforeFit(stop)}`);
   $("less").disabled = at === 0;
   $("more").disabled = at === plan.stops.length;
 }
@@ -187,7 +194,7 @@ function points(one) {
 function drawCurve() {
   const all = PLANS.map(points);
   const measured = PLANS.filter(p => p.measured && p.stops.length)
-    .map(p => ({ name: p.name, at: p.measured, loss: p.stops[p.stops.length - 1].loss }))
+    .map(p => ({ ...p.stops[p.stops.length - 1], name: p.name, at: p.measured }))
     .filter(p => p.loss !== null);
   const xs = [...all.flat().map(p => p.speedup), ...measured.flatMap(p => p.at), 1.01];
   const ys = [...all.flat().map(p => p.loss), 1e-3];
@@ -221,7 +228,8 @@ function drawCurve() {
   for (const p of own) {
     const dot = node("circle", { cx: x(p.speedup), cy: y(p.loss), r: p.i === at ? 6 : 3.5,
       class: p.i === at ? "stop now" : "stop" });
-    dot.append(node("title", {}, `${p.speedup.toFixed(3)} ×, loss ${digits(p.loss, 4)}`));
+    dot.append(node("title", {},
+      `${p.speedup.toFixed(3)} ×, loss ${digits(p.loss, 4)}${beforeFit(p)}`));
     dot.addEventListener("click", () => go(p.i));
     svg.append(dot);
   }
@@ -232,18 +240,21 @@ function drawCurve() {
     }
     const mark = node("path", { class: "measured",
       d: `M${x(now)} ${cy - 6}l6 6l-6 6l-6 -6z` });
-    mark.append(node("title", {}, `${p.name}: measured ${now.toFixed(3)} ×`));
+    mark.append(node("title", {},
+      `${p.name}: measured ${now.toFixed(3)} ×, loss ${digits(p.loss, 4)}${beforeFit(p)}`));
     svg.append(mark);
   }
   $("curve").replaceChildren(svg);
   const unknown = own.length < plan.stops.length + 1;
+  const last = own[own.length - 1];
   $("curve").setAttribute("aria-label",
     `Loss against predicted speed: ${own.length} plans from dense to ` +
-    `${digits(own[own.length - 1].speedup, 2)} times as fast, which loses ` +
-    `${digits(own[own.length - 1].loss, 3)} nats per answer token.`);
+    `${digits(last.speedup, 2)} times as fast, which loses ` +
+    `${digits(last.loss, 3)} nats per answer token${beforeFit(last)}.`);
   $("legend").textContent = "○ predicted, plan by plan" +
     (measured.length ? "; ◆ measured, with its interval" : "") +
     (PLANS.length > 1 ? "; dashed: the other plans" : "") +
+    (own.some(beforeFit) ? "; the last loss is from before the plan was fitted anew" : "") +
     (unknown ? ". Not every plan on the way has been looked at." : ".");
 }
 

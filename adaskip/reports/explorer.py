@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.fingerprint import fingerprint_name
+from adaskip.fitting import LOSS_BEFORE
 from adaskip.plan import KINDS, SkipPlan, Sublayer
 from adaskip.replacements import Linear, Window
 from adaskip.runs.files import write_text
@@ -59,6 +60,10 @@ def _told(name: str, plan: SkipPlan) -> dict[str, Any]:
     n_layers = max((s.layer for s in sublayers), default=-1) + 1
     facts: dict[str, Any] = dict(plan.facts)
     measured = [facts.get(f"measured {key}") for key in ("acceleration", "from", "to")]
+    stops = [_stop(*stop) for stop in course.stops] if course else _only(plan, facts)
+    if stops and LOSS_BEFORE in facts:
+        # Its maps became others after anybody looked at its loss.
+        stops[-1]["fitted"] = True
 
     def lists(values: Mapping[Sublayer, Any]) -> dict[str, list[Any]]:
         return {k: [values.get(Sublayer(i, k)) for i in range(n_layers)] for k in KINDS}
@@ -72,7 +77,7 @@ def _told(name: str, plan: SkipPlan) -> dict[str, Any]:
         "similarity": lists(course.similarity if course else {}),
         "time": lists(course.seconds if course else {}),
         "sensitivity": lists({s: [*told] for s, told in course.alone.items()} if course else {}),
-        "stops": [_stop(*stop) for stop in course.stops] if course else _only(plan, facts),
+        "stops": stops,
         "whole": course is not None,
         "last": lists({sublayer: _detail(r) for sublayer, r in plan.items()}),
         "measured": None if measured[0] is None else measured,
@@ -92,12 +97,14 @@ def _stop(
 def _only(plan: SkipPlan, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The one stop of a plan that tells nothing of its course."""
     speedup, kv_share = facts.get("predicted acceleration"), facts.get("predicted kv share")
-    return [_stop(named(plan), speedup, kv_share, facts.get("loss"))] if plan else []
+    loss = facts.get("loss", facts.get(LOSS_BEFORE))
+    return [_stop(named(plan), speedup, kv_share, loss)] if plan else []
 
 
 def _is_shown(key: str, value: Any) -> bool:
     """Whether the page lists a fact: what it shows with the slider, it does not say twice."""
-    return value is not None and not key.startswith(("predicted", "measured")) and key != "loss"
+    by_slider = key.startswith(("predicted", "measured")) or key in ("loss", LOSS_BEFORE)
+    return value is not None and not by_slider
 
 
 def _detail(replacement: float | Linear | Window | None) -> str:
