@@ -239,7 +239,10 @@ def test_a_full_disk_is_one_sentence_and_stops_no_other_method(
 
 
 def test_rows_that_are_scored_too_are_told_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
         "adaskip.runs.loaded.load_rows", lambda task, limit, **_: tiny_rows(task, limit)
@@ -249,6 +252,18 @@ def test_rows_that_are_scored_too_are_told_of(
     assert plan_main(given) == 0
     assert "trec qasper has no split: what is calibrated with are the first" in caplog.text
     path = str(tmp_path / "EE-1.05.safetensors")
+    for more, message in (
+        (["--min_length", "9"], "another min length (4000, asked for: 9)"),
+        (["--data_dir", "d"], "another data dir (data, asked for: d)"),
+    ):
+        assert plan_main([*given, *more]) == 2
+        assert message in capsys.readouterr().err
+    # Plans of earlier versions do not tell, and stay.
+    plan = SkipPlan.load(path)
+    late = ("dtype", "device", "min length", "data dir")
+    about = {key: value for key, value in plan.about.items() if key not in late}
+    SkipPlan(plan, fingerprint=plan.fingerprint, about=about).save(path)
+    assert plan_main([*given, "--min_length", "9", "--dtype", "bfloat16"]) == 0
     for task, scored in (("qasper", True), ("samsum", False)):
         caplog.clear()
         given: Any = {"policy": "PLAN", "plan": path, "tasks": (task,)}
@@ -273,6 +288,8 @@ def test_a_plan_made_otherwise_is_not_replaced(
     assert "was made with another model (smollm2, asked for: qwen)" in capsys.readouterr().err
     assert plan_main([*given, "--exact"]) == 2
     assert "was made with another exact" in capsys.readouterr().err
+    assert plan_main([*given, "--dtype", "bfloat16"]) == 2
+    assert "was made with another dtype (float32, asked for: bfloat16)" in capsys.readouterr().err
     assert (tmp_path / "SLEB-1.05.safetensors").read_bytes() == before
 
 
@@ -310,8 +327,12 @@ def test_texts_of_the_users_calibrate(tmp_path: Path, capsys: pytest.CaptureFixt
         in capsys.readouterr().err
     )
     for more, message in (
-        (["--rows", "2"], "leave --rows, --fit_rows and --tasks out"),
-        (["--fit_rows", "9"], "leave --rows, --fit_rows and --tasks out"),
+        (["--rows", "2"], "leave --rows out"),
+        (["--fit_rows", "9", "--tasks", "sample_qa"], "leave --fit_rows, --tasks out"),
+        (
+            ["--seed", "9", "--data_dir", "d", "--min_length", "9"],
+            "leave --data_dir, --min_length, --seed out",
+        ),
         (["--texts", str(text), str(text)], "named twice"),
         (["--texts", str(tmp_path / "none.txt")], "cannot be read"),
     ):
@@ -356,3 +377,5 @@ def test_plans_are_explored_when_made_and_later(
     assert [name for name, _ in sleb["sensitivity"]["ffn"]] == ["nothing, nor of its layer"] * 4
     assert plan_main(["--show", files[0], files[0]]) == 2
     assert "have the same name, which is all that tells plans apart" in capsys.readouterr().err
+    assert plan_main(["--show", *files, "--acceleration", "1.4", "--exact"]) == 2
+    assert "makes none; leave --acceleration, --exact out" in capsys.readouterr().err

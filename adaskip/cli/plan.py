@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from adaskip.cli.kept_plans import FIT_ROWS, is_ready, kept_plan, made_of, plan_path, training_of
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
 from adaskip.distilling import LEAST_PROMPTS, TWICE, can_learn, check_distills, distill_plan
 from adaskip.errors import AdaskipError, DataError, refuse_below_one, unknown_name
 from adaskip.fitting import EPOCHS, LOSS_BEFORE, refit_linears
-from adaskip.methods import METHODS, make_plan, method_names
+from adaskip.methods import make_plan, method_names
 from adaskip.models.spec import model_names, model_spec
 from adaskip.plan import Phase, SkipPlan
 from adaskip.policies.made_plan import read_plans
@@ -39,10 +40,10 @@ logger = logging.getLogger(__name__)
 
 ALL = "all"
 _ROWS, _FIT_ROWS, _TASKS = 4, 32, ("sample_summarization", "sample_qa")
-# What a plan's `about` calls --fit_rows.
-_FIT_ROWS_KEY = "fit rows"
 # Methods that look at everything in every round, if asked to.
 _EXACT = ("SLEB", "BLOCKPRUNER")
+# What texts of the user's own have no use for.
+_OF_TASKS = ("rows", "fit_rows", "tasks", "seed", "data_dir", "min_length")
 _LOADING = ("model_path", "dtype", "device", "allow_pickle", "seed", "data_dir", "min_length")
 
 
@@ -108,7 +109,21 @@ def _act(given: argparse.Namespace) -> int:
     return _make(given) if given.show is None else _show(given)
 
 
+def _changed(given: argparse.Namespace) -> list[str]:
+    """The options that are not as they are by default."""
+    defaults = vars(PLAN.parser().parse_args([]))
+    return [key for key, value in vars(given).items() if value != defaults[key]]
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
+
+
 def _show(given: argparse.Namespace) -> int:
+    if unused := [key for key in _changed(given) if key not in ("show", "html")]:
+        raise AdaskipError(
+            f"--show shows plans as they are and makes none; leave {_flags(unused)} out."
+        )
     plans = {label: file.plan for label, file in read_plans(given.show).items()}
     _tell(plans, given.html)
     return 0
@@ -142,9 +157,9 @@ def _make(given: argparse.Namespace) -> int:
         )
     folder = Path(given.out)
     wanted = [*dict.fromkeys((m, ratio) for m in methods for ratio in given.acceleration)]
-    plans = {_path(folder, given, *one): _kept(folder, given, *one) for one in wanted}
+    plans = {plan_path(folder, given, *one): kept_plan(folder, given, *one) for one in wanted}
     failures: dict[str, str] = {}
-    if not all(_is_ready(plan, given) for plan in plans.values()):
+    if not all(is_ready(plan, given) for plan in plans.values()):
         loaded, rows = _opened(given, texts)
         if given.distill:
             check_distills(loaded.model)
@@ -154,7 +169,7 @@ def _make(given: argparse.Namespace) -> int:
                 f"judge by; there is {len(rows)}. Give more, or leave it out."
             )
         for (method, ratio), (path, kept) in zip(wanted, [*plans.items()], strict=True):
-            if _is_ready(kept, given):
+            if is_ready(kept, given):
                 continue
             say(f"{path.stem} ...")
             try:
@@ -166,7 +181,7 @@ def _make(given: argparse.Namespace) -> int:
                 # More than the model computes in would be lost on every use of the file.
                 with writing(path):
                     plan.save(path, dtype=loaded.model.dtype)
-                _training_of(path).unlink(missing_ok=True)
+                training_of(path).unlink(missing_ok=True)
                 plans[path] = plan
             except AdaskipError as error:
                 # The methods are independent of each other.
@@ -200,7 +215,7 @@ def _read(given: argparse.Namespace) -> dict[str, str]:
     """The texts to calibrate with; if there are none, sets what to take instead.
 
     Raises:
-        AdaskipError: they cannot be read, or rows or tasks are given beside them.
+        AdaskipError: they cannot be read, or what they have no use for is given beside them.
     """
     if given.texts is None:
         given.rows = _ROWS if given.rows is None else given.rows
@@ -221,10 +236,8 @@ def _read(given: argparse.Namespace) -> dict[str, str]:
             f"{given.reference_tokens} tokens of each answer, seed {given.seed}"
         )
         return {}
-    if (given.rows, given.tasks, given.fit_rows) != (None, None, None):
-        raise AdaskipError(
-            "--texts are the rows to calibrate with; leave --rows, --fit_rows and --tasks out."
-        )
+    if unused := [key for key in _changed(given) if key in _OF_TASKS]:
+        raise AdaskipError(f"--texts are the rows to calibrate with; leave {_flags(unused)} out.")
     texts = read_texts(given.texts)
     given.rows, given.tasks = len(texts), []
     digest = hashlib.sha256(repr([*texts.values()]).encode()).hexdigest()[:8]
@@ -294,72 +307,11 @@ def _made(
     if plan.has_linears and given.fit_rows is not None:
         plan = refit_linears(loaded.model, plan, reads(rows), **told)
     if given.distill and can_learn(plan):
-        told |= {"epochs": given.distill, "record": _training_of(path)}
+        told |= {"epochs": given.distill, "record": training_of(path)}
         plan = distill_plan(loaded.model, plan, reads(rows), **told)
-    about = {**plan.about, **_made_of(given, method)}
-    about |= {_FIT_ROWS_KEY: given.fit_rows} if EPOCHS in about else {}
+    about = {**plan.about, **made_of(given, method)}
+    about |= {FIT_ROWS: given.fit_rows} if EPOCHS in about else {}
     return SkipPlan(plan, fingerprint=plan.fingerprint, about=about)
-
-
-def _training_of(path: Path) -> Path:
-    """Where the training of a plan stands until its file is there."""
-    return path.with_suffix(".distilling")
-
-
-def _made_of(given: argparse.Namespace, method: str) -> dict[str, Any]:
-    """What else tells a plan's file from another one of its name."""
-    fits = (
-        "linear" in given.replacements
-        if method == SEARCH
-        else method in METHODS and METHODS[method].linear
-    )
-    made = {"model": given.model_path or given.model, "exact": given.exact}
-    return made | ({_FIT_ROWS_KEY: given.fit_rows} if fits else {})
-
-
-def _is_ready(plan: SkipPlan | None, given: argparse.Namespace) -> bool:
-    """Whether a plan that may have been made before has all that is asked for."""
-    return plan is not None and (not given.measure or "measured acceleration" in plan.about)
-
-
-def _path(folder: Path, given: argparse.Namespace, method: str, ratio: float) -> Path:
-    """A plan's file: its method, what the search may use where that is less than all, its ratio."""
-    parts = [method]
-    if method == SEARCH and given.replacements != [*MENU]:
-        parts.append("+".join(given.replacements))
-    if method == SEARCH and given.rank is not None:
-        parts.append(f"rank{given.rank}")
-    if method == SEARCH and given.kv_share is not None:
-        parts.append(f"kv{given.kv_share:g}")
-    return folder / f"{'-'.join(parts)}-{ratio:g}.safetensors"
-
-
-def _kept(folder: Path, given: argparse.Namespace, method: str, ratio: float) -> SkipPlan | None:
-    """The plan that was made before; None if there is none.
-
-    Raises:
-        AdaskipError: the file is another plan's.
-    """
-    path = _path(folder, given, method, ratio)
-    if not path.exists():
-        return None
-    plan = SkipPlan.load(path)
-    wanted = {"method": method, "acceleration": ratio, "calibration": given.source}
-    wanted |= _made_of(given, method)
-    wanted |= {key: getattr(given, key) for key in ("phase", "context", "batch")}
-    if can_learn(plan):
-        wanted[EPOCHS] = given.distill or None
-        wanted |= {_FIT_ROWS_KEY: given.fit_rows} if given.distill else {}
-    if method == SEARCH:
-        wanted["replacements"] = str(Dishes(given.replacements, given.windows, given.rank))
-        wanted["kv share"] = given.kv_share
-    for key, value in wanted.items():
-        if plan.about.get(key) != value:
-            raise AdaskipError(
-                f"{path} was made with another {key} ({plan.about.get(key)}, asked for: {value}); "
-                "give another --out, or remove it."
-            )
-    return plan
 
 
 def _table(plans: dict[str, SkipPlan]) -> str:
