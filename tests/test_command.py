@@ -7,8 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conftest import ROOT
 from run_fixtures import rows_of, save_checkpoint, save_data
 
 from adaskip import (
+    AdaskipError,
     FixedSkipping,
     Importance,
     SkipPlan,
@@ -25,11 +27,11 @@ from adaskip import (
     skipping,
 )
 from adaskip.cli import main
-from adaskip.cli.chat import _conversations
+from adaskip.cli.chat import _conversations, _talk
 from adaskip.cli.main import COMMANDS, command, overview, run
 from adaskip.command import BAD_INPUT, UNREAD, guarded
 from adaskip.models.spec import model_spec
-from adaskip.runs.conversation import Conversation
+from adaskip.runs.conversation import Answer, Conversation
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.runner import resolve
@@ -278,6 +280,30 @@ def test_an_answer_goes_on_behind_a_line_break(checkpoint: Path) -> None:
     # The short answers of the task end there.
     assert line_break in loaded.stop_rule(config, "sample_qa").token_ids
     assert set(talk.ends) == {loaded.tokenizer.eos_token_id}
+
+
+def test_a_question_that_one_of_two_has_answered_is_forgotten_by_both(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"model_path": str(checkpoint), "device": "cpu"}
+    options |= {"tasks": ("sample_qa",), "max_new_tokens": 2}
+    config = resolve(RunConfig(experiment="e2e", model_name="llama", policy="dense", **options))
+    policy = FixedSkipping(SkipPlan({Sublayer(1, "attn"): None}))
+    talks = _conversations(LoadedModel.open(config), config, policy, compare=True)
+    ask = Conversation.ask
+
+    def failing(self: Conversation, question: str, write: Callable[[str], None]) -> Answer:
+        if self.policy is not None and question != "One":
+            raise KeyboardInterrupt if question == "Two" else AdaskipError("too long")
+        return ask(self, question, write)
+
+    monkeypatch.setattr(Conversation, "ask", failing)
+    _talk(talks, ["One", "Two", "Three"])
+    for talk in talks.values():
+        assert [turn["content"] for turn in talk.messages if turn["role"] == "user"] == ["One"]
+    shown = capsys.readouterr().out
+    assert "(interrupted; the question is forgotten)" in shown
+    assert "error: too long" in shown
 
 
 def test_what_an_answer_is_and_took(checkpoint: Path) -> None:

@@ -138,13 +138,19 @@ def _talk(talks: Mapping[str, Conversation], questions: Iterable[str]) -> None:
 
 
 def _turn(talks: Mapping[str, Conversation], question: str) -> None:
-    """One question, answered by each, and what the answers took."""
-    answers = {}
-    for name, talk in talks.items():
-        if len(talks) > 1:
-            say(f"[{name}]")
-        answers[name] = talk.ask(question, lambda text: say(text, end=""))
-        say("")
+    """One question, answered by each, and what the answers took; by all of them or none."""
+    answers, before = {}, {name: talk.messages for name, talk in talks.items()}
+    try:
+        for name, talk in talks.items():
+            if len(talks) > 1:
+                say(f"[{name}]")
+            answers[name] = talk.ask(question, lambda text: say(text, end=""))
+            say("")
+    except BaseException:
+        # Or their next answers would be to different conversations.
+        for name, talk in talks.items():
+            talk.messages = before[name]
+        raise
     say(figures(answers))
 
 
