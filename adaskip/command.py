@@ -19,6 +19,9 @@ from adaskip.errors import AdaskipError, did_you_mean
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # As of a program that the closed pipe ends.
 UNREAD = 141
+# What an interrupted command leaves: rows and records, or nothing.
+GOES_ON = "what is finished is kept; the same command goes on from there."
+BEGINS_ANEW = "nothing is kept before its end; the same command begins anew."
 _EXAMPLE = "example: "
 
 
@@ -66,12 +69,14 @@ class Command:
         options: adds its options to a parser.
         action: does it with the options that were given, and returns the exit code.
         example: options with which it works.
+        kept: what is said of its work when it is interrupted.
     """
 
     summary: str
     options: Callable[[argparse.ArgumentParser], None]
     action: Callable[[argparse.Namespace], int]
     example: str
+    kept: str = GOES_ON
 
     def parser(self, prog: str | None = None) -> Parser:
         """What parses it, called `prog`; by default as the script that was called."""
@@ -82,7 +87,7 @@ class Command:
 
     def main(self, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         """Runs it on options, by default those of the command line; returns the exit code."""
-        return guarded(lambda: self.action(self.parser(prog).parse_args(argv)))
+        return guarded(lambda: self.action(self.parser(prog).parse_args(argv)), self.kept)
 
 
 def launched_as_main() -> bool:
@@ -108,8 +113,13 @@ def _while_somebody_reads() -> Iterator[None]:
         sys.exit(UNREAD)
 
 
-def guarded(action: Callable[[], int]) -> int:
-    """Runs a command; returns its exit code, 2 for bad input, 130 for Ctrl-C."""
+def guarded(action: Callable[[], int], kept: str = BEGINS_ANEW) -> int:
+    """Runs a command; returns its exit code, 2 for bad input, 130 for Ctrl-C.
+
+    Args:
+        action: what it does.
+        kept: what is said of its work when it is interrupted.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a character shows a question mark in its place.
         sys.stdout.reconfigure(errors="replace")
@@ -124,8 +134,7 @@ def guarded(action: Callable[[], int]) -> int:
         print(f"error: {sentence}", file=sys.stderr)  # noqa: T201 - see say()
         return BAD_INPUT
     except KeyboardInterrupt:
-        message = "interrupted: what is finished is kept; the same command goes on from there."
-        print(message, file=sys.stderr)  # noqa: T201 - see say()
+        print(f"interrupted: {kept}", file=sys.stderr)  # noqa: T201 - see say()
         return INTERRUPTED
     finally:
         with _while_somebody_reads():

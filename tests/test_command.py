@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from adaskip import (
 from adaskip.cli import main
 from adaskip.cli.chat import _conversations, _talk
 from adaskip.cli.main import COMMANDS, command, overview, run
-from adaskip.command import BAD_INPUT, UNREAD, guarded
+from adaskip.command import BAD_INPUT, INTERRUPTED, UNREAD, guarded
 from adaskip.models.spec import model_spec
 from adaskip.runs.conversation import Answer, Conversation
 from adaskip.runs.loaded import LoadedModel
@@ -213,6 +214,27 @@ def test_a_run_of_any_model_and_its_score(
     assert f"score it: adaskip score --name {named}" in shown
     assert len(rows_of(tmp_path / "results" / f"{named}-SKIP-1", "trec")) == 2
     assert "trec" in said(capsys, "score", "--name", named)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("run", "what is finished is kept; the same command goes on from there."),
+        ("plan", "what is finished is kept; the same command goes on from there."),
+        ("perplexity", "policies that are finished are kept; the same command goes on with"),
+        ("learn", "nothing is kept before its end; the same command begins anew."),
+        ("export", "nothing is kept before its end; the same command begins anew."),
+    ],
+)
+def test_an_interrupted_command_says_what_it_keeps(
+    capsys: pytest.CaptureFixture[str], name: str, kept: str
+) -> None:
+    def interrupted(given: object) -> int:
+        raise KeyboardInterrupt
+
+    stopped = replace(command(name), options=lambda parser: None, action=interrupted)
+    assert stopped.main([], prog=name) == INTERRUPTED
+    assert capsys.readouterr().err.startswith(f"interrupted: {kept}")
 
 
 def test_completion_knows_commands_options_and_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from adaskip.cli.run import LOADING, WARM_UP, add_model, add_run_options
-from adaskip.command import Command, say
+from adaskip.command import BEGINS_ANEW, Command, say
 from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError
 from adaskip.importance import shipped_profiles
@@ -176,4 +176,5 @@ CHAT = Command(
     _options,
     _act,
     '--model smollm2 --policy ADA --skip_sub_layer_num 8 --compare --prompt "What is gravity?"',
+    BEGINS_ANEW,
 )

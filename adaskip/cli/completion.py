@@ -8,7 +8,7 @@ import shtab
 
 from adaskip.cli.main import COMMANDS, PROG, command
 from adaskip.cli.plan import ALL
-from adaskip.command import Command, say
+from adaskip.command import BEGINS_ANEW, Command, say
 from adaskip.methods import method_names
 from adaskip.models.spec import model_names
 from adaskip.policies import POLICIES
@@ -69,4 +69,5 @@ COMPLETION = Command(
     _options,
     _act,
     "bash",
+    BEGINS_ANEW,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from adaskip.command import Command, say
+from adaskip.command import BEGINS_ANEW, Command, say
 from adaskip.models.devices import resolve_device
 from adaskip.runs.environment import environment
 
@@ -34,4 +34,6 @@ def _shown(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-ENV = Command("Prints versions, device and attention implementations.", _options, _act, "")
+ENV = Command(
+    "Prints versions, device and attention implementations.", _options, _act, "", BEGINS_ANEW
+)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.cli.run import LOADING, WARM_UP, add_model, add_run_options
-from adaskip.command import Command, say
+from adaskip.command import BEGINS_ANEW, Command, say
 from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError
 from adaskip.importance import Importance
@@ -105,4 +105,5 @@ LEARN = Command(
     _options,
     _act,
     "--model smollm2 --out smollm2-importance.json",
+    BEGINS_ANEW,
 )

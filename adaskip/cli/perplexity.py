@@ -80,6 +80,7 @@ PERPLEXITY = Command(
     _options,
     _act,
     "--model smollm2 --policy ADA --skip_sub_layer_num 8 --limit 2",
+    "policies that are finished are kept; the same command goes on with the next one.",
 )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaskip.command import Command, say
+from adaskip.command import BEGINS_ANEW, Command, say
 from adaskip.models.spec import model_names
 from adaskip.plan import SCOPES, Scope
 from adaskip.policies import POLICIES
@@ -186,6 +186,7 @@ SCORE = Command(
     _score_options,
     _score,
     "--name smollm2-ADA-E2E",
+    BEGINS_ANEW,
 )
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from adaskip.command import Command, say
+from adaskip.command import BEGINS_ANEW, Command, say
 from adaskip.errors import AdaskipError, PlanError
 from adaskip.export import refusing
 from adaskip.export.exporting import export_checkpoint
@@ -126,4 +126,5 @@ EXPORT = Command(
     options=_options,
     action=_act,
     example="--model smollm2 --policy ADA --skip_sub_layer_num 16 --format gguf exported",
+    kept=BEGINS_ANEW,
 )
