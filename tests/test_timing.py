@@ -33,11 +33,12 @@ from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
 from adaskip.policies.made_plan import MadePlan, PlanFile
 from adaskip.profiling import memory, timing
 from adaskip.profiling.clock import SublayerClock
-from adaskip.profiling.interleaving import Spread
+from adaskip.profiling.interleaving import BASELINE_REPEATS, Spread
 from adaskip.profiling.plan_times import linear_like
 from adaskip.profiling.timing import RequestTimes, dynamic_cache, time_request
 from adaskip.reports.speed import as_markdown, draw
 from adaskip.runs.generation import StopRule, generate_greedy
+from adaskip.speedtest import compiled
 from adaskip.speedtest.benchmark import SpeedTest
 from adaskip.speedtest.budget_check import Budget
 from adaskip.speedtest.cases import Case, CaseRun, make_cases, run_case
@@ -268,7 +269,7 @@ def test_grouped_queries_and_windows_have_their_own_operations() -> None:
     assert _windows((1, 4, 4, 8), (1, 4, 2, 8), window_size_left=2) == 4 * 4 * 8 * (1 + 2 + 3 + 3)
 
 
-def test_compiled_decoding_is_compared_case_by_case() -> None:
+def test_compiled_decoding_is_compared_case_by_case(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     plans = {
         "less": SkipPlan({Sublayer(0, "attn"): None}),
@@ -276,7 +277,18 @@ def test_compiled_decoding_is_compared_case_by_case() -> None:
         "linear": SkipPlan({Sublayer(0, "attn"): linear_like(model, 2)}),
     }
     rates = Rates(bytes_per_second=1e3, operations_per_second=1e15)
+    asked: list[SkipPlan | None] = []
+    real = compiled._request
+
+    def counted(*given: Any) -> RequestTimes:
+        asked.append(given[1])
+        return real(*given)
+
+    monkeypatch.setattr(compiled, "_request", counted)
     rows = compare_compiled(model, plans, prompt(12), n_steps=2, rounds=1, ideal=True, rates=rates)
+    # Each once to compile and once in the round, where dense is in every ratio.
+    times = [sum(one is plan for one in asked) for plan in (None, plans["less"])]
+    assert times == [1 + BASELINE_REPEATS, 2]
     dense, less, window, linear = rows
     assert [row["label"] for row in rows] == ["dense", "less", "window", "linear"]
     assert dense["ideal_speedup"] == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,12 +21,15 @@ from adaskip.plan import EMPTY_PLAN, KINDS, Phase, SkipPlan, all_sublayers
 from adaskip.policies.made_plan import read_plans
 from adaskip.profiling import memory
 from adaskip.profiling.calibration import random_prompt
-from adaskip.profiling.interleaving import Ratio, Spread, by_turns
+from adaskip.profiling.interleaving import Ratio, Spread, by_turns, per_round
 from adaskip.profiling.timing import RequestTimes, time_request
 from adaskip.speedtest.cases import DENSE, compiled_call, without_kind
 from adaskip.speedtest.measurement import Row, Study, option
 from adaskip.speedtest.record import Key, Point
 from adaskip.speedtest.roofline import Rates, forward_bytes, measured_rates
+
+# The requests of each kind in one round.
+Round = Mapping[str, Sequence[RequestTimes]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,22 +120,19 @@ def compare_compiled(
         run()  # its first step compiles, its second records the graph
         peaks[name] = memory.peak_bytes(model.device)
     title = f"{ids.shape[1]} tokens x {ids.shape[0]}"
-    taken: dict[str, list[RequestTimes]] = {name: [] for name in kinds}
-    for one in by_turns(kinds, rounds=rounds, title=title):
-        for name, requests in one.items():
-            taken[name] += requests
+    taken = list(by_turns(kinds, rounds=rounds, baselines=[DENSE], title=title))
     each = _each(taken, n_layers) if ideal else {}
     rows = []
     for name in [DENSE, *plans]:
         plan = cases[name] or EMPTY_PLAN
-        row = _row(name, taken[name], taken[DENSE])
-        row |= {"kv_bytes": taken[name][0].kv_bytes, "peak_bytes": peaks[name]}
+        row = _row(name, taken)
+        row |= {"kv_bytes": taken[0][name][0].kv_bytes, "peak_bytes": peaks[name]}
         row |= {"skipped_attn": len(plan.layers("attn")), "skipped_ffn": len(plan.layers("ffn"))}
         row |= {"windows": len(plan.windows), "ideal_speedup": None, "roofline_ratio": None}
         own = row[str(Phase.DECODE)]["median"]
         # What takes the place of a sublayer is not timed here.
         if ideal and len(plan.gains) == len(plan):
-            dense = median(request.per_token for request in taken[DENSE])
+            dense = median(_seconds(taken, DENSE, Phase.DECODE))
             saved = sum(each[sublayer.kind] for sublayer in plan)
             row["ideal_speedup"] = dense / (dense - saved)
         if rates is not None:
@@ -158,17 +158,23 @@ def _request(
         )
 
 
-def _each(taken: dict[str, list[RequestTimes]], n_layers: int) -> dict[str, float]:
+def _seconds(taken: Sequence[Round], name: str, phase: Phase) -> list[float]:
+    """Of a forward of this phase, in each round."""
+    return per_round(taken, name, lambda request: request.seconds(phase))
+
+
+def _each(taken: Sequence[Round], n_layers: int) -> dict[str, float]:
     """Seconds of an attention and of an FFN in a dense step, by difference."""
-    seconds = {name: median(r.per_token for r in requests) for name, requests in taken.items()}
+    seconds = {name: median(_seconds(taken, name, Phase.DECODE)) for name in taken[0]}
     return {kind: max(seconds[DENSE] - seconds[f"no {kind}"], 0.0) / n_layers for kind in KINDS}
 
 
-def _row(name: str, own: Sequence[RequestTimes], base: Sequence[RequestTimes]) -> Row:
+def _row(name: str, taken: Sequence[Round]) -> Row:
     row: Row = {"label": name}
     for phase in Phase:
-        times, dense = ([request.seconds(phase) for request in r] for r in (own, base))
+        times, dense = (_seconds(taken, kind, phase) for kind in (name, DENSE))
         speedup = asdict(Ratio.paired(dense, times))
         row[str(phase)] = asdict(Spread.of(times)) | {"speedup": speedup}
-    same = bool(torch.equal(own[0].tokens, base[0].tokens))
+    own, base = (taken[0][kind][0].tokens for kind in (name, DENSE))
+    same = bool(torch.equal(own, base))
     return row | {"same_tokens_as_dense": same}
