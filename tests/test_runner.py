@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from run_fixtures import (
     save_checkpoint,
     save_data,
 )
+from tiny_loaded import tiny_rows
 
 from adaskip.errors import (
     AdaskipError,
@@ -307,11 +308,35 @@ def test_records_without_rows_tell_where_files_were(place: Workplace) -> None:
 
 
 def test_importance_is_learned_anew_from_other_data(place: Workplace) -> None:
-    run(place.config(**budget("ADA")))
+    # Prompts that hold of their rows what changes.
+    given = {**budget("ADA"), "max_length": 900}
+    run(place.config(**given))
     path = place.data / "qasper_e.jsonl"
     path.write_text(path.read_text().replace("Number", "Numeral"))
-    run(place.config(**budget("ADA"), name="anew"))
+    run(place.config(**given, name="anew"))
     assert len([*(place.results / "importance").iterdir()]) == 2
+
+
+def test_importance_is_learned_anew_for_other_templates_and_packaged_documents(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = 0
+    monkeypatch.setattr(
+        "adaskip.runs.loaded.sample_rows",
+        lambda task, tokenizer, n, **_: tiny_rows(task, first + n)[first:],
+    )
+
+    def n_profiles(task: str, template: str | None = None) -> int:
+        config = resolve(place.config(**budget("ADA"), tasks=(task,), max_length=300))
+        loaded = LoadedModel.open(config)
+        loaded.spec = replace(loaded.spec, template=template)
+        loaded.importance(config)
+        return len([*(place.results / "importance").iterdir()])
+
+    assert [n_profiles("trec"), n_profiles("trec"), n_profiles("trec", "Q: {prompt}")] == [1, 1, 2]
+    assert [n_profiles("sample_qa"), n_profiles("sample_qa")] == [3, 3]
+    first = 1
+    assert n_profiles("sample_qa") == 4
 
 
 def test_rows_that_are_learned_from_and_scored_are_told_of_in_every_run(

@@ -55,7 +55,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     source: tuple[str | None, ...]
     _rows: dict[str, list[Row]] = field(default_factory=dict)
-    _profiles: dict[Path, Importance] = field(default_factory=dict)
+    _profiles: dict[RunConfig, Importance] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
     _warm: bool = False
 
@@ -145,15 +145,10 @@ class LoadedModel:
         """
         if not config.importance:
             self._warn_of_overlap(config)
-        path = Path(config.importance) if config.importance else self._profile_path(config)
-        if path not in self._profiles:
-            if config.importance or path.exists():
-                profile = Importance.load(path)
-                profile.check_model(self.model)
-            else:
-                profile = self._learn(config, path)
-            self._profiles[path] = profile
-        return self._profiles[path]
+        if config not in self._profiles:
+            given = config.importance
+            self._profiles[config] = self._read(Path(given)) if given else self._learned(config)
+        return self._profiles[config]
 
     def policy(self, config: RunConfig, task: str) -> SkipPolicy | None:
         """The policy of a resolved configuration for one task, tried on this model; None for dense.
@@ -205,18 +200,27 @@ class LoadedModel:
             generate_greedy(self.model, [[self.pad_id] * 32], StopRule(frozenset(), 4))
             self._warm = True
 
-    def _learn(self, config: RunConfig, path: Path) -> Importance:
+    def _read(self, path: Path) -> Importance:
+        profile = Importance.load(path)
+        profile.check_model(self.model)
+        return profile
+
+    def _learned(self, config: RunConfig) -> Importance:
+        """The profile of the warm-up prompts, kept from before or learned now."""
         task = _warmup_of(config)
-        logger.info("Learning importance from %d %s prompts; kept in %s", config.warmup, task, path)
         rows = self.warmup_rows(config, task, config.warmup)
         if len(rows) < config.warmup:
             raise DataError(
                 f"{task} has {len(rows)} warm-up rows, {config.warmup} were asked for: use a lower "
                 "--warmup, or a profile (--importance FILE)."
             )
-        prompts = [torch.tensor([self.prompt(config, row).input_ids]) for row in rows]
-        source = f"{len(rows)} rows of {task}"
-        profile = learn_importance(self.model, prompts, source=source, progress=True)
+        prompts = [self.prompt(config, row).input_ids for row in rows]
+        path = self._profile_path(config, prompts)
+        if path.exists():
+            return self._read(path)
+        logger.info("Learning importance from %d %s prompts; kept in %s", config.warmup, task, path)
+        ids, source = [torch.tensor([prompt]) for prompt in prompts], f"{len(rows)} rows of {task}"
+        profile = learn_importance(self.model, ids, source=source, progress=True)
         with writing(path):
             profile.save(path)
         return profile
@@ -243,19 +247,9 @@ class LoadedModel:
                 *(file.name, source, task),
             )
 
-    def _profile_path(self, config: RunConfig) -> Path:
-        recipe: list[Any] = [
-            self.source,
-            model_fingerprint(self.model),
-            config.seed,
-            config.min_length,
-            config.longbench_e,
-            config.max_length,
-        ]
-        if not task_spec(_warmup_of(config)).offline:
-            # Files may be others than those that a profile there was learned from.
-            rows = self.warmup_rows(config, _warmup_of(config), config.warmup)
-            recipe += [[row.input, row.context] for row in rows]
+    def _profile_path(self, config: RunConfig, prompts: Sequence[Sequence[int]]) -> Path:
+        """Where the profile is that these prompts, ids each, give of this model."""
+        recipe = [self.source, model_fingerprint(self.model), prompts]
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
         task = _warmup_of(config)
         size = f"-{_warmup_tokens(config)}tokens" if task_spec(task).offline else ""
