@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_fixtures import (
     N_LAYERS,
     Workplace,
@@ -26,6 +27,7 @@ from adaskip.errors import (
     RunError,
 )
 from adaskip.importance import Importance
+from adaskip.models.loading import load_model
 from adaskip.plan import SkipPlan, Step
 from adaskip.policies import POLICIES, SkipPolicy
 from adaskip.policies.factory import LEARNED, takes
@@ -251,6 +253,27 @@ def test_other_weights_under_the_same_name_change_nothing(place: Workplace) -> N
     with pytest.raises(RunError, match=f"was made with model {name}-.* is now {name}-"):
         run(place.config())
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_finished_run_looks_at_weights_that_were_written_since(
+    place: Workplace, tmp_path: Path
+) -> None:
+    folder = save_checkpoint(tmp_path / "own")
+    config = resolve(place.config(model_path=str(folder), limit=1))
+    run(config)
+    assert is_finished(config)
+    # The same ones: it goes on, and has nothing to do.
+    save_checkpoint(folder)
+    assert not is_finished(config)
+    run(config)
+    assert is_finished(config)
+    model = load_model(folder, device="cpu")
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+        model.model.norm.weight.neg_()
+    model.save_pretrained(folder)
+    with pytest.raises(RunError, match="was made with model"):
+        run(config)
 
 
 def test_rows_of_other_data_are_not_mixed_in(place: Workplace, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from adaskip.models.packaged import Package, packaged_folder
 
 # Positions that the longest prompt of a model of no row leaves for template and answer, at most.
 _ANSWER_ROOM = 692
+_WEIGHTS = (".safetensors", ".bin")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -96,6 +98,19 @@ def model_source(name: str) -> str:
             f"of: {', '.join(rows)}."
         )
     return name
+
+
+def weights_stamp(name: str) -> str:
+    """Tells, without reading them, whether the weights in a model's folder were written anew.
+
+    A hash of the names, sizes and times of their files; empty of what is no folder of the user's.
+    """
+    folder = Path(name).expanduser()
+    if name in model_names() or not folder.is_dir():
+        return ""
+    files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 def read_model_config(source: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from adaskip.errors import RunError
 from adaskip.fingerprint import fingerprint_name, same_model
 from adaskip.importance import Importance
 from adaskip.models.processes import team
+from adaskip.models.spec import weights_stamp
 from adaskip.policies.factory import LEARNED, takes
 from adaskip.runs.environment import environment
 from adaskip.runs.files import SCHEMA, Record, differences, read_json, write_json
@@ -60,6 +61,8 @@ class RunRecord(Stored):
         config: the fields of its `RunConfig`.
         policy: what its policy was made with; None in files that do not tell.
         model: its fingerprint; empty in files that do not tell.
+        weights: the stamp of their files; empty where they are in no folder of the user's, and in
+            files that do not tell.
         importance: the name of its importance profile.
         sessions: the commands that worked on it, as files have always called them.
     """
@@ -68,6 +71,7 @@ class RunRecord(Stored):
     policy: dict[str, Any] | None = None
     n_layers: PositiveInt
     model: str = ""
+    weights: str = ""
     importance: str | None
     tasks: dict[str, TaskFacts]
     sessions: list[Command]
@@ -178,11 +182,13 @@ def read_record(folder: Path) -> RunRecord:
 def is_finished(config: RunConfig) -> bool:
     """Whether a resolved configuration has nothing left to do; needs no model.
 
+    If its weights were written anew, only the model tells whether they are others.
+
     Raises:
         RunError: the run exists with other settings, or its files are damaged.
     """
     record = existing_record(config)
-    if record is None or not _same_profile(config, record):
+    if record is None or not _same_profile(config, record) or _rewritten(config, record):
         return False
     return all(
         (facts := record.tasks.get(task)) is not None
@@ -253,6 +259,7 @@ def begin(
         "policy": config.policy_settings(),
         "n_layers": n_layers,
         "model": model,
+        "weights": _stamp(config),
         "importance": profile,
         "tasks": tasks,
         "sessions": _commands(old, environment(str(config.device), attention)),
@@ -287,6 +294,16 @@ def update(folder: Path, task: str, facts: Mapping[str, Any]) -> None:
 
 def _prompt_digest(task: str) -> str:
     return hashlib.sha256(prompt_template(task).encode()).hexdigest()
+
+
+def _stamp(config: RunConfig) -> str:
+    return weights_stamp(config.model_path or config.model_name)
+
+
+def _rewritten(config: RunConfig, record: RunRecord) -> bool:
+    """Whether the weights of a run have other files now than when it was last worked on."""
+    now = _stamp(config)
+    return bool(now and record.weights) and now != record.weights
 
 
 def _given_profile(config: RunConfig) -> str | None:
