@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import N_LAYERS, prompt
+from conftest import N_LAYERS, prompt, tiny_model
 from export_fixtures import (
     A0,
     A1,
@@ -230,6 +230,13 @@ def test_whole_layers_need_no_code(family: str, tmp_path: Path) -> None:
     stock = loaded.from_pretrained(tmp_path / "out", attn_implementation=ATTENTION.get(family))
     assert type(stock) is type(model)
     assert divergence(logits(model, IDS, plan), logits(stock.eval(), IDS)) < 1e-6
+
+
+def test_a_mistral_without_a_window_remains_one(tmp_path: Path) -> None:
+    """Kinds of layers, which its code does not read, would make another family of the folder."""
+    model = tiny_model("mistral", sliding_window=None, layer_types=["full_attention"] * N_LAYERS)
+    export_checkpoint(model, None, SkipPlan({F1: None, A2: None}), tmp_path / "out")
+    assert type(load_model(tmp_path / "out", device="cpu")) is type(model)
 
 
 PLAN = SkipPlan({A0: 1.2, F1: 0.9, A2: None, F3: 1.05})

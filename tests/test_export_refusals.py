@@ -102,6 +102,10 @@ def test_models(model: PreTrainedModel, tmp_path: Path) -> None:
     for family in ("mistral", "gemma2", "gemma3_text"):
         sliding = tiny_model(family, "eager")
         refused(error, f"attention of this {family} slides over a window", tmp_path, sliding, PLAN)
+    for family in ("mistral", "phi3"):
+        # Their code slides over the window whatever is said of the layers.
+        sliding = tiny_model(family, sliding_window=24, layer_types=["full_attention"] * 4)
+        refused(error, f"attention of this {family} slides over a window", tmp_path, sliding, PLAN)
     refused(
         error,
         "GGUF has no architecture.*qwen3.*format 'hf'",

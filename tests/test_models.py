@@ -16,6 +16,8 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -156,6 +158,22 @@ def test_a_folder_loads_in_eval_mode_with_the_asked_dtype(folder: Path):
     # A part is left for template and answer.
     assert model_spec(folder).prompt_limit == 28
     assert model_spec(folder).template is None
+
+
+def test_a_mistral_with_kinds_of_layers_is_the_model_that_transformers_makes(tmp_path: Path):
+    """A Ministral, of whose layers some slide; as a Mistral, all would."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5}
+    kinds = ["full_attention", "sliding_attention"]
+    torch.manual_seed(0)
+    config = MinistralConfig(**sizes, **heads, head_dim=8, sliding_window=4, layer_types=kinds)
+    MinistralForCausalLM(config).save_pretrained(tmp_path)
+    edit_config(tmp_path, model_type="mistral", architectures=["MistralForCausalLM"])
+    loaded = load_model(tmp_path, device="cpu")
+    stock = models.AUTO_MODEL.from_pretrained(tmp_path).eval()
+    assert type(loaded) is type(stock) is MinistralForCausalLM
+    ids = torch.arange(3, 15)[None]
+    assert torch.equal(loaded(ids).logits, stock(ids).logits)
 
 
 def test_loading_leaves_the_random_generator_alone(folder: Path):

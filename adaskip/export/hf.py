@@ -12,6 +12,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from adaskip.blocks import BlockSpec, SublayerSpec, block_spec
 from adaskip.export.folding import Folded, head_of, is_tied
+from adaskip.export.refusing import ONE_WINDOW
 from adaskip.export.report import Written
 from adaskip.export.surviving import Surviving, Survivor
 from adaskip.models.exported import exported_class
@@ -96,6 +97,9 @@ def _shortened(model: PreTrainedModel, surviving: Surviving) -> dict[str, Any]:
     content = model.config.to_dict()
     n_layers = len(surviving.layers)
     content |= {"num_hidden_layers": n_layers, "tie_word_embeddings": is_tied(model)}
+    if content["model_type"] in ONE_WINDOW:
+        # With them, transformers would take the folder of a Mistral for a Ministral.
+        content.pop("layer_types", None)
     if content.get("layer_types"):
         content["layer_types"] = content["layer_types"][:n_layers]
     if "max_window_layers" in content:

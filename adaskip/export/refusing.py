@@ -33,6 +33,8 @@ FAMILIES = (
 )
 # Of these, GGUF can hold those without norms that only transformers knows.
 GGUF_FAMILIES = ("llama", "mistral", "qwen2", "phi3", "granite")
+# All their layers have the one window, whatever `layer_types` says: their code does not read it.
+ONE_WINDOW = ("mistral", "phi3")
 DTYPES: dict[str, tuple[str, ...]] = {
     "hf": ("f32", "f16", "bf16"),
     "gguf": ("f32", "f16", "bf16", "q8_0"),
@@ -138,7 +140,7 @@ def check_model(model: PreTrainedModel, file_format: str) -> None:
 
 
 def _refuse_windows(config: Any) -> None:
-    types = getattr(config, "layer_types", None)
+    types = None if config.model_type in ONE_WINDOW else getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     sliding = window is not None if types is None else set(types) != {"full_attention"}
     if sliding:

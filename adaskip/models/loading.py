@@ -178,9 +178,13 @@ def build_config(raw: Mapping[str, Any]) -> PretrainedConfig:
         return internlm.llama_config(raw)
     if is_exported(raw):
         return exported_config(raw)
-    block_spec(raw["model_type"])
-    family = type(AutoConfig.for_model(raw["model_type"]))
-    config: PretrainedConfig = family.from_dict(dict(raw))
+    family = raw["model_type"]
+    if family == "mistral" and "layer_types" in raw:
+        # AutoConfig takes it for this one; a Mistral's layers would all slide.
+        family = "ministral"
+    block_spec(family)
+    kind = type(AutoConfig.for_model(family))
+    config: PretrainedConfig = kind.from_dict({**raw, "model_type": family})
     return config
 
 
