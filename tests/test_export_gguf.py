@@ -208,7 +208,7 @@ class TestTokenizers:
         [source] = installed_parts("smollm2") or []
         tokenizer = load_tokenizer("smollm2")
         made = gguf_tokenizer.from_tokenizer(tokenizer, 49152)
-        assert made == gguf_tokenizer.from_gguf(source, 49152)
+        assert made == gguf_tokenizer.from_gguf(source, 49152, tokenizer)
         with pytest.raises(AdaskipError, match="49152 tokens, the model 97"):
             gguf_tokenizer.from_gguf(source, 97)
 
@@ -261,6 +261,35 @@ class TestTokenizers:
         )
         with pytest.raises(AdaskipError, match="cannot be read as GGUF"):
             gguf_tokenizer.from_gguf(tmp_path / "none.gguf", N_TOKENS)
+
+    def test_another_models_is_not_copied(self, tmp_path: Path) -> None:
+        """As many tokens do not make it the same vocabulary."""
+        written("llama", SkipPlan({F0: None}), tmp_path / "a")
+        source = tmp_path / "a" / "model.gguf"
+        gguf_tokenizer.from_gguf(source, N_TOKENS, byte_tokenizer())
+        other = split_tokenizer(r"\s+", ignore_merges=False)
+        with pytest.raises(AdaskipError, match=r"Token 0 is '<\|endoftext\|>' in .* and '!' in"):
+            export_checkpoint(
+                gguf_model("llama"),
+                other,
+                SkipPlan({F0: None}),
+                tmp_path / "out",
+                format="gguf",
+                tokenizer_gguf=source,
+            )
+        assert not (tmp_path / "out").exists()
+
+    def test_spaces_that_converters_write_out_are_the_same(self, tmp_path: Path) -> None:
+        tokenizer = byte_tokenizer.__wrapped__()
+        tokenizer.add_tokens("▁▁")
+        fields = gguf_tokenizer.from_tokenizer(tokenizer, N_TOKENS)
+        tokens = fields["tokenizer.ggml.tokens"][0]
+        tokens[tokens.index("▁▁")] = "  "
+        about = {"source": "tiny"}
+        left = surviving(SkipPlan(), N_LAYERS)
+        gguf_file.write(gguf_model("llama"), left, tmp_path, "f32", about, fields)
+        source = tmp_path / gguf_file.NAME
+        assert gguf_tokenizer.from_gguf(source, N_TOKENS, tokenizer) == fields
 
 
 def split_tokenizer(pattern: str, *, ignore_merges: bool) -> PreTrainedTokenizerFast:

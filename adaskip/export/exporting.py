@@ -51,7 +51,8 @@ def export_checkpoint(
         format: "hf" for transformers and, where it can, vLLM; "gguf" for llama.cpp.
         dtype: of the weights: float32, float16 or bfloat16, for "gguf" also "q8_0"; by default the
             model's.
-        tokenizer_gguf: for "gguf", a file whose tokenizer is copied in place of `tokenizer`.
+        tokenizer_gguf: for "gguf", a file whose tokenizer is copied in place of `tokenizer`; its
+            tokens must be the same.
 
     Returns:
         What was written, and how near it is to the plan; also in `export.json`.

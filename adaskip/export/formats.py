@@ -92,7 +92,9 @@ class GgufKind(Kind):
         LlamaForm(self.model, self.left)
         vocab_size: int = self.model.config.vocab_size
         if self.tokenizer_gguf is not None:
-            self.fields = gguf_tokenizer.from_gguf(Path(self.tokenizer_gguf), vocab_size)
+            self.fields = gguf_tokenizer.from_gguf(
+                Path(self.tokenizer_gguf), vocab_size, self.tokenizer
+            )
         elif self.tokenizer is not None:
             self.fields = gguf_tokenizer.from_tokenizer(self.tokenizer, vocab_size)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,15 @@ TokenizerFields = dict[str, tuple[Any, str]]
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
-def from_gguf(path: Path, vocab_size: int) -> TokenizerFields:
+def from_gguf(
+    path: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> TokenizerFields:
     """The tokenizer's fields in another GGUF file.
+
+    Args:
+        path: the file.
+        vocab_size: of the model.
+        tokenizer: the model's own, whose tokens the file's must be; None leaves them unseen.
 
     Raises:
         AdaskipError: it cannot be read, holds no tokenizer, or one of another vocabulary.
@@ -39,7 +47,28 @@ def from_gguf(path: Path, vocab_size: int) -> TokenizerFields:
             f"The tokenizer in {path} has {n_tokens} tokens, the model {vocab_size}; give the GGUF "
             "file of this model."
         )
+    if tokenizer is not None:
+        _check_tokens(path, fields, tokenizer)
     return fields
+
+
+def _check_tokens(path: Path, fields: TokenizerFields, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a token that is another one than the tokenizer's of the same id.
+
+    Raises:
+        AdaskipError: there is one.
+    """
+    tokens = fields["tokenizer.ggml.tokens"][0]
+    kinds = fields.get("tokenizer.ggml.token_type", ([_NORMAL] * len(tokens), ""))[0]
+    for own, index in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)):
+        if index >= len(tokens) or kinds[index] == _UNUSED:
+            continue
+        # Converters write SentencePiece's sign for a space out in tokens that were added.
+        if tokens[index].replace("▁", " ") != own.replace("▁", " "):
+            raise AdaskipError(
+                f"Token {index} is {tokens[index]!r} in {path} and {own!r} in the model's "
+                "tokenizer; give the GGUF file of this model."
+            )
 
 
 def from_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TokenizerFields:
