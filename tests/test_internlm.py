@@ -15,6 +15,7 @@ from golden_checkpoints import golden_checkpoint
 from test_models import check_golden
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from adaskip import SkipPlan, Sublayer, export_checkpoint
 from adaskip.errors import AdaskipError, UnsupportedCallError, UnsupportedModelError
 from adaskip.models import internlm
 from adaskip.models.internlm import check_prompt_length, position_limit
@@ -276,6 +277,18 @@ def test_tokenizer_survives_saving(pieces: Path, tmp_path: Path):
     again = load_tokenizer(tmp_path)
     assert type(again) is type(tokenizer)
     assert again("Hello<eoh> 12").input_ids == tokenizer("Hello<eoh> 12").input_ids
+
+
+def test_an_export_says_that_its_tokenizer_is_ours(pieces: Path, tmp_path: Path):
+    vocab_size = json.loads((pieces / "config.json").read_text())["vocab_size"]
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": 256}
+    model = LlamaForCausalLM(internlm.llama_config(CONFIG | sizes)).eval()
+    tokenizer, plan = load_tokenizer(pieces), SkipPlan({Sublayer(0, "attn"): None})
+    report = export_checkpoint(model, tokenizer, plan, tmp_path / "out")
+    assert "token ids only, for its InternLMTokenizer" in report.engines["transformers"]
+    assert report.engines["vLLM"].startswith("no: its first layer needs an attention")
+    assert "token ids" not in report.engines["vLLM"]
+    assert type(load_tokenizer(tmp_path / "out")) is type(tokenizer)
 
 
 def test_a_damaged_tokenizer(pieces: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,19 @@ class HfKind(Kind):
         written = hf.write(self.model, self.left, folder, TORCH_DTYPES[dtype], about)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        return written
+        return replace(written, engines=self._engines(written.engines))
+
+    def _engines(self, engines: Mapping[str, str]) -> dict[str, str]:
+        """What loads the folder; with token ids only where the tokenizer is a class of ours."""
+        kind = type(self.tokenizer)
+        if not kind.__module__.startswith("adaskip."):
+            return dict(engines)
+        # Of the same files, transformers makes another tokenizer, or none.
+        only = f"with token ids only, for its {kind.__name__} is adaskip.load_tokenizer's"
+        return {
+            name: said if said.startswith("no: ") else f"{said}; {only}"
+            for name, said in engines.items()
+        }
 
     def run(self, folder: Path, expected: Sequence[Sample]) -> Iterator[tuple[str, list[Found]]]:
         """Loaded back in the model's own precision, as transformers would run its code."""
