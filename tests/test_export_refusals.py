@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,6 +188,20 @@ def test_a_folder_that_is_not_empty(model: PreTrainedModel, tmp_path: Path) -> N
     empty.mkdir()
     export_checkpoint(model, None, PLAN, empty)
     assert (empty / "model.safetensors").is_file()
+
+
+def test_others_may_read_it_as_far_as_the_umask_lets_them(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    before = os.umask(0o027)
+    try:
+        export_checkpoint(model, None, PLAN, tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {f.name: f.stat().st_mode & 0o777 for f in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == 0o640
+    assert set(modes.values()) == {0o640}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
 def test_an_exported_model_is_not_exported_again(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from adaskip.plan import SkipPlan
 from adaskip.policies.factory import LEARNED
 from adaskip.policy import FixedSkipping, SkipPolicy
 from adaskip.supported import check_model
+from adaskip.whole_files import give_usual_mode
 
 
 def export_checkpoint(
@@ -107,7 +108,8 @@ def _appearing(target: Path) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         yield work
-        work.chmod(0o755)
+        for path in (work, *work.rglob("*")):
+            give_usual_mode(path)
         if target.exists():
             # Empty, or this fails.
             target.rmdir()

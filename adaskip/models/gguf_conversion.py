@@ -12,6 +12,7 @@ from tqdm import tqdm
 from adaskip.errors import AdaskipError
 from adaskip.models.gguf_families import gguf_family
 from adaskip.models.gguf_vocabulary import Vocabulary, check_ids, make_tokenizer
+from adaskip.whole_files import give_usual_mode
 
 FILES = (
     "config.json",
@@ -88,7 +89,7 @@ def _write_weights(name: str, reader: Any, shape: Mapping[str, Any], path: Path)
         values = dequantize(tensor.data, tensor.tensor_type)
         weights[family.weight_name(tensor.name)] = family.weight(tensor.name, values, shape)
     save_file(weights, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors leaves it unreadable to others, who may share the cache
+    give_usual_mode(path)  # others may share the cache
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
