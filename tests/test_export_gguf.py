@@ -103,6 +103,29 @@ def test_the_shape_by_hand(tmp_path: Path) -> None:
     )
 
 
+def test_no_sublayer_is_made_before_the_last_one_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, all of a model's weights at once would be four times the model."""
+    seen: list[str] = []
+    layers, encoded = LlamaForm.layers, gguf_file._encoded
+
+    def made(form: LlamaForm) -> Any:
+        for item in layers(form):
+            seen.append("made")
+            yield item
+
+    def told(*args: Any) -> Any:
+        seen.append("encoded")
+        return encoded(*args)
+
+    monkeypatch.setattr(LlamaForm, "layers", made)
+    monkeypatch.setattr(gguf_file, "_encoded", told)
+    written("llama", SkipPlan({A1: None}), tmp_path)
+    layers_of = seen[seen.index("made") :]
+    assert layers_of == ["made", "encoded"] * (len(layers_of) // 2)
+
+
 def test_an_ffn_alone_needs_no_stand_in(tmp_path: Path) -> None:
     file = written("llama", SkipPlan({A1: None}), tmp_path)
     assert file.shape("attention.head_count") == [4, 0, 4, 4]

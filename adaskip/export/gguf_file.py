@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def write(
     for key, value in about.items():
         writer.add_string(f"adaskip.{key}", value if isinstance(value, str) else json.dumps(value))
     parameters = 0
-    tensors = [*form.around(), *form.layers()]
+    # One by one: each is in float64 until it is encoded.
+    tensors = chain(form.around(), form.layers())
     for name, tensor in tqdm(tensors, "writing GGUF", unit="tensor", leave=False):
         parameters += tensor.numel()
         values, kind = _encoded(tensor, dtype, name)
