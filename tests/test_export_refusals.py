@@ -190,6 +190,40 @@ def test_a_folder_that_is_not_empty(model: PreTrainedModel, tmp_path: Path) -> N
     assert (empty / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("kind", ["current", "link"])
+def test_an_empty_folder_that_cannot_be_replaced(
+    kind: str, model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, link = tmp_path / "prepared", tmp_path / "link"
+    prepared.mkdir()
+    prepared.chmod(0o750)
+    link.symlink_to(prepared)
+    monkeypatch.chdir(prepared)
+    report = export_checkpoint(model, None, PLAN, "." if kind == "current" else link)
+    assert report.folder == ("." if kind == "current" else str(link))
+    assert load_model(prepared, device="cpu").config.model_type == "nemotron-nas"
+    assert {path.name for path in tmp_path.iterdir()} == {"prepared", "link"}
+    assert link.is_symlink()
+    assert prepared.stat().st_mode & 0o777 == 0o750
+    assert not [path for path in prepared.iterdir() if path.is_dir()]
+
+
+def test_a_folder_that_is_filled_meanwhile(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = comparing.compared
+
+    def filled(*args: Any) -> Any:
+        (tmp_path / "model.safetensors").write_text("another's")
+        return compared(*args)
+
+    monkeypatch.setattr(comparing, "compared", filled)
+    with pytest.raises(AdaskipError, match="no longer empty"):
+        export_checkpoint(model, None, PLAN, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_text() == "another's"
+
+
 def test_others_may_read_it_as_far_as_the_umask_lets_them(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:

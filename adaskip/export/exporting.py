@@ -14,11 +14,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip.entering import as_policy
+from adaskip.errors import AdaskipError
 from adaskip.export import comparing, refusing
 from adaskip.export.formats import KINDS
 from adaskip.export.metadata import about, source_name
 from adaskip.export.refusing import Format
-from adaskip.export.report import Check, ExportReport, Written
+from adaskip.export.report import REPORT, Check, ExportReport, Written
 from adaskip.export.surviving import Surviving, surviving
 from adaskip.importance import Importance
 from adaskip.plan import SkipPlan
@@ -42,7 +43,8 @@ def export_checkpoint(
 
     The survivors are chunked into layers again and gains are folded into weights. The checkpoint
     is written beside the folder, loaded back, compared with the plan in this process on two texts,
-    and only then put in place: it appears whole or not at all.
+    and only then put in place: it appears whole or not at all. In an empty folder that is there
+    already its files appear one after the other, `export.json` last.
 
     Args:
         model: a causal language model of a supported family, outside of `skipping()`.
@@ -103,17 +105,31 @@ def _told(policy: SkipPolicy, plan: SkipPlan) -> SkipPlan:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place at the end, or is gone after a failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    """A folder that becomes the target at the end, or is gone after a failure.
+
+    A target that is there stays: it may be a link, a mount or the current folder. The folder is in
+    it then, and its files move up.
+
+    Raises:
+        AdaskipError: meanwhile, something else has come into the target.
+    """
+    place = target.resolve()
+    beside = not place.exists()
+    parent = place.parent if beside else place
+    parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=parent, prefix=f".{place.name}."))
     try:
         yield work
         for path in (work, *work.rglob("*")):
             give_usual_mode(path)
-        if target.exists():
-            # Empty, or this fails.
-            target.rmdir()
-        work.rename(target)
+        if beside:
+            work.rename(place)
+            return
+        if any(other != work for other in place.iterdir()):
+            raise AdaskipError(f"{target} is no longer empty; give another folder.")
+        # The report comes last: a folder that has it is whole.
+        for file in sorted(work.iterdir(), key=lambda file: file.name == REPORT):
+            file.rename(place / file.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
