@@ -6,7 +6,9 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
@@ -14,6 +16,7 @@ from export_fixtures import byte_tokenizer, gguf_model
 
 from adaskip import AdaskipError, ExportError, SkipPlan, Sublayer
 from adaskip.cli.speed import speed_main
+from adaskip.export import engine_child
 from adaskip.export.engines import Engine, Settings
 from adaskip.speedtest import serving
 from adaskip.speedtest.serving import Serving, _equal, _largest
@@ -45,7 +48,7 @@ class Reply:
             os.abort()
         times = {"prompt_n": 3, "prompt_ms": 20.0, "predicted_per_token_ms": 5.0}
         return json.dumps({"tokens": self.body["prompt"], "timings": times}).encode()
-urllib.request.urlopen = lambda call: Reply(call.data)
+urllib.request.OpenerDirector.open = lambda self, call: Reply(call.data)
 """
 
 
@@ -60,6 +63,26 @@ def test_an_engine_is_asked_and_may_end(tmp_path: Path, monkeypatch: pytest.Monk
         assert "loaded a.gguf" in engine.log()
         with pytest.raises(ExportError, match=r"llama.cpp fails on a.gguf .*: GGML_ASSERT failed"):
             engine.ask({"ids": [0], "n_new": 3})
+
+
+def test_a_proxy_is_not_asked_for_our_own_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Echo(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    # Nobody listens there.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with HTTPServer(("127.0.0.1", 0), Echo) as server:
+        Thread(target=server.handle_request).start()
+        address = f"http://127.0.0.1:{server.server_port}/completion"
+        assert engine_child._post(address, {"prompt": [1]}) == {"prompt": [1]}
 
 
 def test_an_engine_that_is_not_there() -> None:

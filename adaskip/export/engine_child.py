@@ -81,7 +81,9 @@ def _post(address: str, body: dict[str, Any]) -> Any:
     call = urllib.request.Request(  # noqa: S310 - our own server
         address, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(call) as reply:  # noqa: S310 - our own server
+    # A proxy of the environment is for other machines.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(call) as reply:
         return json.load(reply)
 
 
