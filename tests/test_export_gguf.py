@@ -248,6 +248,24 @@ class TestTokenizers:
         assert made["tokenizer.ggml.add_bos_token"] == (False, "BOOL")
         assert "m['content']" in made["tokenizer.chat_template"][0]
 
+    def test_several_chat_templates_are_written_as_the_gguf_package_does(
+        self, tmp_path: Path
+    ) -> None:
+        tokenizer = byte_tokenizer.__wrapped__()
+        tokenizer.chat_template = {"default": "plain", "tool_use": "tools", "r-a.g": "sources"}
+        fields = gguf_tokenizer.from_tokenizer(tokenizer, N_TOKENS)
+        found = {key: sorted(value) for key, (value, _) in fields.items() if "chat" in key}
+        writer = gguf_file.gguf_package().GGUFWriter(tmp_path / "a.gguf", "llama")
+        given = [{"name": n, "template": t} for n, t in tokenizer.chat_template.items()]
+        writer.add_chat_template(given)
+        # Its list of names is in no order.
+        expected = {k: sorted(v.value) for k, v in writer.kv_data[0].items() if "chat" in k}
+        assert found == expected
+        assert fields["tokenizer.chat_template"] == ("plain", "STRING")
+        left = surviving(SkipPlan(), N_LAYERS)
+        gguf_file.write(gguf_model("llama"), left, tmp_path, "f32", {"source": ""}, fields)
+        assert gguf_tokenizer.from_gguf(tmp_path / gguf_file.NAME, N_TOKENS) == fields
+
     @pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
     def test_splitting_by_a_regular_expression(self, name: str) -> None:
         wanted = SPLITTINGS[name]

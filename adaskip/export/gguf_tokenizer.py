@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -140,13 +141,26 @@ def _begins(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> TokenizerFields:
-    """The ids of special tokens and the chat template, those that there are."""
+    """The ids of special tokens and the chat templates, those that there are."""
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     fields: TokenizerFields = {}
     for name, own in names.items():
         index = getattr(tokenizer, f"{own}_token_id", None)
         if index is not None:
             fields[f"tokenizer.ggml.{name}_token_id"] = (int(index), "UINT32")
-    if isinstance(tokenizer.chat_template, str):
-        fields["tokenizer.chat_template"] = (tokenizer.chat_template, "STRING")
-    return fields
+    return fields | _templates(tokenizer.chat_template)
+
+
+def _templates(given: str | dict[str, str] | None) -> TokenizerFields:
+    """Chat templates, of which there may be several, by name."""
+    named = given if isinstance(given, dict) else {"default": given} if given else {}
+    fields: TokenizerFields = {}
+    others = []
+    for name, template in named.items():
+        if name == "default":
+            fields["tokenizer.chat_template"] = (template, "STRING")
+            continue
+        # Only such names do converters write.
+        others.append(re.sub("[^a-zA-Z0-9]", "_", name))
+        fields[f"tokenizer.chat_template.{others[-1]}"] = (template, "STRING")
+    return fields | ({"tokenizer.chat_templates": (others, "STRING")} if others else {})
