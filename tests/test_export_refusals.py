@@ -51,6 +51,25 @@ class OnlyDecode(SkipPolicy):
         return PLAN if step.phase is Phase.DECODE else SkipPlan()
 
 
+class LongPrompts(SkipPolicy):
+    """Skips in requests whose prompts are long."""
+
+    def bind(self, n_layers: int) -> None:
+        super().bind(n_layers)
+        self.long: dict[int, bool] = {}
+
+    def plan(self, step: Step) -> SkipPlan:
+        long = self.long.setdefault(step.request, step.tokens > 2000)
+        return PLAN if long else SkipPlan()
+
+
+class FirstRequest(SkipPolicy):
+    """Skips in the first request."""
+
+    def plan(self, step: Step) -> SkipPlan:
+        return SkipPlan() if step.request else PLAN
+
+
 def refused(
     error: type[AdaskipError], said: str, tmp_path: Path, *args: Any, **kwargs: Any
 ) -> None:
@@ -66,7 +85,8 @@ def refused(
 
 def test_policies_that_change(model: PreTrainedModel, tmp_path: Path) -> None:
     importance = learn_importance(model, [prompt(9)])
-    for policy in (SkipDecode(2, horizon=8), AdaSkip(importance, 3, online=True), OnlyDecode()):
+    own = (OnlyDecode(), LongPrompts(), FirstRequest())
+    for policy in (SkipDecode(2, horizon=8), AdaSkip(importance, 3, online=True), *own):
         refused(PlanError, f"{type(policy).__name__} skips other", tmp_path, model, policy)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,6 +40,9 @@ DTYPES: dict[str, tuple[str, ...]] = {
     "hf": ("f32", "f16", "bf16"),
     "gguf": ("f32", "f16", "bf16", "q8_0"),
 }
+# Lengths of prompts, and decode steps taken, at which a policy is asked for its plan.
+_PROMPTS = (2, 1, 64, 4096, 1_000_000)
+_DECODED = (0, 1, 4096)
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -63,15 +67,23 @@ def plan_of(policy: SkipPlan | SkipPolicy, n_layers: int, scope: Scope = "e2e") 
     policy = copy.copy(entering.as_policy(policy))
     policy.scope = scope
     policy.bind(n_layers)
-    prefill = policy.plan(Step(Phase.PREFILL, request=0, index=0, tokens=2))
-    decode = policy.plan(Step(Phase.DECODE, request=0, index=1, tokens=1, decoded=0))
-    if policy.stepwise or prefill != decode:
+    plans = (policy.plan(step) for step in _steps())
+    first = next(plans)
+    if policy.stepwise or any(plan != first for plan in plans):
         raise PlanError(
-            f"{type(policy).__name__} skips other sublayers in prefill and decode or from step to "
-            "step, and a checkpoint has the same ones throughout; take a fixed plan (AdaSkip: "
-            "online=False)."
+            f"{type(policy).__name__} skips other sublayers in prefill and decode, from step to "
+            "step or from prompt to prompt, and a checkpoint has the same ones throughout; take a "
+            "fixed plan (AdaSkip: online=False)."
         )
-    return prefill
+    return first
+
+
+def _steps() -> Iterator[Step]:
+    """Steps of several requests, by any of which a policy may decide."""
+    for request, tokens in enumerate(_PROMPTS):
+        yield Step(Phase.PREFILL, request, index=0, tokens=tokens)
+        for decoded in _DECODED:
+            yield Step(Phase.DECODE, request, index=1 + decoded, tokens=1, decoded=decoded)
 
 
 def short_dtype(dtype: torch.dtype | str | None, model: PreTrainedModel, file_format: str) -> str:
