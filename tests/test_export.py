@@ -239,6 +239,15 @@ def test_a_mistral_without_a_window_remains_one(tmp_path: Path) -> None:
     assert type(load_model(tmp_path / "out", device="cpu")) is type(model)
 
 
+def test_without_a_generation_configuration(tmp_path: Path) -> None:
+    """The checkpoint has the one that transformers makes of its configuration."""
+    model: Any = tiny_model("llama")
+    model.generation_config = None
+    export_checkpoint(model, None, SkipPlan({F1: None}), tmp_path / "out")
+    loaded = load_model(tmp_path / "out", device="cpu")
+    assert loaded.generation_config.bos_token_id == model.config.bos_token_id
+
+
 PLAN = SkipPlan({A0: 1.2, F1: 0.9, A2: None, F3: 1.05})
 
 

@@ -48,7 +48,8 @@ def write(
     made.tie_weights()
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise RuntimeError(f"The surviving weights do not fit: {missing}, {unexpected}.")
-    made.generation_config = model.generation_config
+    if model.generation_config is not None:
+        made.generation_config = model.generation_config
     made.save_pretrained(folder)
     parameters = sum(tensor.numel() for tensor in state.values())
     weights = tuple(folder.glob("*.safetensors"))
