@@ -239,6 +239,19 @@ def test_a_mistral_without_a_window_remains_one(tmp_path: Path) -> None:
     assert type(load_model(tmp_path / "out", device="cpu")) is type(model)
 
 
+def test_what_was_true_of_the_source_alone_is_left_out(tmp_path: Path) -> None:
+    """Its remote code is not in the folder, and its weights are plain numbers now."""
+    model = tiny_model("llama")
+    model.config.auto_map = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "x.Y"}
+    model.config.quantization_config = {"quant_method": "gguf"}
+    export_checkpoint(model, None, SkipPlan({F1: None, A2: None}), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"auto_map", "quantization_config"} & set(config)
+    loaded: Any = AutoModelForCausalLM
+    remote = loaded.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(remote) is type(model)
+
+
 def test_without_a_generation_configuration(tmp_path: Path) -> None:
     """The checkpoint has the one that transformers makes of its configuration."""
     model: Any = tiny_model("llama")

@@ -96,6 +96,9 @@ def _whole(model: PreTrainedModel, surviving: Surviving) -> tuple[type[Any], Any
 def _shortened(model: PreTrainedModel, surviving: Surviving) -> dict[str, Any]:
     """The model's configuration with the checkpoint's number of layers."""
     content = model.config.to_dict()
+    # Code beside the source's weights, and how those were quantized: neither goes along.
+    for name in ("auto_map", "quantization_config"):
+        content.pop(name, None)
     n_layers = len(surviving.layers)
     content |= {"num_hidden_layers": n_layers, "tie_word_embeddings": is_tied(model)}
     if content["model_type"] in ONE_WINDOW:
