@@ -22,6 +22,7 @@ from export_fixtures import (
     N_TOKENS,
     byte_tokenizer,
     divergence,
+    full_model,
     gguf_model,
     logits,
     plan_of,
@@ -42,7 +43,7 @@ from adaskip import (
     export_checkpoint,
     load_tokenizer,
 )
-from adaskip.export import gguf_file, gguf_reading, gguf_tokenizer, llamacpp
+from adaskip.export import comparing, gguf_file, gguf_reading, gguf_tokenizer, llamacpp
 from adaskip.export.llama_form import LlamaForm, paired, rope_factors
 from adaskip.export.surviving import surviving
 from adaskip.models.text_splitting import SPLITTINGS
@@ -206,6 +207,24 @@ def test_precisions(dtype: str, tolerance: float, tmp_path: Path) -> None:
     assert 1e-9 < found < tolerance
     norm = model.model.layers[0].input_layernorm.weight
     assert torch.equal(file.tensors["blk.0.attn_norm.weight"], norm)
+
+
+def test_rows_that_are_no_whole_blocks_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "samples", lambda *_: pytest.fail("something was computed"))
+    tokens = {"vocab_size": N_TOKENS, "bos_token_id": 1, "eos_token_id": 2}
+    for length, changes in (
+        (40, {"intermediate_size": 40}),
+        (24, {"num_attention_heads": 4, "head_dim": 6}),
+        (48, {"hidden_size": 48}),
+    ):
+        model = full_model.__wrapped__("llama", **tokens, **changes)
+        with pytest.raises(AdaskipError, match=f"multiple of 32 numbers, .* some of {length}; "):
+            export_checkpoint(
+                model, byte_tokenizer(), SkipPlan(), tmp_path / "o", format="gguf", dtype="q8_0"
+            )
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_whole_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,11 +79,11 @@ def export_checkpoint(
     wanted = refusing.plan_of(policy, n_layers)
     wanted.check(n_layers, model.config.hidden_size)
     left = surviving(wanted, n_layers)
-    kind = KINDS[format](model, tokenizer, left, tokenizer_gguf)
+    kind = KINDS[format](model, tokenizer, left, name, tokenizer_gguf)
     expected = comparing.samples(model, wanted, comparing.texts_of(model, tokenizer))
     tolerance = comparing.tolerance(name, refusing.short_dtype(None, model, "hf"))
     with _appearing(target) as work:
-        written = kind.write(work, name, about(model, _told(policy, wanted)))
+        written = kind.write(work, about(model, _told(policy, wanted)))
         checks = tuple(
             comparing.accepted(comparing.compared(engine, expected, found, tolerance))
             for engine, found in kind.run(work, expected)

@@ -31,6 +31,7 @@ class Kind(ABC):
         model: where the weights come from.
         tokenizer: written with them; None writes none.
         left: what the plan leaves.
+        dtype: of the weights, by its short name.
         tokenizer_gguf: a GGUF file whose tokenizer is copied.
 
     Raises:
@@ -42,11 +43,13 @@ class Kind(ABC):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         left: Surviving,
+        dtype: str,
         tokenizer_gguf: str | os.PathLike[str] | None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.left = left
+        self.dtype = dtype
         self.tokenizer_gguf = tokenizer_gguf
         self.check()
 
@@ -55,7 +58,7 @@ class Kind(ABC):
         """Refuses what the format cannot hold."""
 
     @abstractmethod
-    def write(self, folder: Path, dtype: str, about: Mapping[str, Any]) -> Written:
+    def write(self, folder: Path, about: Mapping[str, Any]) -> Written:
         """Writes into an existing folder."""
 
     @abstractmethod
@@ -71,9 +74,9 @@ class HfKind(Kind):
         if self.tokenizer_gguf is not None:
             raise AdaskipError("Format 'hf' takes no tokenizer from a GGUF file; give it its own.")
 
-    def write(self, folder: Path, dtype: str, about: Mapping[str, Any]) -> Written:
+    def write(self, folder: Path, about: Mapping[str, Any]) -> Written:
         """Weights, configuration, modelling file, tokenizer."""
-        written = hf.write(self.model, self.left, folder, TORCH_DTYPES[dtype], about)
+        written = hf.write(self.model, self.left, folder, TORCH_DTYPES[self.dtype], about)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         return replace(written, engines=self._engines(written.engines))
@@ -102,7 +105,7 @@ class GgufKind(Kind):
     def check(self) -> None:
         """Refuses what GGUF or llama.cpp cannot hold, the tokenizer included."""
         gguf_file.gguf_package()
-        LlamaForm(self.model, self.left)
+        gguf_file.check_rows(LlamaForm(self.model, self.left), self.dtype)
         vocab_size: int = self.model.config.vocab_size
         if self.tokenizer_gguf is not None:
             self.fields = gguf_tokenizer.from_gguf(
@@ -113,9 +116,9 @@ class GgufKind(Kind):
         else:
             raise AdaskipError("Format 'gguf' needs a tokenizer: give the model's own.")
 
-    def write(self, folder: Path, dtype: str, about: Mapping[str, Any]) -> Written:
+    def write(self, folder: Path, about: Mapping[str, Any]) -> Written:
         """One file, the tokenizer in it."""
-        return gguf_file.write(self.model, self.left, folder, dtype, about, self.fields)
+        return gguf_file.write(self.model, self.left, folder, self.dtype, about, self.fields)
 
     def run(self, folder: Path, expected: Sequence[Sample]) -> Iterator[tuple[str, list[Found]]]:
         """Its numbers read back into a model of ours; and llama.cpp, if it is installed."""

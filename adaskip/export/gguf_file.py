@@ -37,6 +37,20 @@ def gguf_package() -> Any:
     return gguf
 
 
+def check_rows(form: LlamaForm, dtype: str) -> None:
+    """Refuses matrices that a precision cannot hold.
+
+    Raises:
+        AdaskipError: q8_0 takes whole blocks, and a row is none.
+    """
+    odd = [length for length in form.row_lengths if length % _Q8_BLOCK]
+    if dtype == "q8_0" and odd:
+        raise AdaskipError(
+            f"Precision q8_0 takes rows of a multiple of {_Q8_BLOCK} numbers, and this model has "
+            f"some of {odd[0]}; take f16."
+        )
+
+
 def write(
     model: PreTrainedModel,
     surviving: Surviving,
@@ -73,7 +87,7 @@ def write(
     tensors = chain(form.around(), form.layers())
     for name, tensor in tqdm(tensors, "writing GGUF", unit="tensor", leave=False):
         parameters += tensor.numel()
-        values, kind = _encoded(tensor, dtype, name)
+        values, kind = _encoded(tensor, dtype)
         writer.add_tensor(name, values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -116,16 +130,11 @@ def _write_field(writer: Any, key: str, value: Any, kind: str) -> None:
         writer.add_key_value(key, value, types[kind])
 
 
-def _encoded(tensor: Tensor, dtype: str, name: str) -> tuple[np.ndarray[Any, Any], Any]:
+def _encoded(tensor: Tensor, dtype: str) -> tuple[np.ndarray[Any, Any], Any]:
     """A tensor's numbers in the file, and ggml's type of them."""
     gguf = gguf_package()
     values = tensor.detach().cpu().float().contiguous().numpy()
     if values.ndim == 1 or dtype == "f32":
         return values, gguf.GGMLQuantizationType.F32
-    if dtype == "q8_0" and values.shape[-1] % _Q8_BLOCK:
-        raise AdaskipError(
-            f"Precision q8_0 takes rows of a multiple of {_Q8_BLOCK} numbers, and {name} has "
-            f"{values.shape[-1]}; take f16."
-        )
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     return gguf.quantize(values, kind), kind

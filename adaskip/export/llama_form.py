@@ -101,6 +101,11 @@ class LlamaForm:
         # Without an FFN, llama.cpp leaves an attention out or aborts.
         return [ZERO_FFN if layer.ffn is None else length for layer in self.surviving.layers]
 
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """How many numbers a row of its matrices has, each length that there is."""
+        return (self.config.hidden_size, self.heads * self.head_dim, *self.ffn_lengths)
+
     def _stand_ins(self) -> Iterator[tuple[str, Tensor]]:
         hidden = self.config.hidden_size
         if self.surviving.layers[0].attn is None:
