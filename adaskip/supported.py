@@ -74,8 +74,8 @@ def refuse_several_devices(layers: Iterable[nn.Module]) -> None:
     if len(devices) > 1:
         raise UnsupportedModelError(
             f"The model's layers are on {', '.join(devices)}; sublayers are timed, fitted and "
-            "searched on one device: load the model on one that holds all of it (without "
-            "device_map), and use the times or the plan on any number."
+            "searched on one: load the model on a device that holds all of it (no device_map); a "
+            "plan that was made there applies on any number."
         )
 
 

@@ -37,7 +37,7 @@ def takes_flash(query: Tensor, step: BlockStep) -> bool:
     )
 
 
-# Compiled, it is traced once: what a cache keeps is a warning there, what a device can do a break.
+# A compiler is not to trace it: it warns of functions that are cached, and breaks graphs here.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_kernel(device: torch.device) -> bool:
     """Whether this torch was built with the kernel, and the device is one that it was made for."""

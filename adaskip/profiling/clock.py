@@ -57,8 +57,9 @@ class SublayerClock:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._decoder: Any = model.base_model
-        refuse_several_devices(self._decoder.layers)
+        decoder: Any = model.base_model
+        refuse_several_devices(decoder.layers)
+        self._decoder = decoder
         self._block = block_spec(model.config.model_type)
         self._device = model.device
         self._marks: list[Any] = []
