@@ -442,6 +442,18 @@ def test_a_model_that_does_not_fit_is_refused(
         measure(Overhead(model="lama", results_dir=str(tmp_path)))
 
 
+def test_requests_that_a_model_would_refuse_are_refused_before_it_is_made(tmp_path: Path) -> None:
+    test = tiny_test(tmp_path, model_name="internlm", contexts=(512, 8190))
+    test.check()
+    for measurement in (
+        replace(test, contexts=(512, 8191)),
+        replace(test, layers=None, weights="default", new_tokens=3),
+        Overhead(model="internlm", contexts=(8192,)),
+    ):
+        with pytest.raises(AdaskipError, match=r"internlm is exact only up to 8192 tokens: 819"):
+            measurement.check()
+
+
 def test_options_are_the_fields() -> None:
     words = ["--contexts", "8", "16", "--no-keep_memory", "--minutes", "0.5", "--compiled"]
     found = with_options(SpeedTest(model_name="llama"), [*words, "--layers", "3"])

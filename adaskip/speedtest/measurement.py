@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from adaskip.errors import AdaskipError, refuse_below_one, unknown_name
 from adaskip.models.devices import resolve_device, resolve_dtype
-from adaskip.models.loading import load_model, model_names, random_model
+from adaskip.models.internlm import position_limit
+from adaskip.models.loading import build_config, load_model, model_names, model_spec, random_model
 from adaskip.plan import Phase
 from adaskip.policies.made_plan import PlanFile
 from adaskip.profiling import memory
@@ -96,6 +97,17 @@ class Measurement(ABC):
             raise AdaskipError(
                 f"--layers {self.layers} cuts random weights only; leave out --layers, or measure "
                 "random weights."
+            )
+        if weights in (None, DEFAULT_WEIGHTS):
+            self._check_positions(model)
+
+    def _check_positions(self, model: str) -> None:
+        """Refuses requests that the model would refuse, once it is made and has taken its time."""
+        limit = position_limit(build_config(model_spec(model).shape))
+        if limit is not None and max(self.contexts) + self.new_tokens > limit:
+            raise AdaskipError(
+                f"{model} is exact only up to {limit} tokens: {max(self.contexts)} of a prompt "
+                f"(--contexts) and {self.new_tokens} new ones (--new_tokens) are more."
             )
 
     def path(self, device: torch.device) -> Path:
