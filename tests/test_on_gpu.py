@@ -57,6 +57,26 @@ def test_every_part_is_a_command_with_options_it_knows(
         assert (made.layers == 2) == tried
 
 
+def test_a_part_that_would_not_end_in_time_is_not_begun(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, limits = [1000.0], []
+
+    def run(command: Sequence[str], seconds: float) -> None:
+        limits.append(seconds)
+        now[0] += 75
+
+    monkeypatch.setattr(gpu, "_run", run)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    parts = ["vicuna-8k", "llama-8k", "internlm-8k", "overhead-llama-8k"]
+    options = ["--try_on_cpu", "--results_dir", str(tmp_path), "--seconds", "190", "--parts"]
+    assert gpu_main([*options, *parts]) == 1
+    assert limits == [190, 115]
+    printed = capsys.readouterr().out
+    assert "llama-8k: not begun: it takes about 150 seconds, 115 are left. The same" in printed
+    assert "overhead-llama-8k: not begun: it takes about 120 seconds, 40 are left." in printed
+
+
 def test_what_was_measured_is_printed_in_short(
     commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

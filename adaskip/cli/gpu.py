@@ -1,16 +1,19 @@
 """Everything that has to run on a GPU, part by part: the checks, then the paper's sizes timed.
 
-Every part is a command of its own, stays under its time, and goes on where it was when it is called
-again; so a machine that is lent for minutes is enough.
+Every part is a command of its own and is measured once; none is begun that would not end in time.
+So a machine that is lent for minutes is enough.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +30,57 @@ _LAYERS, _HIDDEN, _WINDOW_SIZE, _RANK = 32, 4096, 1024, 64
 _EAGER = ("--policies", "EE", "ADA", "--rounds", "5")
 _ALL = (*_EAGER, "--minutes", "1", "--budgets", "8", "12", "16")
 _ONE = (*_EAGER, "--minutes", "0.5", "--budgets", "16")
-# By name: the script, its options, and the plans it measures besides.
-_SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "llama-8k": ("run_llama_speed", ("--contexts", "8192", *_ALL), (_WINDOW, _LINEAR)),
-    "compiled-llama-8k": (
-        "compiled",
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is called on its own.
+
+    Attributes:
+        seconds: about what it takes on an H200, its start included.
+        script: what it runs.
+        options: of the script.
+        plans: what it measures besides.
+    """
+
+    seconds: int
+    script: str
+    options: tuple[str, ...] = ()
+    plans: tuple[str, ...] = ()
+
+
+_CHECKS = "checks"
+# First what there are no results of yet.
+PARTS = {
+    _CHECKS: _Part(300, "tests/test_cuda.py"),
+    "vicuna-8k": _Part(70, "speed/run_vicuna_speed.py", ("--contexts", "8192", *_ONE)),
+    # Which refuses to go beyond 8,192 tokens, the new ones included.
+    "internlm-8k": _Part(60, "speed/run_internlm_speed.py", ("--contexts", "8000", *_ONE)),
+    "overhead-llama-8k": _Part(
+        120, "speed/overhead.py", ("--model", "llama", "--contexts", "8192")
+    ),
+    "compiled-llama-8k": _Part(
+        250,
+        "speed/compiled.py",
         ("--model", "llama", "--contexts", "8192", "--rounds", "5"),
         (_SKIP, _WINDOW),
     ),
-    "llama-32k": ("run_llama_speed", ("--contexts", "32768", *_ONE), (_WINDOW,)),
-    "vicuna-8k": ("run_vicuna_speed", ("--contexts", "8192", *_ONE), ()),
-    # Which refuses to go beyond 8,192 tokens, the new ones included.
-    "internlm-8k": ("run_internlm_speed", ("--contexts", "8000", *_ONE), ()),
+    "llama-8k-batch-8": _Part(
+        150,
+        "speed/run_llama_speed.py",
+        ("--contexts", "8192", "--batches", "8", *_ONE),
+        (_WINDOW,),
+    ),
+    "llama-128k": _Part(
+        230,
+        "speed/run_llama_speed.py",
+        ("--contexts", "131072", "--policies", "ADA", "--rounds", "1", "--budgets", "16"),
+        (_WINDOW,),
+    ),
     # 34 GB of keys and values beside 16 GB of weights and as many of activations.
-    "compiled-llama-32k-batch-8": (
-        "compiled",
+    "compiled-llama-32k-batch-8": _Part(
+        300,
+        "speed/compiled.py",
         (
             "--model",
             "llama",
@@ -55,20 +94,11 @@ _SPEED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ),
         (_WINDOW,),
     ),
-    "llama-8k-batch-8": (
-        "run_llama_speed",
-        ("--contexts", "8192", "--batches", "8", *_ONE),
-        (_WINDOW,),
+    "llama-8k": _Part(
+        150, "speed/run_llama_speed.py", ("--contexts", "8192", *_ALL), (_WINDOW, _LINEAR)
     ),
-    "llama-128k": (
-        "run_llama_speed",
-        ("--contexts", "131072", "--policies", "ADA", "--rounds", "1", "--budgets", "16"),
-        (_WINDOW,),
-    ),
-    "overhead-llama-8k": ("overhead", ("--model", "llama", "--contexts", "8192"), ()),
+    "llama-32k": _Part(150, "speed/run_llama_speed.py", ("--contexts", "32768", *_ONE), (_WINDOW,)),
 }
-_CHECKS = "checks"
-PARTS = (_CHECKS, *_SPEED)
 # What a part becomes on a machine without a GPU, to see that it runs.
 _TRIED_LAYERS = 2
 _TRIED = ("--device", "cpu", "--layers", "2", "--contexts", "16", "--new_tokens", "2")
@@ -81,7 +111,7 @@ def gpu_main(argv: Sequence[str] | None = None) -> int:
         argv: the options, by default those of the command line.
 
     Returns:
-        The exit code: 0, 1 if a part failed or ran out of time, 2 for bad input.
+        The exit code: 0, 1 if a part failed, ran out of time or was not begun, 2 for bad input.
     """
     return GPU.main(argv)
 
@@ -93,10 +123,18 @@ def _act(given: argparse.Namespace) -> int:
     if not given.try_on_cpu:
         _refuse_without_gpu()
     folder = Path(given.results_dir)
+    end = time.monotonic() + given.seconds
     failed = {}
     for part in given.parts:
+        left, needed = end - time.monotonic(), PARTS[part].seconds
+        if needed > left:
+            failed[part] = (
+                f"not begun: it takes about {needed} seconds, {max(left, 0):.0f} are left"
+            )
+            continue
         say(f"== {part}")
-        reason = _run(_command(part, folder, tried=given.try_on_cpu), 60 * given.minutes)
+        command = _command(part, folder, tried=given.try_on_cpu)
+        reason = _run(command, min(60 * given.minutes, left))
         if reason is not None:
             failed[part] = reason
     say(_table(folder, "try" if given.try_on_cpu else "cuda"))
@@ -109,6 +147,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
     names = f"which parts, in this order: {', '.join(PARTS)} (default: all)"
     parser.add_argument("--parts", nargs="+", default=[*PARTS], metavar="PART", help=names)
     parser.add_argument("--minutes", type=float, default=10.0, help="limit of a part (default: 10)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="limit of all parts together; one that would not end in time is not begun, as its "
+        "records have nothing before its end (default: none)",
+    )
     parser.add_argument("--results_dir", default="results/speed", help="folder of the records")
     parser.add_argument(
         "--try_on_cpu", action="store_true", help="run all parts in small, to see that they run"
@@ -132,12 +177,12 @@ def _refuse_without_gpu() -> None:
 
 def _command(part: str, folder: Path, *, tried: bool) -> list[str]:
     """The command line of a part."""
-    root = Path(__file__).resolve().parents[2]
+    script = Path(__file__).resolve().parents[2] / PARTS[part].script
     if part == _CHECKS:
-        return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(root / "tests/test_cuda.py")]
-    script, options, plans = _SPEED[part]
+        return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(script)]
+    options, plans = PARTS[part].options, PARTS[part].plans
     name = f"{part}-{'try' if tried else 'cuda'}"
-    command = [sys.executable, str(root / f"speed/{script}.py"), *options]
+    command = [sys.executable, str(script), *options]
     if plans:
         command += ["--plans", *(str(_plan(plan, tried=tried)) for plan in plans)]
     if tried:
