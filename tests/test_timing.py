@@ -285,6 +285,7 @@ def test_compiled_decoding_is_compared_case_by_case(monkeypatch: pytest.MonkeyPa
         return real(*given)
 
     monkeypatch.setattr(compiled, "_request", counted)
+    monkeypatch.setattr(memory, "peak_bytes", lambda device: 10**6)
     rows = compare_compiled(model, plans, prompt(12), n_steps=2, rounds=1, ideal=True, rates=rates)
     # Each once to compile and once in the round, where dense is in every ratio.
     times = [sum(one is plan for one in asked) for plan in (None, plans["less"])]
@@ -299,6 +300,9 @@ def test_compiled_decoding_is_compared_case_by_case(monkeypatch: pytest.MonkeyPa
     # One of four attentions holds nothing, or five tokens of fourteen.
     assert 4 * less["kv_bytes"] == 3 * dense["kv_bytes"]
     assert window["kv_bytes"] == dense["kv_bytes"] / 4 * (3 + 5 / 14)
+    # The caches of the cases before are there, too, but not this one's.
+    assert dense["peak_bytes"] == less["peak_bytes"] + dense["kv_bytes"] == 10**6
+    assert window["peak_bytes"] == less["peak_bytes"] - less["kv_bytes"]
     needed = mean(forward_bytes(model, plans["less"], held, 1) for held in (13, 14)) / 1e3
     assert less["roofline_ratio"] == less["decode"]["median"] / needed
 
