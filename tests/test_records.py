@@ -300,5 +300,10 @@ def test_results_do_not_make_a_checkout_dirty(
     assert re.fullmatch("[0-9a-f]{40}", commit)
     result.write_text("2")
     assert git_commit() == commit
-    code.write_text("2")
-    assert git_commit() == f"{commit}-dirty"
+    dirty = []
+    for content in (b"2", b"\xff", b"2"):
+        code.write_bytes(content)
+        dirty.append(git_commit())
+    # Other edits are other code.
+    assert dirty[0] == dirty[2] != dirty[1]
+    assert all(re.fullmatch(f"{commit}-dirty-[0-9a-f]{{8}}", str(name)) for name in dirty)

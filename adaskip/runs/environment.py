@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -85,16 +86,20 @@ def cpu_name() -> str:
 def git_commit() -> str | None:
     """The commit of the checkout the package runs from; None outside one.
 
-    With `-dirty` if a tracked file differs from it, results aside: those are what runs change.
+    With `-dirty` if a tracked file differs from it, results aside: those are what runs change. A
+    digest of the difference follows, so that what was measured before an edit is not taken for
+    what is measured after it.
     """
     if not (CHECKOUT / ".git").exists():
         return None
     try:
         commit = _git("rev-parse", "HEAD")
-        changed = _git("diff", "--name-only", "HEAD", "--", ".", ":(exclude)results")
+        changes = _git("diff", "HEAD", "--", ".", ":(exclude)results")
     except (OSError, subprocess.SubprocessError):
         return None
-    return f"{commit}-dirty" if changed else commit
+    if not changes:
+        return commit
+    return f"{commit}-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:8]}"
 
 
 def _git(*arguments: str) -> str:
@@ -104,6 +109,7 @@ def _git(*arguments: str) -> str:
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
+        errors="replace",  # a difference has the encodings of its files
         timeout=10,
         check=True,
     )
