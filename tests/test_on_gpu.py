@@ -43,7 +43,7 @@ def test_every_part_is_a_command_with_options_it_knows(
     assert gpu_main(options) == 1
     assert len(commands) == len(PARTS)
     checks = ["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests/test_cuda.py")]
-    assert commands[0][1:] == checks
+    assert commands[0][1:] == [*checks, *([] if tried else ["-n", "10", "--timeout", "120"])]
     for _, script, *given in commands[1:]:
         assert Path(script).is_file()
         name = Path(script).stem
@@ -55,6 +55,15 @@ def test_every_part_is_a_command_with_options_it_knows(
         assert made.results_dir == str(tmp_path)
         assert made.name.endswith("try" if tried else "cuda")
         assert (made.layers == 2) == tried
+
+
+def test_checks_run_on_pytest_alone(
+    commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    assert gpu_main(["--results_dir", str(tmp_path), "--parts", "checks"]) == 0
+    assert commands[0][-1] == str(ROOT / "tests/test_cuda.py")
 
 
 def test_a_part_that_would_not_end_in_time_is_not_begun(

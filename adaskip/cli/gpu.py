@@ -14,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,12 @@ class _Part:
 
 
 _CHECKS = "checks"
+# What pytest is given, where it has the package. The checks are small: their processes wait for
+# Python, not for the GPU.
+_PYTEST = {"xdist": ("-n", "10"), "pytest_timeout": ("--timeout", "120")}
 # First what there are no results of yet.
 PARTS = {
-    _CHECKS: _Part(300, "tests/test_cuda.py"),
+    _CHECKS: _Part(150, "tests/test_cuda.py"),
     "vicuna-8k": _Part(70, "speed/run_vicuna_speed.py", ("--contexts", "8192", *_ONE)),
     # Which refuses to go beyond 8,192 tokens, the new ones included.
     "internlm-8k": _Part(60, "speed/run_internlm_speed.py", ("--contexts", "8000", *_ONE)),
@@ -179,7 +184,9 @@ def _command(part: str, folder: Path, *, tried: bool) -> list[str]:
     """The command line of a part."""
     script = Path(__file__).resolve().parents[2] / PARTS[part].script
     if part == _CHECKS:
-        return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(script)]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(script)]
+        known = [name for name in _PYTEST if not tried and find_spec(name) is not None]
+        return [*command, *chain.from_iterable(_PYTEST[name] for name in known)]
     options, plans = PARTS[part].options, PARTS[part].plans
     name = f"{part}-{'try' if tried else 'cuda'}"
     command = [sys.executable, str(script), *options]
