@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,6 +85,12 @@ def test_a_part_that_would_not_end_in_time_is_not_begun(
     printed = capsys.readouterr().out
     assert "llama-8k: not begun: it takes about 150 seconds, 115 are left. The same" in printed
     assert "overhead-llama-8k: not begun: it takes about 120 seconds, 40 are left." in printed
+
+
+@pytest.mark.parametrize("code", [0, 1, 5])
+def test_checks_of_which_none_is_found_are_no_success(code: int) -> None:
+    reason = gpu._run([sys.executable, "-c", f"raise SystemExit({code})"], 60)
+    assert reason == (f"ended with exit code {code}" if code else None)
 
 
 def test_what_was_measured_is_printed_in_short(
