@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -549,6 +551,43 @@ def test_a_killed_measurement_goes_on_where_it_was(
     assert len(taken) == 3
     measure(replace(measurement, resume=False))  # type: ignore[type-var]
     assert len(taken) == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "measured_by"),
+    [
+        (Overhead, "adaskip.speedtest.overhead.measure_overhead"),
+        (Budget, "adaskip.speedtest.budget_check.check_budgets"),
+        (CompiledDecoding, "adaskip.speedtest.compiled.compare_compiled"),
+        (SpeedTest, "adaskip.speedtest.benchmark.SpeedTest.measure_point"),
+    ],
+)
+def test_what_does_not_fit_is_let_go_of_and_tried_again(
+    kind: type[Measurement], measured_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def too_large(*_: object, **__: object) -> None:
+        activations = torch.ones(3)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError
+
+    still_held: list[bool] = []
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: still_held.append(held[-1]() is not None)
+    )
+    monkeypatch.setattr(measured_by, too_large)
+    more = {"contexts": (8, 9)}
+    study = tiny_test if kind is SpeedTest else partial(tiny_study, kind)  # type: ignore[type-abstract]
+    measurement: Measurement = study(tmp_path, **more)  # type: ignore[operator]
+    record = measure(measurement).content
+    assert [point["error"] for point in record["points"]] == ["out of memory"] * 2
+    assert still_held == [False, False]
+    text = as_markdown(measurement.kind, measurement.title, record)
+    assert text.endswith("- 8 tokens, batch 1: out of memory\n\n- 9 tokens, batch 1: out of memory")
+    monkeypatch.setattr(measured_by, lambda *_, **__: {"cases": []} if kind is SpeedTest else [])
+    again = measure(measurement).content["points"]
+    assert [point["context"] for point in again if "error" not in point] == [8, 9]
 
 
 KINDS = {

@@ -37,7 +37,7 @@ def as_markdown(kind: str, title: str, record: Mapping[str, Any]) -> str:
         title: its heading.
         record: the content of its JSON file.
     """
-    parts = _speed(record) if kind == "speed" else [_about_study(record), _TABLES[kind](record)]
+    parts = _speed(record) if kind == "speed" else _study(record, _TABLES[kind])
     return "\n\n".join([f"# {title}", *parts])
 
 
@@ -99,10 +99,10 @@ def _case(point: Mapping[str, Any], case: Mapping[str, Any], *, roofline: bool) 
 def _shares(points: Iterable[Mapping[str, Any]]) -> Iterable[str]:
     """Per point, how often it was measured, and what attention and FFN take of a dense forward."""
     for point in points:
-        where = f"- {point['context']} tokens, batch {point['batch']}"
         if "error" in point:
-            yield f"{where}: {point['error']}"
+            yield _error(point)
             continue
+        where = f"- {point['context']} tokens, batch {point['batch']}"
         where += f", {point['cases'][0]['prefill']['n']} rounds"
         parts = []
         for phase in Phase:
@@ -111,6 +111,16 @@ def _shares(points: Iterable[Mapping[str, Any]]) -> Iterable[str]:
             shares = [f"{100 * sum(times[kind]) / times['total']:.1f}" for kind in KINDS]
             parts.append(f"{phase}: {', '.join(each)} ms each; shares {' + '.join(shares)} %")
         yield f"{where}: {'; '.join(parts)}"
+
+
+def _study(record: Mapping[str, Any], table: Callable[[Mapping[str, Any]], str]) -> list[str]:
+    """A study: its table, and below it what could not be measured."""
+    failed = [point for point in record.get("points", ()) if "error" in point]
+    return [_about_study(record), table(record), *map(_error, failed)]
+
+
+def _error(point: Mapping[str, Any]) -> str:
+    return f"- {point['context']} tokens, batch {point.get('batch', 1)}: {point['error']}"
 
 
 def _about_study(record: Mapping[str, Any]) -> str:
@@ -202,7 +212,7 @@ def _serving(record: Mapping[str, Any]) -> str:
 
 def _compiled(record: Mapping[str, Any]) -> str:
     """Compiled decoding under plans beside the dense model's."""
-    rates = next((point["rates"] for point in record["points"] if point["rates"]), None)
+    rates = next((point["rates"] for point in record["points"] if point.get("rates")), None)
     header = ["case", "tokens", "batch", "attn+ffn", "windows", "ms/token", "speedup", "ideal"]
     header += ["KV MB", "peak GB", *(["roofline ratio"] if rates else [])]
     cells = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from adaskip.profiling.clock import ClockedRequests
 from adaskip.profiling.interleaving import MIN_ROUNDS, by_turns
 from adaskip.profiling.timing import RequestTimes
 from adaskip.speedtest.cases import BASELINES, DENSE, Case, check_cases, make_cases, run_case
-from adaskip.speedtest.measurement import Measurement, option
+from adaskip.speedtest.measurement import Measurement, if_it_fits, option
 from adaskip.speedtest.record import Key, Point
 from adaskip.speedtest.roofline import Rates, measured_rates, operation_counter
 from adaskip.speedtest.stats import (
@@ -39,7 +38,6 @@ from adaskip.speedtest.stats import (
     with_replacements,
 )
 
-logger = logging.getLogger(__name__)
 WARMUP_TOKENS = 256
 
 
@@ -136,15 +134,12 @@ class SpeedTest(Measurement):
         rates = measured_rates(model.device)
         seconds = 60 * self.minutes / len(missing)
         for key in missing:
-            context, batch = key["context"], key["batch"]
-            try:
-                ids = random_prompt(model, context, batch)
-                point = self.measure_point(model, cases, ids, seconds, rates)
-            except torch.OutOfMemoryError:
-                logger.warning("Out of memory at %d tokens, batch %d: left out", context, batch)
-                torch.cuda.empty_cache()
-                point = {"error": "out of memory", "cases": []}
-            yield point
+
+            def measured(key: Key = key) -> Point:
+                ids = random_prompt(model, key["context"], key["batch"])
+                return self.measure_point(model, cases, ids, seconds, rates)
+
+            yield if_it_fits(key, measured, lines="cases")
 
     def measure_point(
         self,

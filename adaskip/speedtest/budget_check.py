@@ -20,7 +20,7 @@ from adaskip.policies import AdaSkip
 from adaskip.profiling.calibration import measure_sublayers, random_prompt
 from adaskip.profiling.interleaving import Ratio, by_turns, per_round
 from adaskip.profiling.timing import RequestTimes, growing_cache, time_request
-from adaskip.speedtest.measurement import Row, Study, option
+from adaskip.speedtest.measurement import Row, Study, if_it_fits, option
 from adaskip.speedtest.record import Key, Point
 
 _WARMUP_TOKENS = 256
@@ -48,7 +48,11 @@ class Budget(Study):
         model = self.open()
         counts = {"n_steps": self.new_tokens, "rounds": self.rounds}
         for key in missing:
-            yield {"rows": check_budgets(model, key["context"], self.ratios, **counts)}
+
+            def measured(key: Key = key) -> Point:
+                return {"rows": check_budgets(model, key["context"], self.ratios, **counts)}
+
+            yield if_it_fits(key, measured)
 
 
 def check_budgets(

@@ -24,7 +24,7 @@ from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import Ratio, Spread, by_turns, per_round
 from adaskip.profiling.timing import RequestTimes, time_request
 from adaskip.speedtest.cases import DENSE, compiled_call, without_kind
-from adaskip.speedtest.measurement import Row, Study, option
+from adaskip.speedtest.measurement import Row, Study, if_it_fits, option
 from adaskip.speedtest.record import Key, Point
 from adaskip.speedtest.roofline import Rates, forward_bytes, measured_rates
 
@@ -67,17 +67,20 @@ class CompiledDecoding(Study):
         plans = {label: file.plan for label, file in read_plans(self.plans).items()}
         rates = measured_rates(model.device)
         for key in missing:
-            ids = random_prompt(model, key["context"], key["batch"])
-            rows = compare_compiled(
-                model,
-                plans,
-                ids,
-                n_steps=self.new_tokens,
-                rounds=self.rounds,
-                ideal=self.ideal,
-                rates=rates,
-            )
-            yield {"rates": rates and asdict(rates), "rows": rows}
+
+            def measured(key: Key = key) -> Point:
+                rows = compare_compiled(
+                    model,
+                    plans,
+                    random_prompt(model, key["context"], key["batch"]),
+                    n_steps=self.new_tokens,
+                    rounds=self.rounds,
+                    ideal=self.ideal,
+                    rates=rates,
+                )
+                return {"rates": rates and asdict(rates), "rows": rows}
+
+            yield if_it_fits(key, measured)
 
 
 def compare_compiled(

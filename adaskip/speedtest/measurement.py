@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -22,7 +23,7 @@ from adaskip.policies.made_plan import PlanFile
 from adaskip.profiling import memory
 from adaskip.profiling.interleaving import Ratio, Spread, per_round
 from adaskip.runs.files import check_file_name
-from adaskip.speedtest.record import Key, Point, SpeedRecord
+from adaskip.speedtest.record import ERROR, Key, Point, SpeedRecord, key_id
 
 logger = logging.getLogger(__name__)
 DEFAULT_WEIGHTS = "default"
@@ -167,6 +168,24 @@ class Study(Measurement):
     def source(self) -> tuple[str, str | None]:
         """The model, and whether it has its own weights."""
         return self.model, DEFAULT_WEIGHTS if self.real else None
+
+
+def if_it_fits(key: Key, measured: Callable[[], Point], *, lines: str = "rows") -> Point:
+    """A point, or one without lines that says that memory did not suffice.
+
+    Args:
+        key: of the point.
+        measured: measures it.
+        lines: what a point calls its lines.
+    """
+    try:
+        return measured()
+    except torch.OutOfMemoryError:
+        logger.warning("Out of memory at %s: left out", key_id(key))
+    # After the block: the error's traceback holds the frames, and they all that did not fit.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {ERROR: "out of memory", lines: []}
 
 
 def comparison(rounds: Sequence[Mapping[str, Sequence[Seconds]]], label: str, baseline: str) -> Row:

@@ -20,7 +20,7 @@ from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import by_turns
 from adaskip.profiling.timing import dynamic_cache, growing_cache, synchronize, time_request
 from adaskip.recorders import Recorder, TokenStatistics
-from adaskip.speedtest.measurement import Row, Seconds, Study, comparison, option
+from adaskip.speedtest.measurement import Row, Seconds, Study, comparison, if_it_fits, option
 from adaskip.speedtest.record import Key, Point
 
 # The highest ratio that counts as free, printed beside what was measured.
@@ -47,11 +47,13 @@ class Overhead(Study):
     @override
     def points(self, missing: Sequence[Key]) -> Iterator[Point]:
         model = self.open()
+        counts = {"n_steps": self.new_tokens, "rounds": self.rounds}
         for key in missing:
-            rows = measure_overhead(
-                model, key["context"], n_steps=self.new_tokens, rounds=self.rounds
-            )
-            yield {"rows": rows}
+
+            def measured(key: Key = key) -> Point:
+                return {"rows": measure_overhead(model, key["context"], **counts)}
+
+            yield if_it_fits(key, measured)
 
 
 def measure_overhead(

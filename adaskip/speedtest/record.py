@@ -26,6 +26,8 @@ Key = Mapping[str, int]
 Point = dict[str, Any]
 # The numbers that tell points apart, in any measurement.
 _KEYS = ("batch", "context", "busy")
+# Says in a point why it could not be measured; it is tried again by the next command.
+ERROR = "error"
 # How lines are compared; part of what made a record.
 METHOD = "round by round"
 
@@ -113,11 +115,11 @@ class SpeedRecord:
         return {**self.store.record(), "points": [row.content for row in self.store.rows()]}
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:
-        """Those of which there is no point yet."""
+        """Those that are not measured yet, or could not be."""
         if self.is_anew:
             return list(keys)
-        left = self.store.missing([key_id(key) for key in keys])
-        return [key for key in keys if key_id(key) in left]
+        done = {row.id for row in self.store.rows() if ERROR not in row.content}
+        return [key for key in keys if key_id(key) not in done]
 
     def add(self, key: Key, point: Point) -> None:
         """Takes one more point and writes the file, its points in the order of their keys.
