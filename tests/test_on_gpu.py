@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,10 @@ from adaskip.speedtest.overhead import Overhead
 
 
 @pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that would have run; those of Vicuna fail."""
+def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """The commands that would have run, and their plans stay; those of Vicuna fail."""
+    plans = tmp_path / "plans"
+    monkeypatch.setattr(gpu.tempfile, "TemporaryDirectory", lambda: nullcontext(plans))
     ran: list[list[str]] = []
 
     def run(command: Sequence[str], seconds: float) -> str | None:

@@ -22,7 +22,7 @@ from typing import Any
 from adaskip.command import FAILED, Command, say
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.plan import Phase
-from adaskip.runs.files import read_json
+from adaskip.runs.files import read_json, writing
 from adaskip.tables import markdown_table, number
 
 # Of 32 layers: attention and FFN of every fourth; or a window, or a map of rank 64, in the place of
@@ -128,6 +128,17 @@ def _act(given: argparse.Namespace) -> int:
     if not given.try_on_cpu:
         _refuse_without_gpu()
     folder = Path(given.results_dir)
+    # A folder of its own: another user's, or another size's, plans may have the same names.
+    with tempfile.TemporaryDirectory() as plans:
+        failed = _run_all(given, folder, Path(plans))
+    say(_table(folder, "try" if given.try_on_cpu else "cuda"))
+    for part, reason in failed.items():
+        say(f"{part}: {reason}. The same command goes on from there.")
+    return FAILED if failed else 0
+
+
+def _run_all(given: argparse.Namespace, folder: Path, plans: Path) -> dict[str, str]:
+    """Runs the parts; what was wrong with those that did not succeed."""
     end = time.monotonic() + given.seconds
     failed = {}
     for part in given.parts:
@@ -138,14 +149,11 @@ def _act(given: argparse.Namespace) -> int:
             )
             continue
         say(f"== {part}")
-        command = _command(part, folder, tried=given.try_on_cpu)
+        command = _command(part, folder, plans, tried=given.try_on_cpu)
         reason = _run(command, min(60 * given.minutes, left))
         if reason is not None:
             failed[part] = reason
-    say(_table(folder, "try" if given.try_on_cpu else "cuda"))
-    for part, reason in failed.items():
-        say(f"{part}: {reason}. The same command goes on from there.")
-    return FAILED if failed else 0
+    return failed
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -180,25 +188,25 @@ def _refuse_without_gpu() -> None:
         )
 
 
-def _command(part: str, folder: Path, *, tried: bool) -> list[str]:
+def _command(part: str, folder: Path, plans: Path, *, tried: bool) -> list[str]:
     """The command line of a part."""
     script = Path(__file__).resolve().parents[2] / PARTS[part].script
     if part == _CHECKS:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(script)]
         known = [name for name in _PYTEST if not tried and find_spec(name) is not None]
         return [*command, *chain.from_iterable(_PYTEST[name] for name in known)]
-    options, plans = PARTS[part].options, PARTS[part].plans
+    options = PARTS[part].options
     name = f"{part}-{'try' if tried else 'cuda'}"
     command = [sys.executable, str(script), *options]
-    if plans:
-        command += ["--plans", *(str(_plan(plan, tried=tried)) for plan in plans)]
+    if own := PARTS[part].plans:
+        command += ["--plans", *(str(_plan(name, plans, tried=tried)) for name in own)]
     if tried:
         command += [*_TRIED, *(["--budgets", "2"] if "--budgets" in options else [])]
     return [*command, "--name", name, "--results_dir", str(folder)]
 
 
-def _plan(name: str, *, tried: bool) -> Path:
-    """The file of a plan for the paper's sizes, which are alike; for two layers if tried."""
+def _plan(name: str, folder: Path, *, tried: bool) -> Path:
+    """The file, made there, of a plan for the paper's sizes, or of two layers if tried."""
     import torch
 
     from adaskip.plan import SkipPlan, Sublayer
@@ -216,8 +224,9 @@ def _plan(name: str, *, tried: bool) -> Path:
             sizes = (_HIDDEN, _RANK), (_RANK, _HIDDEN)
             factors = [torch.full(size, 1e-6) for size in sizes]
             chosen[attention] = Linear.of(factors, torch.zeros(_HIDDEN))
-    path = Path(tempfile.gettempdir()) / "adaskip-plans" / f"{name}.safetensors"
-    SkipPlan(chosen).save(path)
+    path = folder / f"{name}.safetensors"
+    with writing(path):
+        SkipPlan(chosen).save(path)
     return path
 
 
