@@ -179,6 +179,36 @@ def test_an_interrupted_recording_goes_on(
         observe_task(make_config(seed=1), "sample_qa", never)
 
 
+def test_rows_with_holes_are_not_taken_for_the_first_ones(
+    loaded: TinyLoaded, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    whole = observe_task(make_config(limit=4), "sample_qa", lambda _: loaded)
+    # As one of two processes leaves them that was interrupted with the other's share.
+    path = tmp_path / "similarity" / "smollm2-sample_qa.jsonl"
+    first, _, third, _ = path.read_text().splitlines(keepends=True)
+    path.write_text(first + third)
+    record = json.loads(path.with_suffix(".json").read_text())
+    del record["limit"]
+    path.with_suffix(".json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match="rows that are not among those asked for now"):
+        observe_task(make_config(limit=2), "sample_qa", lambda _: loaded)
+    assert observe_task(make_config(limit=4), "sample_qa", lambda _: loaded).equals(whole)
+    # Without holes, but never completed: those that are asked for and no more.
+    path.with_suffix(".json").write_text(json.dumps(record))
+    fewer = observe_task(make_config(limit=2), "sample_qa", lambda _: loaded)
+    assert fewer.equals(whole[: len(fewer)])
+    assert fewer["id"].nunique() == 2
+
+
+def test_a_task_of_fewer_rows_than_asked_for_is_complete(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = TinyLoaded.make()
+    monkeypatch.setattr(loaded, "rows", lambda config, task: tiny_rows(task, 1))
+    whole = observe_task(make_config(), "sample_qa", lambda _: loaded)
+    assert observe_task(make_config(), "sample_qa", never).equals(whole)
+
+
 def test_nothing_is_added_to_what_other_weights_showed(
     loaded: TinyLoaded, make_config: Callable[..., RunConfig]
 ) -> None:

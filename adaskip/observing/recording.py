@@ -150,8 +150,9 @@ def _recorded(
     with locked(path.parent):
         known = group.on_main(lambda: store.record().get("limit", 0))
         made = group.on_main(store.rows)
-        # The limit is 0 if the rows were never completed.
-        if made and (known is None or (limit is not None and len(made) >= limit)):
+        # Rows count up to the limit of a call that came to its end, 0 if none did: those of an
+        # interrupted one have holes, of what other processes had not made yet.
+        if made and (known is None or (limit is not None and limit <= known)):
             return [row.as_dict() for row in made[:limit]]
         group.on_main(store.note)
         loaded, rows = opened(config, open_model, rows_of, store)
@@ -171,9 +172,11 @@ def _recorded(
             for row in bar:
                 share.append([Observed(id=row.id, **observe(loaded, row))])
 
-        made = store.make([row.id for row in rows], work)
+        order = [row.id for row in rows]
+        made = store.make(order, work)
         group.on_main(lambda: store.note(limit=limit))
-    return [row.as_dict() for row in made]
+    # An interrupted call that asked for more leaves more.
+    return [row.as_dict() for row in made if row.id in order]
 
 
 def opened(
