@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from export_fixtures import A1, F1, F2, full_model
 from run_fixtures import save_checkpoint
+from tiny_loaded import as_prompt, character_tokenizer
 from transformers import PreTrainedModel
 
 from adaskip.entering import skipping
 from adaskip.errors import RunError
+from adaskip.export.exporting import export_checkpoint
 from adaskip.growing_cache import GrowingLayer
 from adaskip.models.loading import load_model
 from adaskip.plan import SkipPlan, Sublayer, whole_layers
 from adaskip.policies import FixedSkipping
 from adaskip.runs.audit import Audit
 from adaskip.runs.generation import StopRule, generate_greedy
+from adaskip.runs.perplexity import reference_perplexity
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +94,22 @@ def test_the_audit_leaves_no_hook(model: PreTrainedModel) -> None:
     with Audit(model, None):
         model(torch.tensor([[3, 4]]))
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_an_exported_model_is_audited_by_what_it_has(tmp_path: Path) -> None:
+    whole = full_model("llama")
+    export_checkpoint(whole, None, SkipPlan({F1: None}), tmp_path / "out")
+    partial = load_model(tmp_path / "out", device="cpu")
+    tokenizer = character_tokenizer()
+    items = [(as_prompt("What is it?", tokenizer), "A stone.")]
+    for more in ({}, {A1: None}, {F1: None, F2: None}):
+        found = reference_perplexity(partial, tokenizer, FixedSkipping(SkipPlan(more)), items)
+        same = FixedSkipping(SkipPlan({F1: None, **more}))
+        expected = reference_perplexity(whole, tokenizer, same, items)
+        assert found.nll == pytest.approx(expected.nll, abs=1e-5)
+        # What is gone was not skipped by this request.
+        names = [str(sublayer) for sublayer in more if sublayer != F1]
+        assert found.rows[0].skipped.prefill.sublayers == names
+    with skipping(partial, SkipPlan({A1: None})) as session, Audit(partial, session) as audit:
+        generate_greedy(partial, [items[0][0].input_ids], StopRule(frozenset(), 4))
+    assert audit.counts().decode.sublayers == ["attn1"]

@@ -20,6 +20,7 @@ from adaskip.errors import RunError
 from adaskip.plan import KINDS, Phase, SkipPlan, Step, Sublayer, all_sublayers
 from adaskip.replacements import Window
 from adaskip.runs.rows import PhaseSkips, Skips
+from adaskip.supported import absent_sublayers
 
 
 class Audited(Protocol):
@@ -72,23 +73,20 @@ class Audit:
         self._session = session
         self._ran: set[Sublayer] = set()
         self._windowed: set[Sublayer] = set()
-        self._all = all_sublayers(len(base.layers))
+        self._spec = block_spec(base.config.model_type)
+        # What an exported model was made without can neither run nor be left out.
+        absent = absent_sublayers(base.layers, self._spec)
+        self._all = [s for s in all_sublayers(len(base.layers)) if s not in absent]
         self._handles: list[RemovableHandle] = []
         self._phases: dict[Phase, PhaseCount] = {}
         self._forwards = 0
-        self._spec = block_spec(base.config.model_type)
-
-    @property
-    def n_sublayers(self) -> int:
-        """Sublayers of the model: two per layer."""
-        return len(self._all)
 
     def __enter__(self) -> Audit:
-        for number, layer in enumerate(self._base.layers):
-            for kind, names in (("attn", self._spec.attn), ("ffn", self._spec.ffn)):
-                body = getattr(layer, names.body)
-                hook = self._note(number, kind)
-                self._handles.append(body.register_forward_hook(hook, with_kwargs=True))
+        for sublayer in self._all:
+            names = getattr(self._spec, sublayer.kind)
+            body = getattr(self._base.layers[sublayer.layer], names.body)
+            hook = self._note(sublayer)
+            self._handles.append(body.register_forward_hook(hook, with_kwargs=True))
         self._handles.append(self._base.register_forward_hook(self._check))
         self.start_request()
         return self
@@ -116,8 +114,7 @@ class Audit:
             online_extension=list(online_extension),
         )
 
-    def _note(self, layer: int, kind: Any) -> Any:
-        sublayer = Sublayer(layer, kind)
+    def _note(self, sublayer: Sublayer) -> Any:
         ran, windowed = self._ran, self._windowed
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -148,7 +145,7 @@ class Audit:
         step = self._session.step if self._session else None
         plan = self._session.plan if self._session else SkipPlan()
         windows = tuple(s for s, r in plan.items() if isinstance(r, Window))
-        planned = tuple(s for s in plan if s not in windows)
+        planned = tuple(s for s in plan if s in self._all and s not in windows)
         if step is not None and step.phase != phase:
             raise RunError(
                 f"The {phase} forward was taken for {step.phase}; this is a bug, report it."
