@@ -37,9 +37,10 @@ from adaskip.runs.batches import make_batches, pending_batches
 from adaskip.runs.generation import generate_greedy
 from adaskip.runs.ledger import made_otherwise
 from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.rows import GeneratedRow
 from adaskip.runs.runner import is_finished, resolve, run, run_folder
 from adaskip.runs.scoring import score_run
-from adaskip.runs.store import Share
+from adaskip.runs.store import Share, Store
 from adaskip.tasks.spec import Row
 
 
@@ -470,15 +471,16 @@ def test_a_batch_answers_as_its_rows_alone(place: Workplace) -> None:
     assert path.read_bytes().startswith(first)
 
 
-def test_batches_are_the_same_every_time_and_shards_leave_no_row_out() -> None:
+def test_batches_are_the_same_every_time_and_shards_leave_no_row_out(tmp_path: Path) -> None:
     rows = [Row(str(n), "trec", "", "x" * (n % 4), ("a",), 1, "en") for n in range(11)]
     assert make_batches(rows, 1) == [[row] for row in rows]
     sizes = [len(batch) for batch in make_batches(rows, 4)]
     assert sizes == [4, 4, 3]
     lengths = [len(row.context) for batch in make_batches(rows, 4) for row in batch]
     assert lengths == sorted(lengths)
+    kept = Store(tmp_path / "trec.jsonl", GeneratedRow)
     shares = [
-        pending_batches(make_batches(rows, 2), Share(frozenset({"0", "4"}), None, rank, 3))
+        pending_batches(make_batches(rows, 2), Share(frozenset({"0", "4"}), kept, rank, 3))
         for rank in range(3)
     ]
     # Rows 0 and 4 made a batch, which is done.

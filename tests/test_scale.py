@@ -7,7 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_fixtures import (
@@ -25,9 +27,9 @@ from adaskip.cli.observe import observation_main
 from adaskip.cli.perplexity import perplexity_main
 from adaskip.cli.run import run_main
 from adaskip.errors import RunError
-from adaskip.models.processes import team
+from adaskip.models.processes import Team, team
 from adaskip.runs.files import lock
-from adaskip.runs.store import Store
+from adaskip.runs.store import Share, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -173,7 +175,7 @@ def told():
 
 # Registered before the processes are connected, so called after they have left.
 atexit.register(told)
-from adaskip.models.processes import team
+from adaskip.models.processes import Team, team
 assert team().gather(team().rank) == [0, 1]
 assert team().on_main(lambda: [team().rank]) == [0]
 held, before = sys.modules["torch"].distributed.group.WORLD, gloo()
@@ -190,6 +192,63 @@ def test_the_threads_of_messages_end_before_the_interpreter_does() -> None:
         # Half of the threads serve messages, and half the group that is held.
         assert before == 2 * after > 0
     assert len(done.stdout.splitlines()) == 2
+
+
+class Threads:
+    """Two threads in the place of two processes, with what `Team` asks of torch.distributed."""
+
+    def __init__(self) -> None:
+        self.rank = threading.local()
+        self.told: dict[int, list[Any]] = {}
+        # A forward of a split model is waited for, as a message is.
+        self.forward, self.messages = threading.Barrier(2), threading.Barrier(2)
+
+    def broadcast_object_list(self, told: list[Any], src: int, group: object) -> None:
+        self.told[self.rank.number] = told
+        self.messages.wait(5)
+        told[:] = self.told[src]
+        self.messages.wait(5)
+
+    def all_gather_object(self, told: list[Any], value: object, group: object) -> None:
+        self.told[self.rank.number] = [value]
+        self.messages.wait(5)
+        told[:] = [self.told[rank][0] for rank in (0, 1)]
+        self.messages.wait(5)
+
+
+def test_no_part_of_a_split_model_waits_for_a_main_process_that_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, failed = Threads(), {}
+    monkeypatch.setattr("adaskip.models.processes._distributed", lambda: threads)
+    monkeypatch.setattr("adaskip.models.processes._messages", lambda: None)
+    monkeypatch.setattr("adaskip.runs.store.team", lambda: Team(threads.rank.number, 2))
+    store = Store(tmp_path / "a.jsonl", Named)
+
+    def full(self: object, rows: object) -> None:
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr(Store, "append", full)
+
+    def work(share: Share[Named]) -> None:
+        for row in named("1", "2"):
+            threads.forward.wait(5)
+            share.append([row])
+
+    def process(rank: int) -> None:
+        threads.rank.number = rank
+        try:
+            store.make(["1", "2"], work, same=True)
+        except Exception as error:
+            failed[rank] = str(error)
+
+    running = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    sentence = "the disk is full"
+    assert failed == {0: sentence, 1: f"The main process failed: {sentence}"}
 
 
 def test_shards_are_merged_once_and_in_order(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ class Store(Generic[R]):
         if set(order) <= done:
             return group.on_main(self.rows)
         if same:
-            share = Share(done, self if group.is_main else None, 0, 1)
+            share = Share(done, self, 0, 1, same=True)
         else:
             target = self if group.world == 1 else self.shard(group.rank)
             share = Share(done, target, group.rank, group.world)
@@ -314,23 +314,32 @@ class Share(Generic[R]):
 
     Attributes:
         done: ids of the rows that are there.
-        target: where it appends rows; None if another process writes the same ones.
+        target: where rows are appended.
         rank: its number among those that make different rows.
         world: how many of them there are.
+        same: all processes make the same rows together, and the main one writes them.
     """
 
     done: frozenset[str]
-    target: Store[R] | None
+    target: Store[R]
     rank: int
     world: int
+    same: bool = False
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of items that are the same on all processes."""
         return items[self.rank :: self.world]
 
     def append(self, rows: Sequence[R]) -> None:
-        """Keeps finished rows."""
-        if self.target is not None:
+        """Keeps finished rows; where all processes have the same ones, they call it together.
+
+        Raises:
+            RunError: they cannot be written, on the main process if all have the same ones.
+        """
+        if self.same:
+            # Or the others would begin the next forward, and wait in it for a main one that failed.
+            team().on_main(lambda: self.target.append(rows))
+        else:
             self.target.append(rows)
 
 
