@@ -224,6 +224,22 @@ def test_nothing_is_added_to_what_other_weights_showed(
     assert len(measure(config, "sample_qa", made, lambda _: loaded)) == len(made)
 
 
+def test_scores_of_some_choices_are_not_told_unless_asked_for(
+    loaded: TinyLoaded, make_config: Callable[..., RunConfig]
+) -> None:
+    config, made = make_config(limit=1), choices([0.9, 0.5, 0.7, 0.8], [1])
+    # As an interrupted `--scores` leaves them.
+    [scored] = measure(config, "sample_qa", made[:1], lambda _: loaded, scores=True)
+    found = measure(config, "sample_qa", made, lambda _: loaded)
+    assert ["score" in each for each in found] == [False] * len(made)
+    assert measure(config, "sample_qa", made[:1], never, scores=True) == [scored]
+    numbers = {
+        "choices": [{"side": c.side, "layers": sorted(c.layers)} for c in made],
+        "tasks": {"sample_qa": [each | {"perplexity": 2.0} for each in found]},
+    }
+    assert "score" not in TABLES["ob0"](numbers)
+
+
 def test_prompts_of_other_files_are_not_taken_for_these(
     loaded: TinyLoaded,
     make_config: Callable[..., RunConfig],

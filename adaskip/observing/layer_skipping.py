@@ -151,7 +151,9 @@ def measure(
                 loaded, rows = ready()
                 done["score"] = _score(config, loaded, rows, policy)
                 group.on_main(partial(store.append, [Measured.from_dict(done)]))
-    return [{key: value for key, value in each.items() if key != "id"} for each in found]
+    # Scores that an earlier call was asked for may be those of a few choices.
+    told = {"nll", "tokens", "rows"} | ({"score"} if scores else set())
+    return [{key: value for key, value in each.items() if key in told} for each in found]
 
 
 def _score(
