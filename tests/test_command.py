@@ -28,7 +28,7 @@ from adaskip import (
     skipping,
 )
 from adaskip.cli import main
-from adaskip.cli.chat import _conversations, _talk
+from adaskip.cli.chat import _configured, _conversations, _talk
 from adaskip.cli.main import COMMANDS, command, overview, run
 from adaskip.command import BAD_INPUT, INTERRUPTED, UNREAD, guarded
 from adaskip.models.spec import model_spec
@@ -291,6 +291,15 @@ def test_a_plan_answers_beside_the_dense_model(
     assert list(found) == ["dense", "plan"]
     assert [row[0] for row in found.values()] == ["4", "4"]
     assert all(float(row[1]) >= 0 for row in found.values())
+
+
+def test_a_shipped_profile_is_of_the_model_by_name_alone() -> None:
+    asked = ["--model", "smollm2", "--policy", "ADA", "--skip_sub_layer_num", "8"]
+    for path, profile in (([], "smollm2"), (["--model_path", "mine"], None)):
+        options = vars(command("chat").parser("adaskip chat").parse_args([*asked, *path]))
+        for own in ("plan", "compare", "prompt"):
+            del options[own]
+        assert _configured(options, None).importance == profile
 
 
 def test_an_answer_goes_on_behind_a_line_break(checkpoint: Path) -> None:

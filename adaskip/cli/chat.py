@@ -83,7 +83,8 @@ def _configured(options: dict[str, Any], plan: str | None) -> RunConfig:
     if plan is not None and policy != DENSE:
         raise AdaskipError(f"--plan and --policy {policy} both say what is skipped: give one.")
     refuse_unused(options, [policy])
-    if takes(policy, LEARNED) and options["model_name"] in shipped_profiles():
+    shipped = options["model_path"] is None and options["model_name"] in shipped_profiles()
+    if takes(policy, LEARNED) and shipped:
         options.setdefault(LEARNED, options["model_name"])
     if takes(policy, "online"):
         options.setdefault("online", False)
