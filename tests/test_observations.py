@@ -19,7 +19,7 @@ from test_recorders import residuals
 from tiny_loaded import TinyLoaded, tiny_rows
 from torch.nn.functional import cosine_similarity
 
-from adaskip import RunError
+from adaskip import DataError, RunError
 from adaskip.cli.observe import configured, observation_main
 from adaskip.configuration import read_config
 from adaskip.observing import analysis, similarities as similarities_module
@@ -49,10 +49,10 @@ from adaskip.reports.observation_figures import Curve, Panel, draw
 from adaskip.reports.observations import PANELS, TABLES, TITLES
 from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.runconfig import RunConfig
-from adaskip.tasks.spec import task_spec
+from adaskip.tasks.spec import Row, task_spec
 
 NAMES = ("ob0", "ob1", "ob2", "ob3", "stability")
-SAMPLE = "adaskip.observing.recording.sample_rows"
+SAMPLE = "adaskip.runs.loaded.sample_rows"
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +277,28 @@ def test_requests_are_recorded_as_importance_is_learned(
     for sublayer in all_sublayers(N_LAYERS):
         assert means[sublayer.position] == pytest.approx(importance.similarity[sublayer], abs=1e-7)
     assert observe_requests(config, "sample_qa", never, 2) == found[:2]
+
+
+def test_requests_of_every_task_are_recorded(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = TinyLoaded.make()
+    splits = []
+
+    def rows(task: str, tokenizer: object, n: int, split: str, **_: object) -> list[Row]:
+        splits.append(split)
+        return tiny_rows(task, n)
+
+    monkeypatch.setattr("adaskip.runs.loaded.retrieval_rows", rows)
+    monkeypatch.setattr(
+        "adaskip.runs.loaded.load_rows", lambda task, limit, **_: tiny_rows(task, min(limit, 2))
+    )
+    config = make_config(tasks=("needle_single", "qasper"))
+    assert len(observe_requests(config, "needle_single", lambda _: loaded, 2)) == 2
+    assert splits == ["warmup"]
+    assert len(observe_requests(config, "qasper", lambda _: loaded, 2)) == 2
+    with pytest.raises(DataError, match="qasper has 2 rows, 3 are needed"):
+        observe_requests(config, "qasper", lambda _: loaded, 3)
 
 
 def curve(*values: float) -> pd.Series:

@@ -25,7 +25,6 @@ from adaskip.runs.loaded import LoadedModel, hold
 from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import DATA_DIR, RunConfig
 from adaskip.runs.store import Share, Store, locked
-from adaskip.tasks.sample import sample_rows
 from adaskip.tasks.spec import Row, task_spec
 
 
@@ -200,10 +199,7 @@ def opened(
 
 def _warmup_rows(config: RunConfig, task: str, loaded: LoadedModel, n: int) -> list[Row]:
     """Prompts apart from the test rows where the task has a split for them."""
-    if task_spec(task).offline:
-        size = {"n": n, "tokens": config.sample_tokens, "seed": config.seed}
-        return sample_rows(task, loaded.tokenizer, split="warmup", **size)
-    rows = loaded.rows(config, task)[:n]
+    rows = loaded.warmup_rows(config, task, n)
     if len(rows) < n:
         raise DataError(f"{task} has {len(rows)} rows, {n} are needed; use other tasks (--tasks).")
     return rows
