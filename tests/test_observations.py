@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,8 @@ from tiny_loaded import TinyLoaded, tiny_rows
 from torch.nn.functional import cosine_similarity
 
 from adaskip import DataError, RunError
-from adaskip.cli.observe import configured, observation_main
+from adaskip.cli.observe import RESULTS, configured, observation_main
+from adaskip.cli.run import as_words
 from adaskip.configuration import read_config
 from adaskip.observing import analysis, similarities as similarities_module
 from adaskip.observing.analysis import (
@@ -502,6 +504,7 @@ def test_scripts_write_json_text_and_figure(
     assert [*content["models"]] == models
     assert (tmp_path / f"{stem}.png").stat().st_size < 150_000
     text = (tmp_path / f"{stem}.md").read_text()
+    assert shlex.split(text.split("Made by `")[1].split("`")[0])[2:] == [*arguments, *scores]
     assert text.count("\n| -") >= len(models)
     assert text.count("stands in for") >= len(models)
     part = content["models"]["smollm2"]
@@ -538,6 +541,14 @@ def test_bad_options(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_folder_that_other_commands_have_by_default_is_repeated() -> None:
+    assert as_words({"results_dir": RESULTS}, results_dir=RESULTS) == []
+    assert as_words({"results_dir": "results"}, results_dir=RESULTS) == ["--results_dir", "results"]
+    assert as_words({"longbench_e": False, "seed": 2025, "limit": 2}) == [
+        *("--limit", "2", "--no-longbench_e")
+    ]
 
 
 def test_every_stand_in_is_a_task() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.run import add_run_options
+from adaskip.cli.run import add_run_options, as_words
 from adaskip.command import Command, say
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
@@ -87,26 +86,13 @@ def _observe(observation: str, given: dict[str, Any], command: str) -> int:
     scores = given.pop("scores", False)
     if scores and observation != "ob0":
         raise AdaskipError(f"--scores belongs to ob0, not to {observation}: leave it out.")
-    command = shlex.join([*command.split(), "--model", *models, *_repeated(given)])
+    words = [*command.split(), "--model", *models, *as_words(given, results_dir=RESULTS)]
+    command = shlex.join([*words, "--scores"] if scores else words)
     configs = [configured(observation, model, given) for model in models]
     open_model = ModelSlot().get
     found = {c.run_name: _measured(observation, c, open_model, scores) for c in configs}
     say(team().on_main(lambda: write_observation(observation, command, configs, found)))
     return 0
-
-
-def _repeated(given: Mapping[str, Any]) -> list[str]:
-    """The options that were given otherwise than by default, as words."""
-    words: list[str] = []
-    for field in dataclasses.fields(RunConfig):
-        value = given.get(field.name)
-        if field.name not in given or value in (None, field.default, RESULTS):
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{field.name}")
-        else:
-            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
 
 
 def _measured(observation: str, config: RunConfig, open_model: OpenModel, scores: bool) -> Numbers:

@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,25 @@ def add_run_options(
         if default not in (None, "", ()) and kind is not bool:
             text += f" (default: {default})"
         parser.add_argument(f"--{item.name}", help=text, **settings)
+
+
+def as_words(given: Mapping[str, Any], **defaults: Any) -> list[str]:
+    """The options that were given otherwise than by default, as words of a command.
+
+    Args:
+        given: values by the names of `RunConfig`'s fields; others are passed over.
+        defaults: in place of a field's own, as for `add_run_options`.
+    """
+    words: list[str] = []
+    for item in dataclasses.fields(RunConfig):
+        value = given.get(item.name)
+        if value in (None, defaults.get(item.name, item.default)):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{item.name}")
+        else:
+            words += [f"--{item.name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def _names() -> dict[str, str]:
