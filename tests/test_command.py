@@ -264,6 +264,12 @@ def test_importance_is_learned_from_texts(
     assert shlex.split(shown.partition("use it: ")[2])[-2:] == ["--importance", "profile.json"]
     error = said(capsys, "learn", *options, "--texts", "a.txt", code=BAD_INPUT)
     assert "profile.json exists" in error
+    own = ["--model", "smollm2", "--model_path", str(checkpoint), "--device", "cpu"]
+    shown = said(capsys, "learn", *own, "--out", "my profile.json", "--texts", "a.txt")
+    use = shlex.split(shown.partition("use it: ")[2])[2:]
+    given = command("chat").parser("adaskip chat").parse_args(use)
+    assert (given.model_name, given.model_path) == ("smollm2", str(checkpoint))
+    assert given.importance == "my profile.json"
     unused = ["--model", "nowhere/none", "--out", "new.json", "--texts", "a.txt", "--warmup", "1"]
     error = said(capsys, "learn", *unused, code=BAD_INPUT)
     assert "--texts are learned from whole, each as one prompt; leave --warmup out" in error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.run import LOADING, WARM_UP, add_model, add_run_options
+from adaskip.cli.run import LOADING, WARM_UP, add_model, add_run_options, as_words
 from adaskip.command import BEGINS_ANEW, Command, say
 from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError
@@ -54,10 +55,10 @@ def _act(given: argparse.Namespace) -> int:
         profile.save(out)
     first = ", ".join(map(str, profile.ranking()[:_SHOWN]))
     say(f"{profile.n_requests} prompts, {profile.n_tokens} tokens. Least important: {first}.")
-    say(
-        f"Written: {out}; use it: adaskip chat --model {options['model_name']} --policy ADA "
-        f"--skip_sub_layer_num {_SHOWN} --importance {out}"
-    )
+    loading = as_words({key: options[key] for key in LOADING})
+    use = ["adaskip", "chat", "--model", options["model_name"], *loading, "--policy", "ADA"]
+    use += ["--skip_sub_layer_num", str(_SHOWN), "--importance", str(out)]
+    say(f"Written: {out}; use it: {shlex.join(use)}")
     return 0
 
 
