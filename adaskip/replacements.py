@@ -93,6 +93,22 @@ class Linear:
         *factors, bias = (t.to(device, dtype).contiguous() for t in self.tensors)
         return Linear.of(factors, bias)
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> Linear:
+        """The same on a device, made once: it stays there, where it lies, as long as this does.
+
+        CUDA graphs read their maps where they lay when they were recorded.
+        """
+        if any(tensor.requires_grad for tensor in self.tensors):
+            return self.to(device, dtype)  # what learns changes
+        if (device, dtype) not in self._copies:
+            with torch.inference_mode(False):
+                self._copies[device, dtype] = self.to(device, dtype)
+        return self._copies[device, dtype]
+
+    @cached_property
+    def _copies(self) -> dict[tuple[torch.device, torch.dtype], Linear]:
+        return {}
+
     def __call__(self, x: Tensor) -> Tensor:
         """The residual stream after the sublayer, from that before it: [..., hidden]."""
         *left, right = self.factors

@@ -151,7 +151,7 @@ def replaced(x: Tensor, replacement: Replacement) -> Tensor:
     if replacement is None:
         return x
     if isinstance(replacement, Linear):
-        return replacement.to(x.device, x.dtype)(x)
+        return replacement.on(x.device, x.dtype)(x)
     if isinstance(replacement, Window):
         raise AdaskipError("A Window needs the attention it is of; use Sublayers.through.")
     return scaled(x, replacement)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from adaskip.replacements import Linear, Replacement, Window
 from adaskip.sublayers import Switches, layer_forward
 from adaskip.windows import Windows
 
-# Linear maps of so many whole plans stay on the devices: a policy may go back to one it had.
-_KEPT_PLANS = 2
+# By first layer and device. CUDA graphs read them where they lay when they were recorded, so the
+# next session writes into the same ones.
+_GAINS: WeakKeyDictionary[nn.Module, dict[torch.device, Tensor]] = WeakKeyDictionary()
 
 
 class Switchboard:
@@ -45,7 +47,6 @@ class Switchboard:
         self._block = block
         self._dtype = dtype
         self._gains: dict[torch.device, Tensor] = {}
-        self._linears: dict[tuple[Linear, torch.device], Linear] = {}
 
     def patches(self) -> Iterator[Patch]:
         """Lets each layer look at its switches, patch by patch."""
@@ -77,9 +78,6 @@ class Switchboard:
             switch.run_attn, switch.run_ffn = index not in skipped, ffn not in plan
             switch.attn_replacement = self._placed(attn, plan.get(attn))
             switch.ffn_replacement = self._placed(ffn, plan.get(ffn))
-        if len(self._linears) > _KEPT_PLANS * 2 * len(self.layers):
-            used = set(plan.values())
-            self._linears = {key: made for key, made in self._linears.items() if key[0] in used}
         self.plan = plan
 
     def _placed(self, sublayer: Sublayer, replacement: Replacement) -> Tensor | Linear | None:
@@ -89,17 +87,16 @@ class Switchboard:
         device = self.devices[sublayer.layer]
         if not isinstance(replacement, Linear):
             return self._gains[device][sublayer.position]
-        if (replacement, device) not in self._linears:
-            with torch.inference_mode(False):
-                self._linears[replacement, device] = replacement.to(device, self._dtype)
-        return self._linears[replacement, device]
+        return replacement.on(device, self._dtype)
 
     def _copy_gains(self, values: list[float]) -> None:
         """Writes the gains into the tensors that compiled graphs read."""
         host = torch.tensor(values, device="cpu", dtype=torch.float32)
+        lasting = _GAINS.setdefault(self.layers[0], {})
+        # A backward pass still to come needs the numbers of its own forward.
+        self._gains = {} if torch.is_grad_enabled() else lasting
         for device in set(self.devices):
-            if device not in self._gains or torch.is_grad_enabled():
-                # A backward pass still to come needs the numbers of its own forward.
+            if device not in self._gains:
                 with torch.inference_mode(False):
                     self._gains[device] = torch.ones_like(host, device=device)
             # From pinned memory, a copy does not wait for the device.

@@ -204,7 +204,7 @@ def test_compiled_decoding_chooses_the_same_tokens(
     assert torch.equal(eager.tokens, compiled.tokens)
 
 
-def test_compiled_windows_are_recorded_once(
+def test_compiled_plans_are_recorded_once(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded: list[Any] = []
@@ -217,7 +217,12 @@ def test_compiled_windows_are_recorded_once(
     monkeypatch.setattr(CUDAGraphTreeManager, "record_function", noted)
     ids = random_prompt(model, 40)
     cache = StaticCache(config=model.config, max_cache_len=72)
-    plan = SkipPlan({Sublayer(layer, "attn"): Window(8, sinks=2) for layer in (1, 2, 4)})
+    hidden = model.config.hidden_size
+    plan = SkipPlan(
+        {Sublayer(layer, "attn"): Window(8, sinks=2) for layer in (1, 2, 4)}
+        | {Sublayer(1, "ffn"): 1.25, Sublayer(2, "ffn"): 0.75}
+        | {Sublayer(3, "attn"): Linear(torch.eye(hidden) / hidden, torch.zeros(hidden))}
+    )
     counts = []
     for _ in range(3):
         cache.reset()  # type: ignore[no-untyped-call]

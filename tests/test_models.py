@@ -148,6 +148,18 @@ def test_random_model_knows_short_names_only(folder: Path):
         random_model(str(folder))
 
 
+@pytest.mark.parametrize("split", [{"device_map": "auto"}, {"tp_plan": "auto"}])
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_a_split_model_is_on_no_other_device(
+    device: str, split: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # Before anything is loaded: there is no such model.
+    with pytest.raises(AdaskipError, match=f"is on all cuda devices, not on {device}: leave"):
+        load_model("nowhere/none", device=device, **split)
+
+
 def test_a_folder_loads_in_eval_mode_with_the_asked_dtype(folder: Path):
     model = load_model(folder, dtype="float16", device="cpu")
     assert (model.dtype, model.device.type, model.training) == (torch.float16, "cpu", False)

@@ -429,6 +429,16 @@ def test_stability() -> None:
     assert len({tuple(row) for row in resampled(np.asarray(requests["noisy"]), 10, 1, 50)}) > 40
 
 
+def test_no_share_is_below_the_axis() -> None:
+    rising = np.tile(np.linspace(0.2, 0.9, 8), (10, 1)).tolist()
+    tasks = {"same": rising, "reversed": np.asarray(rising)[:, ::-1].tolist()}
+    panels = PANELS["stability"]("m", stability(tasks, [2, 10], [4], seed=1))
+    assert {panel.bounds for panel in panels} == {(-0.02, 1.02)}
+    # Shares that are high have the axis of the published ones.
+    published = PANELS["stability"]("smollm2", published_numbers("stability")["smollm2"])
+    assert {panel.bounds for panel in published} == {(0.48, 1.02)}
+
+
 def test_figures_are_small_and_complete(tmp_path: Path) -> None:
     x = list(range(30))
     flat = [0.95 + 0.001 * i for i in x]

@@ -197,7 +197,8 @@ def test_a_results_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_second_of_two_processes_is_refused(tmp_path: Path) -> None:
-    with lock(tmp_path), pytest.raises(RunError, match="Another process"), lock(tmp_path):
+    refused = "Another process is working on .*; wait for it, or choose another --results_dir"
+    with lock(tmp_path), pytest.raises(RunError, match=refused), lock(tmp_path):
         pass
     with lock(tmp_path):
         pass
@@ -218,7 +219,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ['{"schema": 0}', "[]", '{"schema": 99}'])
 def test_a_record_of_another_schema_is_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(RunError, match=r"run\.json has record schema"):
+    with pytest.raises(RunError, match=r"run\.json has record schema .*, or move it away"):
         read_json(tmp_path / "run.json")
 
 
@@ -228,6 +229,12 @@ def test_a_record_of_another_schema_is_refused_by_name(tmp_path: Path, content: 
 def test_no_name_leaves_its_folder(name: str) -> None:
     with pytest.raises(RunError, match="cannot name a file"):
         check_file_name("run name", name)
+
+
+def test_a_name_that_nobody_gave_is_said_to_be_the_models() -> None:
+    config = RunConfig(experiment="e2e", model_name="a/my model", policy="dense")
+    with pytest.raises(RunError, match=r"the model's where no --name is given.* 'my model-dense"):
+        config.check()
 
 
 def test_settings_leave_out_what_does_not_change_the_rows() -> None:

@@ -34,9 +34,11 @@ from adaskip import (
     refit_linears,
     skipping,
 )
+from adaskip.blocks import BLOCKS
 from adaskip.fingerprint import model_fingerprint
 from adaskip.plan import KINDS
 from adaskip.replacements import scaled
+from adaskip.switchboard import Switchboard
 
 HIDDEN = 32
 ATTN0, FFN1, ATTN2 = Sublayer(0, "attn"), Sublayer(1, "ffn"), Sublayer(2, "attn")
@@ -141,6 +143,28 @@ def test_plans_of_linears_come_and_go(model: PreTrainedModel) -> None:
         with skipping(model, PLAN):
             torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=5e-5)
         assert torch.equal(model(ids).logits, dense)
+
+
+def test_what_compiled_graphs_read_lies_where_it_lay(model: PreTrainedModel) -> None:
+    plan = SkipPlan({FFN1: 1.25, Sublayer(2, "attn"): random_linear(1)})
+
+    def places() -> tuple[int, ...]:
+        board = Switchboard(model.model.layers, BLOCKS["llama"], torch.bfloat16)
+        board.set(plan)
+        gain: Any = board._switches[1].ffn_replacement
+        linear: Any = board._switches[2].attn_replacement
+        assert gain == 1.25
+        assert linear.bias.dtype == torch.bfloat16
+        kept.append(gain)  # or the next one may come to lie where it lay
+        return gain.data_ptr(), *(tensor.data_ptr() for tensor in linear.tensors)
+
+    kept: list[Tensor] = []
+    with torch.no_grad():
+        first = places()
+        assert places() == first
+    # A backward pass still to come has numbers of its own.
+    assert places()[0] != first[0]
+    assert places()[1:] == first[1:]
 
 
 def test_maps_of_plans_that_are_gone_are_let_go_of(model: PreTrainedModel) -> None:

@@ -58,7 +58,8 @@ def accelerate() -> list[str]:
 
 
 def launch(launcher: list[str], command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # A model that is split takes all devices there are.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, *launcher, *command],
         cwd=ROOT,

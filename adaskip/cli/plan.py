@@ -19,7 +19,7 @@ from adaskip.command import Command, say
 from adaskip.distilling import LEAST_PROMPTS, TWICE, can_learn, check_distills, distill_plan
 from adaskip.errors import AdaskipError, DataError, refuse_below_one, unknown_name
 from adaskip.fitting import EPOCHS, LOSS_BEFORE, refit_linears
-from adaskip.methods import make_plan, method_names
+from adaskip.methods import METHODS, make_plan, method_names
 from adaskip.models.spec import model_names, model_spec
 from adaskip.plan import Phase, SkipPlan
 from adaskip.policies.made_plan import read_plans
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 ALL = "all"
 _ROWS, _FIT_ROWS, _TASKS = 4, 32, ("sample_summarization", "sample_qa")
-# Methods that look at everything in every round, if asked to.
-_EXACT = ("SLEB", "BLOCKPRUNER")
 # What texts of the user's own have no use for.
 _OF_TASKS = ("rows", "fit_rows", "tasks", "seed", "data_dir", "min_length")
 _LOADING = ("model_path", "dtype", "device", "allow_pickle", "seed", "data_dir", "min_length")
@@ -203,12 +201,17 @@ def _refuse_unused(given: argparse.Namespace, methods: Sequence[str]) -> None:
     """
     of_search = {"replacements": [*MENU], "windows": [*WINDOWS], "rank": None, "kv_share": None}
     owners = [({SEARCH}, name, default) for name, default in of_search.items()]
-    for takers, name, default in [*owners, ({*_EXACT}, "exact", False)]:
+    for takers, name, default in [*owners, (_lazy(), "exact", False)]:
         if getattr(given, name) != default and not takers & {*methods}:
             raise AdaskipError(
                 f"--{name} is of {' and '.join(sorted(takers))}, none of which is asked for "
                 f"(--method {' '.join(methods)}); leave it out."
             )
+
+
+def _lazy() -> set[str]:
+    """Methods that look at everything in every round, if asked to."""
+    return {name for name in METHODS if METHODS[name].lazy}
 
 
 def _read(given: argparse.Namespace) -> dict[str, str]:
@@ -299,7 +302,7 @@ def _made(
             kv_share=given.kv_share,
         )
     else:
-        exact = given.exact and method in _EXACT
+        exact = given.exact and method in _lazy()
         looks = given.html is not None
         make = partial(make_plan, method=method, exact=exact, losses_on_the_way=looks)
     plan = make(loaded.model, chosen_by, **options)

@@ -67,18 +67,24 @@ def load_model(
     Args:
         name_or_path: a short name, a folder, or a hub id of a supported family.
         dtype: `torch.dtype` or its name; by default bfloat16 on CUDA and float32 elsewhere.
-        device: by default CUDA if there is one, else the CPU.
+        device: by default CUDA if there is one, else the CPU; a split model has no other.
         device_map: "auto" splits the model over this process's devices (accelerate).
         tp_plan: "auto" splits each layer over the processes of torchrun.
         allow_pickle: where there are no safetensors, read `.bin` files. They are pickles; torch's
             restricted unpickler (`weights_only`) makes nothing but tensors of them.
 
     Raises:
-        AdaskipError: no such model, dtype or device; weights missing, damaged or incomplete.
+        AdaskipError: no such model, dtype or device; weights missing, damaged or incomplete; a
+            device that a split model would not keep to.
         UnsupportedModelError: a family without a row in `adaskip.blocks.BLOCKS`; found before any
             weights are read.
     """
     target = resolve_device(device)
+    if (device_map or tp_plan) and target != (default := resolve_device()):
+        raise AdaskipError(
+            f"A model that is split (device_map, tp_plan) is on all {default} devices, not on "
+            f"{target}: leave the device out; CUDA_VISIBLE_DEVICES says which ones there are."
+        )
     precision = resolve_dtype(dtype, target)
     source = model_source(str(name_or_path))
     raw = read_model_config(source)

@@ -36,26 +36,53 @@ def keep_freed_memory() -> bool:
     return all(taken)
 
 
-def reset_peak(device: torch.device) -> None:
-    """Begins a new measurement of peak memory."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)  # or what was freed would count as resident
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+class Peaks:
+    """Peak memory of requests one after the other, each without what those before it left.
+
+    Allocated on CUDA, resident in the CPU's memory. Where the kernel does not let a process reset
+    its peak, the CPU's is that of the whole process.
+
+    Args:
+        device: that computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._first = self._left = self._reset()
+
+    def begin(self) -> None:
+        """A request begins; caches and maps that earlier ones keep are not its own."""
+        self._left = self._reset()
+
+    def end(self) -> int | None:
+        """Bytes at the request's peak; None if unknown."""
+        peak = peak_bytes(self._device)
+        return None if peak is None else peak - (self._left - self._first)
+
+    def _reset(self) -> int:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            libc = _glibc()
+            if libc is not None:
+                libc.malloc_trim(0)  # or what was freed would count as resident
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+        return held_bytes(self._device)
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Peak since `reset_peak`: allocated on CUDA, resident in the CPU's memory; None if unknown.
-
-    Where the kernel does not let a process reset its peak, the CPU's is that of the whole process.
-    """
+    """Peak of allocated (CUDA) or resident memory since it was reset; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return _kernel_says("/proc/self/status", "VmHWM")
+
+
+def held_bytes(device: torch.device) -> int:
+    """Allocated (CUDA) or resident memory now; 0 if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return _kernel_says("/proc/self/status", "VmRSS") or 0
 
 
 def available_bytes(device: torch.device) -> int | None:

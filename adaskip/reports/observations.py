@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,11 @@ def _stability_panels(model: str, numbers: Numbers) -> list[Panel]:
     between = numbers["between_tasks"]
     title = f"{model}: between warm-up tasks, {max(numbers['prompts'].values())} prompts each"
     pairs = [" / ".join(map(_tick, pair.split(" / "))) for pair in next(iter(between.values()))]
-    return [*drawn, _shares(title, "pair of tasks", between, pairs, joined=False)]
+    drawn.append(_shares(title, "pair of tasks", between, pairs, joined=False))
+    # One scale for all, which no whisker leaves.
+    lows = [low for panel in drawn for curve in panel.curves for low in curve.low or ()]
+    bottom = min(0.48, *(low - 0.02 for low in lows))
+    return [dataclasses.replace(panel, bounds=(bottom, 1.02)) for panel in drawn]
 
 
 def _tick(task: str) -> str:
@@ -245,7 +250,7 @@ def _tick(task: str) -> str:
 def _shares(
     title: str, x_label: str, budgets: Numbers, ticks: Sequence[str], *, joined: bool
 ) -> Panel:
-    """A panel of shares with their intervals, a curve per budget, all on one scale."""
+    """A panel of shares with their intervals, a curve per budget."""
     curves = []
     for style, (budget, found) in enumerate(budgets.items()):
         # Side by side, so that whiskers do not hide one another.
@@ -259,8 +264,7 @@ def _shares(
         label = f"{budget} sublayers chosen"
         curves.append(Curve(label, x, mean, style, low=low, high=high, joined=joined))
     names = {float(index): name for index, name in enumerate(ticks)}
-    label = "share of the same sublayers"
-    return Panel(title, x_label, label, tuple(curves), names, bounds=(0.48, 1.02))
+    return Panel(title, x_label, "share of the same sublayers", tuple(curves), names)
 
 
 TABLES: Mapping[str, Callable[[Numbers], str]] = {

@@ -104,7 +104,7 @@ def read_json(path: Path) -> Record:
     if schema != SCHEMA:
         raise RunError(
             f"{path} has record schema {schema!r}; this version reads {SCHEMA}. Use the adaskip "
-            "version that wrote it, or another run name (--name)."
+            "version that wrote it, or move it away."
         )
     return dict(content)
 
@@ -130,7 +130,7 @@ def lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RunError(
-                f"Another process is working on {folder}; wait for it, or name this run otherwise "
-                "(--name)."
+                f"Another process is working on {folder}; wait for it, or choose another "
+                "--results_dir."
             ) from error
         yield

@@ -232,7 +232,8 @@ class RunConfig:
             AdaskipError: the first thing that is wrong.
         """
         self._check_budget()
-        check_file_name("run name (--name)", self.run_name)
+        # Not every command has the option.
+        check_file_name("run name (the model's where no --name is given)", self.run_name)
         self.policy_settings()
         if self.gain is not None and self.gain not in GAINS:
             raise unknown_name("gain", self.gain, GAINS)

@@ -26,7 +26,16 @@ from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.clock import ClockedRequests
 from adaskip.profiling.interleaving import MIN_ROUNDS, by_turns
 from adaskip.profiling.timing import RequestTimes
-from adaskip.speedtest.cases import BASELINES, DENSE, Case, check_cases, make_cases, run_case
+from adaskip.speedtest.cases import (
+    BASELINES,
+    DENSE,
+    Case,
+    CaseRun,
+    cache_maker,
+    check_cases,
+    make_cases,
+    run_case,
+)
 from adaskip.speedtest.measurement import Measurement, if_it_fits, option
 from adaskip.speedtest.record import Key, Point
 from adaskip.speedtest.roofline import Rates, measured_rates, operation_counter
@@ -163,9 +172,18 @@ class SpeedTest(Measurement):
         """
         start, n_steps = time.perf_counter(), self.new_tokens
         clock = ClockedRequests(model, ids, n_steps)
-        measured = {c.label: _first(model, c, ids, n_steps, count=rates is not None) for c in cases}
+        room = ids.shape[1] + n_steps
+        requests = {
+            c.label: partial(run_case, model, c, ids, n_steps, make_cache=cache_maker(c, room))
+            for c in cases
+        }
+        meter, count = memory.Peaks(model.device), rates is not None
+        measured = {
+            case.label: _first(requests[case.label], model, case, ids, meter, count=count)
+            for case in cases
+        }
         clock.warm_up()
-        kinds = {case.label: partial(_request, model, case, ids, n_steps) for case in cases}
+        kinds = {label: partial(_times, request) for label, request in requests.items()}
         turns = by_turns(
             kinds | {"clocked": clock.request},
             rounds=self.rounds,
@@ -185,18 +203,24 @@ class SpeedTest(Measurement):
         return {"rates": rates and asdict(rates), "sublayers": sublayers, "cases": lines}
 
 
-def _request(model: PreTrainedModel, case: Case, ids: Tensor, n_steps: int) -> RequestTimes:
-    return run_case(model, case, ids, n_steps).times
+def _times(request: partial[CaseRun]) -> RequestTimes:
+    return request().times
 
 
 def _first(
-    model: PreTrainedModel, case: Case, ids: Tensor, n_steps: int, *, count: bool
+    request: partial[CaseRun],
+    model: PreTrainedModel,
+    case: Case,
+    ids: Tensor,
+    meter: memory.Peaks,
+    *,
+    count: bool,
 ) -> Measured:
     """The request that warms up: memory, keys and values, what is skipped, operations."""
     # A compiled step would not be compiled while its operations are counted.
     counter = operation_counter() if count and not case.compiled else None
-    memory.reset_peak(model.device)
-    run = run_case(model, case, ids, n_steps, look=True, counter=counter)
-    peak = memory.peak_bytes(model.device)
+    meter.begin()
+    run = request(look=True, counter=counter)
+    peak = meter.end()
     checked_kv(model, case, run, ids.shape[1], ids.shape[0])
     return Measured(run, peak)

@@ -20,7 +20,13 @@ from adaskip.plan import EMPTY_PLAN, KINDS, Kind, SkipPlan, Sublayer
 from adaskip.policies import FixedSkipping, SkipPolicy, policy_class
 from adaskip.policies.factory import build_policy
 from adaskip.policies.made_plan import MadePlan, PlanFile
-from adaskip.profiling.timing import RequestTimes, dynamic_cache, growing_cache, time_request
+from adaskip.profiling.timing import (
+    MakeCache,
+    RequestTimes,
+    dynamic_cache,
+    growing_cache,
+    time_request,
+)
 from adaskip.shipped import plan_label
 
 CacheName = Literal["dynamic", "growing", "static"]
@@ -192,6 +198,7 @@ def run_case(
     *,
     look: bool = False,
     counter: FlopCounterMode | None = None,
+    make_cache: MakeCache | None = None,
 ) -> CaseRun:
     """Times one request.
 
@@ -202,7 +209,9 @@ def run_case(
         n_steps: decode steps.
         look: whether to note what is skipped; not while it counts.
         counter: with `look`, counts operations; it makes the request slower.
+        make_cache: the case's `cache_maker`, shared by its requests; by default one of its own.
     """
+    cache = (make_cache or cache_maker(case, ids.shape[1] + n_steps))(model)
     plans: list[SkipPlan] = []
     counts = [0]
     patched = nullcontext() if case.policy is None else skipping(model, case.policy)
@@ -217,7 +226,7 @@ def run_case(
             model,
             ids,
             n_steps,
-            make_cache=_make_cache(case, ids.shape[1] + n_steps),
+            make_cache=lambda _: cache,
             decode=compiled_call(model) if case.compiled else None,
             after_forward=note if look else None,
         )
@@ -226,10 +235,27 @@ def run_case(
     )
 
 
-def _make_cache(case: Case, capacity: int) -> Callable[[PreTrainedModel], Any]:
+def cache_maker(case: Case, capacity: int) -> MakeCache:
+    """Makes the empty caches of a case's requests, of so many tokens."""
     if case.cache == "static":
-        return lambda model: StaticCache(config=model.config, max_cache_len=capacity)
+        return static_cache(capacity)
     return dynamic_cache if case.cache == "dynamic" else growing_cache
+
+
+def static_cache(capacity: int) -> MakeCache:
+    """One cache for all requests of a case, as `generate()` keeps it, emptied for each.
+
+    A CUDA graph reads and writes where the cache lies: with another one, it is recorded anew.
+    """
+    kept: list[StaticCache] = []
+
+    def make(model: PreTrainedModel) -> StaticCache:
+        if not kept:
+            kept.append(StaticCache(config=model.config, max_cache_len=capacity))
+        kept[0].reset()  # type: ignore[no-untyped-call]
+        return kept[0]
+
+    return make
 
 
 def compile_config(device: torch.device | str) -> CompileConfig:

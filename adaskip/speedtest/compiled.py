@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from statistics import mean, median
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from adaskip.entering import skipping
@@ -22,8 +21,8 @@ from adaskip.policies.made_plan import read_plans
 from adaskip.profiling import memory
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import Ratio, Spread, by_turns, per_round
-from adaskip.profiling.timing import RequestTimes, time_request
-from adaskip.speedtest.cases import DENSE, compiled_call, without_kind
+from adaskip.profiling.timing import MakeCache, RequestTimes, time_request
+from adaskip.speedtest.cases import DENSE, compiled_call, static_cache, without_kind
 from adaskip.speedtest.measurement import Row, Study, if_it_fits, option
 from adaskip.speedtest.record import Key, Point
 from adaskip.speedtest.roofline import Rates, forward_bytes, measured_rates
@@ -107,25 +106,20 @@ def compare_compiled(
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     bare = {f"no {kind}": without_kind(kind, n_layers) for kind in KINDS} if ideal else {}
 
-    def request(plan: SkipPlan | None, *, cache: StaticCache) -> RequestTimes:
-        return _request(model, plan, ids, n_steps, cache)
-
-    def cache() -> StaticCache:
-        return StaticCache(config=model.config, max_cache_len=ids.shape[1] + n_steps)
+    def request(plan: SkipPlan | None) -> Callable[[], RequestTimes]:
+        make_cache = static_cache(ids.shape[1] + n_steps)
+        return lambda: _request(model, plan, ids, n_steps, make_cache)
 
     cases: dict[str, SkipPlan | None] = {DENSE: None, **plans, **bare}
-    kinds = {name: partial(request, plan, cache=cache()) for name, plan in cases.items()}
+    kinds = {name: request(plan) for name, plan in cases.items()}
     # The first call that is compiled is compiled twice: a cheap one.
-    request(SkipPlan(dict.fromkeys(all_sublayers(n_layers))), cache=cache())
+    request(SkipPlan(dict.fromkeys(all_sublayers(n_layers))))()
+    meter = memory.Peaks(model.device)
     peaks: dict[str, int | None] = {}
-    others = 0
     for name, run in kinds.items():
-        memory.reset_peak(model.device)
-        kv_bytes = run().kv_bytes  # its first step compiles, its second records the graph
-        peak = memory.peak_bytes(model.device)
-        # The caches of the cases before stay where their graphs read them.
-        peaks[name] = None if peak is None else peak - others
-        others += kv_bytes
+        meter.begin()
+        run()  # its first step compiles, its second records the graph
+        peaks[name] = meter.end()
     title = f"{ids.shape[1]} tokens x {ids.shape[0]}"
     taken = list(by_turns(kinds, rounds=rounds, baselines=[DENSE], title=title))
     each = _each(taken, n_layers) if ideal else {}
@@ -151,10 +145,9 @@ def compare_compiled(
 
 
 def _request(
-    model: PreTrainedModel, plan: SkipPlan | None, ids: Tensor, n_steps: int, cache: StaticCache
+    model: PreTrainedModel, plan: SkipPlan | None, ids: Tensor, n_steps: int, make_cache: MakeCache
 ) -> RequestTimes:
-    # One cache per case, as `generate()` keeps it: where a graph reads and writes stays as it is.
-    cache.reset()  # type: ignore[no-untyped-call]
+    cache = make_cache(model)
     with ExitStack() as patched:
         if model.device.type == "cuda":
             patched.enter_context(grouped_decoding(model))
