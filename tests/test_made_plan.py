@@ -120,15 +120,6 @@ def test_a_plan_of_another_model_is_refused(place: Workplace, file: str) -> None
         run(of(place, file))
 
 
-def test_a_plan_of_windows_alone_runs_and_leaves_nothing_out(
-    place: Workplace, tmp_path: Path
-) -> None:
-    file = str(tmp_path / "WINDOWS.safetensors")
-    SkipPlan(dict.fromkeys([Sublayer(0, "attn"), Sublayer(2, "attn")], Window(16))).save(file)
-    [row] = rows_of(run(of(place, file)))
-    assert [row["skipped"]["prefill"][kind] for kind in ("attn", "ffn")] == [0, 0]
-
-
 def test_command_lines_take_a_plan(
     place: Workplace, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ from adaskip import (
     learn_importance,
     skipping,
 )
+from adaskip.importance import Gain
 from adaskip.plan import Scope, all_sublayers
 from adaskip.policies import policy_class, register
 from adaskip.recorders import StepStats
@@ -170,23 +171,25 @@ def test_an_answer_does_not_depend_on_its_neighbours_by_default() -> None:
         model.generate(ids[:1], **greedy, prompt_lookup_num_tokens=3)
 
 
-def test_ada_skip_extends_after_the_window() -> None:
+# Of FFN 2 the window sees 1, 1.2 and 5: their mean, their median, or none.
+@pytest.mark.parametrize(("gain", "expected"), [("norm", 2.4), ("token", 1.2), (None, None)])
+def test_ada_skip_extends_after_the_window(gain: Gain | None, expected: float | None) -> None:
     policy = AdaSkip(
-        profile(3, [0.9, 0.5, 0.2, 0.95, 0.3, 0.1]), 2, online=True, window=2, gain="norm"
+        profile(3, [0.9, 0.5, 0.2, 0.95, 0.3, 0.1]), 2, online=True, window=3, gain=gain
     )
     policy.bind(3)
     fixed = policy.plan(PREFILL)
     assert fixed.layers("attn") == (0,)
     assert fixed.layers("ffn") == (1,)
-    for t, (similarity, gain) in enumerate([([0.8, 0.95], [1.0, 1.0]), ([0.9, 0.95], [1.0, 1.2])]):
+    for t, (similarity, own) in enumerate([(0.8, 1.0), (0.9, 1.2), (0.85, 5.0)]):
         assert policy.watch(decode(t)) == {"ffn"}
         assert policy.plan(decode(t)) == fixed
-        policy.observe(decode(t), ffn_stats(similarity, gain, [0, 2]))
-    # Means: 0.85 and 0.95 against a threshold of 0.9; the gain of FFN 2 is the mean of 1 and 1.2.
-    assert policy.watch(decode(2)) == frozenset()
-    extended = policy.plan(decode(2))
+        policy.observe(decode(t), ffn_stats([similarity, 0.95], [1.0, own], [0, 2]))
+    # Means: 0.85 and 0.95 against a threshold of 0.9.
+    assert policy.watch(decode(3)) == frozenset()
+    extended = policy.plan(decode(3))
     assert policy.extension.layers("ffn") == (2,)
-    assert extended.gains[Sublayer(2, "ffn")] == pytest.approx(1.1)
+    assert extended.gains[Sublayer(2, "ffn")] == (expected and pytest.approx(expected))
     assert extended.layers("attn") == (0,)
     # The next request begins without it, and a prefill never has it.
     assert policy.plan(PREFILL) == fixed
@@ -337,8 +340,9 @@ def test_unknown_scope() -> None:
         pass
 
 
-def test_sequences_that_have_ended_do_not_decide() -> None:
-    policy = AdaSkip(profile(1, [0.9, 0.1]), 1, online=True, window=1, gain="norm")
+@pytest.mark.parametrize("kind", ["norm", "token"])
+def test_sequences_that_have_ended_do_not_decide(kind: Gain) -> None:
+    policy = AdaSkip(profile(1, [0.9, 0.1]), 1, online=True, window=1, gain=kind)
     policy.bind(1)
     # Two sequences, the second one ended: similarity 0.95 and gain 1.5 against 0.1 and 9.
     gain = torch.tensor([[[1.5], [9.0]]])

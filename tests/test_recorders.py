@@ -251,9 +251,10 @@ def test_a_skipped_sublayer_runs_nothing(model: PreTrainedModel) -> None:
     dense = operations()
     everything = operations(*all_sublayers(N_LAYERS))
     one_ffn = operations(Sublayer(1, "ffn"))
-    # Three projections per FFN; the norm's rsqrt and the residual add are gone as well.
+    # Three projections per FFN; the norm's rsqrt and epsilon and the residual add are gone as well.
     assert dense["mm"] - one_ffn["mm"] == 3
     assert dense["rsqrt"] - one_ffn["rsqrt"] == 1
+    assert dense["add"] - one_ffn["add"] == 2
     assert everything["rsqrt"] == 1
     assert everything["mm"] == 1
     attention = "_scaled_dot_product_flash_attention_for_cpu"

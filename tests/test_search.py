@@ -111,8 +111,10 @@ def test_a_plan_meets_its_budget_by_the_times(model: PreTrainedModel, accelerati
         model, ROWS, acceleration=acceleration, times=times(), replacements=["gain"]
     )
     assert again == plan
-    # Without its least saving sublayer it would miss the budget, or exchange found it better.
-    assert all(isinstance(gain, float) for gain in plan.values())
+    # Nothing is replaced that the budget does not need.
+    for sublayer in plan:
+        rest = SkipPlan({other: gain for other, gain in plan.items() if other != sublayer})
+        assert times().speedup(rest) < acceleration
 
 
 def test_exchange_only_lowers_the_loss(model: PreTrainedModel) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from adaskip import PlanError, SkipPlan, Sublayer, shipped
+from adaskip import Importance, PlanError, SkipPlan, Sublayer, shipped
+from adaskip.fingerprint import same_model
 from adaskip.policies.made_plan import PlanFile
 from adaskip.runs.runconfig import RunConfig
 
 PLAN = SkipPlan({Sublayer(1, "attn"): 1.5}, about={"method": "SEARCH"})
 NAME = "smollm2/1.3@4000"
+# As documents name those that are shipped.
+NAMED = re.compile(r"\b(?:smollm2|gemma3|qwen)/[0-9][\w.-]*@\d+")
 
 
 @pytest.fixture
@@ -57,7 +62,14 @@ def test_scripts_take_the_name_as_a_plan(folder: Path) -> None:
 def test_what_is_shipped_is_small() -> None:
     files = [path for path in shipped._SHIPPED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= shipped.LIMIT
+    documents = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    named = {name for path in documents for name in NAMED.findall(path.read_text("utf-8"))}
+    assert named
+    assert named <= set(shipped.shipped_plans())
     for name in shipped.shipped_plans():
         plan = SkipPlan.load(name)
+        own = Importance.load(name.split("/")[0]).fingerprint
         assert plan.fingerprint
+        assert own
+        assert same_model(plan.fingerprint, own)
         assert {"method", "calibration", "measured acceleration", "gap"} <= set(plan.about)

@@ -16,7 +16,8 @@ from adaskip.speedtest.waiting_check import SETTINGS, request, serving
 FOLDERS = ("prefill", "decode", "e2e", "speed", "observations", "eval")
 SCRIPTS = sorted(str(p.relative_to(ROOT)) for f in FOLDERS for p in (ROOT / f).glob("*.py"))
 SWEEP = "-m adaskip.sweep configs/demo.yaml"
-COMMANDS = [*SCRIPTS, SWEEP]
+EXPORT = "-m adaskip.export model"
+COMMANDS = [*SCRIPTS, SWEEP, EXPORT, "-m adaskip chat --model smollm2"]
 OPTIONS = {folder: ["--model", "smollm2"] for folder in ("observations", "eval")}
 # Stands in for torch: tells how threads were to wait when it was loaded, and ends the process.
 FAKE_TORCH = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +47,25 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[BlockStep]:
     return taken
 
 
+@pytest.fixture
+def ampere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A device that has the kernel."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    window_flash._found.cache_clear()
+    yield
+    window_flash._found.cache_clear()
+
+
+def takes(*, past: int | None = 0, **query: Any) -> bool:
+    given = {"is_cuda": True, "device": torch.device("cuda", 0), "dtype": torch.float16}
+    given |= {"shape": (1, 2, 30, 64), "requires_grad": False, **query}
+    asked: Any = SimpleNamespace(**given)
+    step: Any = SimpleNamespace(past=past)
+    return window_flash.takes_flash(asked, step)
+
+
 @pytest.mark.parametrize(
     ("capability", "built", "hip", "expected"),
     [
@@ -57,6 +77,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[BlockStep]:
     ],
 )
 def test_the_kernel_is_taken_where_there_is_one(
+    ampere: None,
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
     built: bool,
@@ -66,17 +87,28 @@ def test_the_kernel_is_taken_where_there_is_one(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
     monkeypatch.setattr(torch.version, "hip", hip)
-    query: Any = SimpleNamespace(
-        is_cuda=True,
-        device=torch.device("cuda", 0),
-        dtype=torch.float16,
-        shape=(1, 2, 30, 64),
-        requires_grad=False,
-    )
-    step: Any = SimpleNamespace(past=0)
-    window_flash._found.cache_clear()
-    assert window_flash.takes_flash(query, step) is expected
-    window_flash._found.cache_clear()
+    assert takes() is expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, True),
+        ({"past": 12}, True),
+        ({"past": None}, False),  # rows have padding
+        ({"is_cuda": False}, False),
+        ({"dtype": torch.bfloat16}, True),
+        ({"dtype": torch.float32}, False),
+        ({"shape": (1, 2, 30, 256)}, True),
+        ({"shape": (1, 2, 30, 264)}, False),
+        ({"shape": (1, 2, 30, 20)}, False),
+        ({"requires_grad": True}, False),
+    ],
+)
+def test_the_kernel_is_taken_where_it_is_right(
+    ampere: None, asked: dict[str, Any], expected: bool
+) -> None:
+    assert takes(**asked) is expected
 
 
 @pytest.mark.parametrize("chunks", [[40], [1, 3, 36], [20, 20], [33, 7]])
@@ -106,12 +138,6 @@ def test_padded_rows_are_left_to_the_blocks(steps: list[BlockStep]) -> None:
     with torch.no_grad(), skipping(model, plan_of({0: Window(7)})):
         model(ids, attention_mask=mask)
     assert not steps
-
-
-def test_the_kernel_is_taken_where_it_is_right() -> None:
-    query = torch.zeros(1, 4, 40, 64, dtype=torch.bfloat16)
-    step: Any = type("Step", (), {"past": 0})
-    assert not window_flash.takes_flash(query, step)  # no CUDA device
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "granite"])
