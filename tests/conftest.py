@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,15 @@ _LONG = ("test_quickstart.py", "test_kill.py", "test_cli.py", "test_scale.py", "
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first, all others in their order."""
     items.sort(key=lambda item: item.path.name not in _LONG)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where a package was installed to be tested, a test that skips for want of it has failed."""
+    report = yield
+    if report.skipped and os.environ.get("ADASKIP_SKIPS_FAIL"):
+        report.outcome = "failed"
+    return report
 
 
 def tiny_model(

@@ -46,12 +46,15 @@ def place(checkpoint: Path, tmp_path: Path) -> Workplace:
 
 def test_there_is_one_thin_script_per_experiment_and_model() -> None:
     assert len(SCRIPTS) == 18
+    texts = set()
     for path in [*SCRIPTS, ROOT / "eval/eval.py"]:
         text = path.read_text()
         assert len(text.splitlines()) < 25
         if path in SCRIPTS:
             experiment, model = path.parent.name, path.stem.removeprefix("run_")
             assert f'run_main("{experiment}", "{model}")' in text
+            texts.add(text.replace(experiment, "EXPERIMENT").replace(model, "MODEL"))
+    assert len(texts) == 1
 
 
 def test_a_script_runs_from_anywhere_without_installation(place: Workplace, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import N_LAYERS, prompt, tiny_model
+from conftest import prompt, tiny_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
@@ -28,7 +28,8 @@ from adaskip.profiling.timing import growing_cache, next_logits
 @pytest.fixture
 def model() -> Iterator[PreTrainedModel]:
     torch._dynamo.reset()
-    yield tiny_model("llama")
+    # What is traced goes layer by layer: more of them take longer and show no more.
+    yield tiny_model("llama", num_hidden_layers=2)
     torch._dynamo.reset()
 
 
@@ -62,7 +63,7 @@ def new_graphs(model: PreTrainedModel, policy: SkipPolicy, backend: str = "eager
 
 
 def plan(gain: float | None) -> FixedSkipping:
-    skipped = {Sublayer(0, "attn"): gain, Sublayer(1, "ffn"): gain, Sublayer(2, "attn"): gain}
+    skipped = {Sublayer(0, "attn"): gain, Sublayer(1, "ffn"): gain, Sublayer(1, "attn"): gain}
     return FixedSkipping(SkipPlan(skipped))
 
 
@@ -85,7 +86,7 @@ def test_the_online_extension_costs_one_graph(model: PreTrainedModel) -> None:
     assert new_graphs(model, online) == 0
     with skipping(model, online) as session:
         decode(model, "eager")
-        assert session.plan.layers("ffn") == tuple(range(N_LAYERS))
+        assert session.plan.layers("ffn") == (0, 1)
 
 
 def test_one_graph_per_plan_of_linear_maps(model: PreTrainedModel) -> None:
@@ -109,12 +110,13 @@ def test_a_compiled_prefill_is_the_same(model: PreTrainedModel, static: bool) ->
     linear = Linear((torch.randn(32, 4) / 9, torch.randn(4, 32) / 9), torch.zeros(32))
     plans = [
         SkipPlan({Sublayer(0, "attn"): None, Sublayer(1, "ffn"): 1.1}),
-        SkipPlan({Sublayer(0, "attn"): linear, Sublayer(2, "attn"): Window(5, 2)}),
+        SkipPlan({Sublayer(0, "attn"): linear, Sublayer(1, "attn"): Window(5, 2)}),
     ]
     compiled = torch.compile(model.__call__, backend="eager", dynamic=False)
     ids = prompt(20)
     for chosen in plans:
         kept, graphs = StaticCache(config=model.config, max_cache_len=26), []
+        before = counters["stats"]["unique_graphs"]
         for _ in range(3):
             kept.reset()  # type: ignore[no-untyped-call]
             cache = kept if static else growing_cache(model)
@@ -122,6 +124,6 @@ def test_a_compiled_prefill_is_the_same(model: PreTrainedModel, static: bool) ->
                 expected = next_logits(model, ids, growing_cache(model))
                 found = next_logits(compiled, ids, cache)
             torch.testing.assert_close(found, expected)
-            graphs.append(counters["stats"]["unique_graphs"])
+            graphs.append(counters["stats"]["unique_graphs"] - before)
         # What a window held is used again from the second request on.
         assert graphs[1] == graphs[2] > 0

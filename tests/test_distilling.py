@@ -373,3 +373,23 @@ def test_what_is_refused(model: PreTrainedModel) -> None:
     model.hf_quantizer = object()
     with pytest.raises(AdaskipError, match="weights are quantized"):
         distill_plan(model, plan, PROMPTS)
+
+
+def test_an_eighth_of_the_prompts_is_held_out(model: PreTrainedModel) -> None:
+    plan = SkipPlan({ATTN2: 1.25, FFN1: None})
+    given = [prompt(8 + n, seed=n) for n in range(17)]
+    course = Course(
+        Trained(Sublayers(model), plan), [{"input_ids": ids} for ids in given], progress=False
+    )
+    assert [each.inputs["input_ids"].tolist() for each in course.learned] == [
+        ids.tolist() for ids in given[:15]
+    ]
+    nats = []
+    for ids in given[15:]:
+        with torch.no_grad():
+            dense = log_softmax(model(ids).logits[0], dim=-1)
+            with skipping(model, plan):
+                found = log_softmax(model(ids).logits[0], dim=-1)
+        nats += kl_div(found, dense, reduction="none", log_target=True).sum(-1).tolist()
+    # Of all their tokens together, the longer one more.
+    assert course.divergence() == pytest.approx(sum(nats) / len(nats), rel=1e-4)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from run_fixtures import save_checkpoint
 from test_layers import ORDER
 
 import adaskip
+from adaskip.cli.main import command
 
 TRACKED = [
     path
@@ -72,6 +76,30 @@ def test_the_examples_of_the_documents_run(tmp_path: Path, monkeypatch: pytest.M
         for block in blocks:
             exec(compile(block, document, "exec"), names)  # noqa: S102 - our own text
     assert names["answer"].shape[1] > names["inputs"].input_ids.shape[1]
+
+
+def test_what_examples_import_is_there() -> None:
+    n_names = 0
+    for document in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        text = document.read_text(encoding="utf-8")
+        for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+            for node in ast.walk(ast.parse(textwrap.dedent(block))):
+                if isinstance(node, ast.ImportFrom) and str(node.module).startswith("adaskip"):
+                    module = importlib.import_module(str(node.module))
+                    for name in node.names:
+                        assert hasattr(module, name.name), f"{document.name}: {name.name}"
+                        n_names += 1
+    assert n_names > 20
+
+
+def test_commands_of_the_documents_are_understood() -> None:
+    n_commands = 0
+    for document in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+        for name, line in re.findall(r"^adaskip (\w+)(.*)$", text, flags=re.M):
+            command(name).parser(f"adaskip {name}").parse_args(shlex.split(line, comments=True))
+            n_commands += 1
+    assert n_commands >= 5
 
 
 def test_scripts_are_thin() -> None:

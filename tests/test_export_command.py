@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, prompt
+from conftest import prompt
 from export_fixtures import byte_tokenizer, gguf_model
 from run_fixtures import save_checkpoint
 
@@ -38,19 +36,11 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_from_a_plan_file(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
-    """As a user types it, in a process of its own."""
     out = tmp_path / "out"
     options = ["--model", str(checkpoint), "--plan", str(tmp_path / "plan.safetensors")]
     options += ["--format", "gguf", "--dtype", "f16", "--device", "cpu", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "adaskip.export", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "deci (gguf, f16), 4 layers with 3 attentions and 3 FFNs" in done.stdout
+    assert EXPORT.main(options) == 0
+    assert "deci (gguf, f16), 4 layers with 3 attentions and 3 FFNs" in capsys.readouterr().out
     assert (out / "model.gguf").is_file()
     assert EXPORT.main(options) == 2
     (line,) = capsys.readouterr().err.splitlines()

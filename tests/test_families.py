@@ -22,7 +22,7 @@ from adaskip import (
     skipping,
 )
 from adaskip.blocks import BLOCKS
-from adaskip.plan import all_sublayers
+from adaskip.plan import KINDS, all_sublayers
 
 FAMILIES = sorted(BLOCKS)
 # Their attention is that of another family; what differs is seen with one implementation.
@@ -273,9 +273,14 @@ def test_assisted_decoding_with_a_fixed_plan() -> None:
 def test_skipping_model_as_the_draft() -> None:
     target, draft, ids = tiny_model("llama"), tiny_model("llama"), prompt(12)
     expected = generated(target, ids, do_sample=False, eos_token_id=2)
-    with skipping(draft, FixedSkipping(PLAN)):
+    with skipping(draft, FixedSkipping(PLAN)) as session:
         actual = generated(target, ids, do_sample=False, eos_token_id=2, assistant_model=draft)
     assert torch.equal(actual[0], expected[0])
+    # The target's answer is the same whatever the draft proposes: it has to be asked.
+    phases = session.summary().phases
+    assert set(phases) == {"prefill", "decode"}
+    expected_counts = {kind: len(PLAN.layers(kind)) for kind in KINDS}
+    assert all(phase.skipped == expected_counts for phase in phases.values())
 
 
 def test_assisted_decoding_with_a_changing_plan_is_refused() -> None:

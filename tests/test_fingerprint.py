@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 
@@ -23,10 +24,12 @@ def family_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 @pytest.mark.parametrize("family", BLOCKS)
 def test_every_precision_of_a_model_is_that_model(family: str) -> None:
-    for seed in range(20):
-        made = [model_fingerprint(family_model(family, seed).to(dtype)) for dtype in PRECISIONS]
+    # What is rounded is the same in all families; which weights are looked at is not.
+    for seed in range(20 if family == "llama" else 2):
+        whole = family_model(family, seed)
+        made = [model_fingerprint(copy.deepcopy(whole).to(dtype)) for dtype in PRECISIONS]
         # fp16 weights that went through fp32 and on to bf16 are rounded twice.
-        twice = family_model(family, seed).half().to(torch.bfloat16)
+        twice = whole.half().to(torch.bfloat16)
         for one, other in itertools.permutations([*made, model_fingerprint(twice)], 2):
             assert same_model(one, other)
     assert made[0] != made[2]  # they do round differently

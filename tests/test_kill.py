@@ -70,7 +70,7 @@ def nursery(place: Workplace) -> Iterator[Nursery]:
 def test_a_run_killed_at_random_points_ends_as_one_never_stopped(
     nursery: Nursery, tmp_path: Path
 ) -> None:
-    n_kills = 20
+    n_kills = 10
     name = "llama-ADA-E2E-SKIP-2"
     assert nursery.run(tmp_path / "whole") == 0
     start = time.monotonic()

@@ -159,7 +159,9 @@ def test_what_is_taken_away_leaves_the_answers_most_likely(
     layers = [(Sublayer(i, "attn"), Sublayer(i, "ffn")) for i in range(N_LAYERS)]
     parts = layers if name == "SLEB" else [(sublayer,) for sublayer in sublayers]
     gone: list[Sublayer] = []
-    for plan in plans(model, name, 3, exact=True):
+    made = plans(model, name, 3, exact=True)
+    assert len(made) == 3
+    for plan in made:
         losses = {part: answer_nll(model, [*gone, *part]) for part in parts}
         best = min(losses, key=losses.__getitem__)
         gone += best
@@ -179,7 +181,9 @@ def test_lazily_the_first_is_the_same_and_the_others_are_near(
 
 def test_prune_and_comp_looks_again_at_what_is_left(model: PreTrainedModel) -> None:
     gains: dict[int, float] = {}
-    for plan in plans(model, "PRUNECOMP", 3):
+    made = plans(model, "PRUNECOMP", 3)
+    assert len(made) == 3
+    for plan in made:
         # The same model by hand: a layer that is gone scales the stream.
         similarity, ratio = torch.zeros(N_LAYERS), {}
         inputs = [torch.cat(row, dim=1)[:, :-1] for row in ROWS]

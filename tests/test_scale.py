@@ -27,8 +27,8 @@ from adaskip.cli.observe import observation_main
 from adaskip.cli.perplexity import perplexity_main
 from adaskip.cli.run import run_main
 from adaskip.errors import RunError
+from adaskip.models.devices import resolve_device
 from adaskip.models.processes import Team, team
-from adaskip.runs.files import lock
 from adaskip.runs.store import Share, Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,11 +70,10 @@ def launch(launcher: list[str], command: list[str]) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, accelerate()], ids=["torchrun", "accelerate"])
-def test_two_processes_leave_the_files_of_one(place: Workplace, launcher: list[str]) -> None:
+def test_two_processes_leave_the_files_of_one(place: Workplace) -> None:
     options = ["--policy", "ADA", "--skip_sub_layer_num", "2", "--batch_size", "2"]
     options += [*place.options, "--tasks", "multifieldqa_en", "gov_report"]
-    done = launch(launcher, ["e2e/run_llama.py", *options])
+    done = launch(TORCHRUN, ["e2e/run_llama.py", *options])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("is complete") == 1
     assert run_main("e2e", "llama", [*options, "--name", "single"]) == 0
@@ -131,27 +130,18 @@ def test_figures_of_two_processes_are_those_of_one(
     assert done.stdout == said.replace(str(single), str(place.results))
 
 
-def test_a_second_launch_on_the_same_name_is_refused(place: Workplace) -> None:
-    options = ["--policy", "EE", "--skip_full_layer_num", "1", *place.options]
-    folder = place.results / "llama-EE-PREFILL-SKIP-1"
-    with lock(folder):
-        done = launch(TORCHRUN, ["prefill/run_llama.py", *options, "--tasks", "trec"])
-    assert done.returncode != 0
-    assert "error: Another process is working on" in done.stderr
-    assert "error: The main process failed: Another process" in done.stderr
-    assert not list(folder.glob("*.jsonl*"))
-
-
-@pytest.mark.parametrize("split", [("--device_map", "auto"), ("--tp_plan", "auto")])
-def test_a_split_model_answers_as_a_whole_one(place: Workplace, split: tuple[str, str]) -> None:
+def test_split_models_answer_as_a_whole_one(place: Workplace) -> None:
     options = ["--policy", "ADA", "--skip_sub_layer_num", "3"]
     options += [*place.options, "--tasks", "gov_report"]
-    launcher = TORCHRUN if "--tp_plan" in split else []
-    done = launch(launcher, ["e2e/run_llama.py", *options, *split])
+    done = launch(TORCHRUN, ["e2e/run_llama.py", *options, "--tp_plan", "auto"])
     assert done.returncode == 0, done.stderr[-3000:]
+    # Accelerate loads it; tests/test_engines.py and test_cuda.py have models that it has split.
+    one_device = ["--device_map", "auto", "--device", resolve_device().type, "--name", "mapped"]
+    assert run_main("e2e", "llama", [*options, *one_device]) == 0
     assert run_main("e2e", "llama", [*options, "--name", "whole"]) == 0
-    rows = lasting(rows_of(place.results / "llama-ADA-E2E-SKIP-3", "gov_report"))
-    assert rows == lasting(rows_of(place.results / "whole-SKIP-3", "gov_report"))
+    names = ("llama-ADA-E2E-SKIP-3", "mapped-SKIP-3", "whole-SKIP-3")
+    split, mapped, whole = (lasting(rows_of(place.results / n, "gov_report")) for n in names)
+    assert split == mapped == whole
 
 
 # What a model split over the processes does: the group of all is held until the very end.
@@ -176,17 +166,36 @@ def told():
 
 # Registered before the processes are connected, so called after they have left.
 atexit.register(told)
+from adaskip.errors import RunError
 from adaskip.models.processes import Team, team
 assert team().gather(team().rank) == [0, 1]
 assert team().on_main(lambda: [team().rank]) == [0]
+
+def refuse():
+    raise RunError("another process works on it")
+
+try:
+    team().on_main(refuse)
+except RunError as error:
+    main = "" if team().rank == 0 else "The main process failed: "
+    assert str(error) == main + "another process works on it", error
+else:
+    raise AssertionError("nobody was told")
 held, before = sys.modules["torch"].distributed.group.WORLD, gloo()
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted by /proc")
-def test_the_threads_of_messages_end_before_the_interpreter_does() -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [[*TORCHRUN, "--no-python"], [*accelerate(), "--no_python"]],
+    ids=["torchrun", "accelerate"],
+)
+def test_processes_tell_each_other_and_their_threads_end_before_the_interpreter_does(
+    launcher: list[str],
+) -> None:
     # One that lets go of a message while the interpreter ends aborts the process.
-    done = launch([*TORCHRUN, "--no-python", sys.executable, "-c", HOLDING], [])
+    done = launch([*launcher, sys.executable, "-c", HOLDING], [])
     assert done.returncode == 0, done.stderr[-3000:]
     for line in done.stdout.splitlines():
         before, after = map(int, line.split())

@@ -546,6 +546,8 @@ def test_a_study_keeps_its_record_and_its_table(
 def test_a_killed_measurement_goes_on_where_it_was(
     kind: type[Measurement], measured_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What it measures is made up, so that any model will do.
+    monkeypatch.setattr(Measurement, "open", lambda self, **_: tiny_model("llama"))
     taken: list[int] = []
 
     def killed_at_the_second(*_: object, **__: object) -> dict[str, object] | list[object]:
@@ -587,6 +589,8 @@ def test_a_killed_measurement_goes_on_where_it_was(
 def test_what_does_not_fit_is_let_go_of_and_tried_again(
     kind: type[Measurement], measured_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What it measures is made up, so that any model will do.
+    monkeypatch.setattr(Measurement, "open", lambda self, **_: tiny_model("llama"))
     held: list[weakref.ref[torch.Tensor]] = []
 
     def too_large(*_: object, **__: object) -> None:
