@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from adaskip.leaderboard.comparing import at_equal_speed, at_speed, beside, unbe
 from adaskip.leaderboard.values import REPORT_FILE, read_report
 from adaskip.reports import leaderboard_figures
 from adaskip.reports.leaderboard_report import PAGE, render, write_report
-from adaskip.reports.leaderboard_tables import as_text
+from adaskip.reports.leaderboard_tables import as_text, compared
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,15 @@ def test_better_is_said_only_beyond_the_interval() -> None:
     assert (beside(less, dense).share, beside(less, dense).verdict) == (None, "worse")
 
 
+def test_what_times_leave_open_is_not_called_the_same() -> None:
+    base = dict.fromkeys("ab", 0.3)
+    less, mixed = {"a": 0.1, "b": 0.2}, {"a": 0.1, "b": 0.7}
+    assert compared(beside(less, base)) == "better"
+    open_ = replace(beside(less, base), steady=False)
+    assert compared(open_) == "may be faster or slower: nothing said"
+    assert compared(beside(mixed, base)) == "no difference shown"
+
+
 def test_tasks_at_chance_speak_for_nothing(results: Path) -> None:
     table = read_report(results / REPORT_FILE).tables[0]
     assert table.tasks["needle_single"].at_chance
@@ -167,7 +176,9 @@ def test_the_text_says_what_exists(tmp_path: Path) -> None:
     assert "| ADA         |  1.05 |     1.100 | 1.062 [1.062–1.062]" in text
     # At 1.1 AdaSkip loses 0.66 nats over both rows, the search 0.06.
     assert "0.060, 9% [9%–9%], better" in text
-    assert "SEARCH gain loses less than 2 of them, beyond the interval, and more than: none" in text
+    assert (
+        "SEARCH gain loses less than 2 of them, beyond the intervals of losses and of times" in text
+    )
     assert "Tasks:" not in text
 
 
@@ -183,7 +194,7 @@ USED = """(() => {
   form.dispatchEvent(new Event('change'));
   const seen = () => rows.filter(row => row.offsetParent !== null).map(row => row.dataset.method);
   const filtered = seen();
-  const said = document.querySelector('[role=status]').textContent;
+  const said = [...document.querySelectorAll('[role=status]')].map(e => e.textContent);
   form.elements.front.click();
   const front = seen().length;
   return {sorted, filtered, said, front, first: rows[0].dataset.method,
@@ -227,13 +238,43 @@ def test_the_page_shows_all_of_the_table_on_any_screen(
 @browser
 def test_the_page_sorts_and_filters(results: Path, window: Window) -> None:
     window.open(results / PAGE, width=1300)
-    assert window.value("document.querySelector('[role=status]').textContent") == "39 of 39 rows"
     told = window.value(USED)
     assert (told["sorted"], told["order"], told["first"]) == (True, "descending", "SEARCH window")
     assert sorted(told["filtered"]) == ["SLEB"] * 4 + ["dense"] * 2
-    assert told["said"] == "6 of 39 rows"
+    # Both tables are filtered, and each says so.
+    assert told["said"] == ["6 of 39 rows"] * 2
     assert told["front"] <= 6
     assert told["named"]
+
+
+# Of each row: its method, whether it is coloured, and what its first and last cells say.
+WORDS = """[...document.querySelectorAll('.board tbody tr')].map(row => ({front: row.className,
+  first: row.cells[0].textContent, last: row.cells[row.cells.length - 1].textContent,
+  colour: row.cells[row.cells.length - 1].className, table: row.closest('table').id}))"""
+
+
+@browser
+def test_nothing_is_said_by_colour_alone(results: Path, window: Window) -> None:
+    window.open(results / PAGE, width=1300)
+    told = window.value(WORDS)
+    assert {row["front"] for row in told} == {"dense", "front", ""}
+    for row in told:
+        assert row["first"].endswith("in front") == (row["front"] == "front")
+        if row["table"] == "scores" and row["colour"]:
+            assert row["last"].endswith(row["colour"])
+    # On paper, too, which shows what rows a form has left.
+    window.ask("Emulation.setEmulatedMedia", media="print")
+    shown = "[...document.querySelectorAll('[role=status], form')].map(e => !!e.offsetParent)"
+    assert window.value(shown) == [False, True, True]
+
+
+@browser
+def test_collapses_are_sorted_by_their_share(results: Path, window: Window) -> None:
+    window.open(results / PAGE)
+    cells = "[...document.querySelectorAll('#quality td[data-label=collapsed]')]"
+    told = window.value(cells + ".map(c => [c.firstChild.textContent, c.dataset.value])")
+    # Of two rows each.
+    assert {(shown, float(value)) for shown, value in told} == {("0", 0), ("1", 0.5)}
 
 
 @browser
@@ -262,7 +303,7 @@ def test_lines_of_a_figure_are_what_the_table_says_between_plans(
     monkeypatch.setattr(leaderboard_figures, "as_png", lambda figure: drawn.append(figure) or b"")
     table = table_of(filled(tmp_path))
     assert table is not None
-    leaderboard_figures.draw_front(table)
+    leaderboard_figures.draw_front(table, table.methods)
     lines = {line.get_label(): line for line in drawn[0].axes[0].get_lines()}
     for method in table.methods:
         own = sorted((e.speed, e.gap) for e in table.entries if e.method == method)
@@ -272,3 +313,25 @@ def test_lines_of_a_figure_are_what_the_table_says_between_plans(
         assert len(told) > 10 * len(own)
         assert lines[method].get_ydata() == pytest.approx(np.interp(told, speeds, gaps))
         assert told[:: lines[method].get_markevery()] == pytest.approx(speeds)
+
+
+def test_a_method_looks_the_same_in_every_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(leaderboard_figures, "as_png", lambda figure: drawn.append(figure) or b"")
+    (table,) = filter(None, [table_of(filled(tmp_path))])
+    leaderboard_figures.draw_front(table, table.methods)
+    alone = replace(table, entries=tuple(e for e in table.entries if e.method != "ADA"))
+    leaderboard_figures.draw_front(alone, table.methods)
+    looks = [
+        {
+            line.get_label(): (line.get_color(), line.get_marker())
+            for line in figure.axes[0].get_lines()
+            if line.get_label() in table.methods
+        }
+        for figure in drawn
+    ]
+    assert {*looks[0]} == {"ADA", "SEARCH gain"}
+    assert len({*looks[0].values()}) == 2
+    assert looks[1] == {"SEARCH gain": looks[0]["SEARCH gain"]}

@@ -240,6 +240,11 @@ class Report:
         """Those of the tables, in the file's order."""
         return tuple(dict.fromkeys(table.model for table in self.tables))
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those of the tables, likewise."""
+        return tuple(dict.fromkeys(method for table in self.tables for method in table.methods))
+
     def save(self, path: Path) -> None:
         """Writes `report.json`.
 

@@ -1,8 +1,7 @@
 "use strict";
-// Sorts the tables by their column buttons, and filters their rows by the form above them.
+// Sorts the tables by their column buttons, and filters their rows by the form above the first.
 const form = document.querySelector("form");
-const said = document.querySelector("[role=status]");
-const rows = [...document.querySelectorAll("table.board tbody tr")];
+const boards = [...document.querySelectorAll("table.board")];
 
 const valueOf = (row, column) => {
   const text = row.cells[column].dataset.value;
@@ -30,14 +29,16 @@ function sortBy(button) {
 
 function filter() {
   const wanted = new FormData(form);
-  for (const row of rows) {
-    const fits = ["model", "context", "method"].every(
-      (key) => !wanted.get(key) || row.dataset[key] === wanted.get(key) ||
-        (key === "method" && row.dataset.method === "dense"));
-    row.hidden = !fits || (wanted.has("front") && row.dataset.front !== "yes");
+  const fits = (row) => ["model", "context", "method"].every(
+    (key) => !wanted.get(key) || row.dataset[key] === wanted.get(key) ||
+      (key === "method" && row.dataset.method === "dense")) &&
+    (!wanted.has("front") || row.dataset.front === "yes");
+  for (const board of boards) {
+    const rows = [...board.tBodies[0].rows];
+    for (const row of rows) row.hidden = !fits(row);
+    board.closest("section").querySelector("[role=status]").textContent =
+      `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
   }
-  const main = rows.filter((row) => row.closest("table").id === "quality");
-  said.textContent = `${main.filter((row) => !row.hidden).length} of ${main.length} rows`;
 }
 
 for (const button of document.querySelectorAll("th button"))

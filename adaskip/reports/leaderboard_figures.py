@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,22 +17,27 @@ from adaskip.runs.runconfig import DENSE
 _STEPS = 40
 
 
-def draw_front(table: Table) -> bytes:
+def draw_front(table: Table, methods: Sequence[str]) -> bytes:
     """Gap against measured acceleration, a line per method, dense at 1 and 0; PNG.
 
     What no other plan beats is joined by a broad line.
+
+    Args:
+        table: of a model and context length.
+        methods: of all tables: one has the same look in every figure.
     """
     figure, panels = canvas(1, 1, width=9, height=5)
     panel = panels[0][0]
     front = sorted([(1.0, 0.0), *((e.speed, e.gap) for e in table.entries if e.front)])
     panel.plot(*_bent(front), color="0.85", linewidth=7, label="not beaten")
-    for number, method in enumerate(table.methods):
+    for method in table.methods:
+        look = _look(methods.index(method))
         own = [e for e in table.entries if e.method == method]
         line = unbeaten(own)
-        _line(panel, [(1.0, 0.0), *((e.speed, e.gap) for e in line)], number, method)
+        _line(panel, [(1.0, 0.0), *((e.speed, e.gap) for e in line)], look, method)
         for beaten in (e for e in own if e not in line):
-            panel.plot(beaten.speed, beaten.gap, **_mark(number), fillstyle="none")
-    panel.set_xlabel("time to first token, x faster than dense" + _how(table))
+            panel.plot(beaten.speed, beaten.gap, **look, fillstyle="none")
+    panel.set_xlabel("time to first token, times as fast as dense" + _how(table))
     panel.set_ylabel("nats per token lost to dense")
     panel.set_yscale("symlog", linthresh=0.1)
     panel.set_ylim(bottom=min(-0.05, *(gap for _, gap in front)))
@@ -41,20 +46,24 @@ def draw_front(table: Table) -> bytes:
     return as_png(figure)
 
 
-def draw_axes(axes: Sequence[Axis]) -> bytes:
-    """Nats per character against seconds to the first token, a colour per model; PNG."""
+def draw_axes(axes: Sequence[Axis], methods: Sequence[str]) -> bytes:
+    """Nats per character against seconds to the first token, a colour per model; PNG.
+
+    Args:
+        axes: of a context length.
+        methods: of all tables, as for `draw_front`.
+    """
     figure, panels = canvas(1, 1, width=9, height=5)
     panel = panels[0][0]
     models = [*dict.fromkeys(axis.model for axis in axes)]
-    methods = [*dict.fromkeys(axis.method for axis in axes)]
     for model in models:
         own = [axis for axis in axes if axis.model == model]
-        for method in methods[1:]:
+        for method in dict.fromkeys(axis.method for axis in own if axis.method != DENSE):
             at = [(a.seconds, a.nats) for a in own if a.method in (DENSE, method)]
             panel.plot(
                 *zip(*at, strict=True),
                 color=COLOURS[models.index(model)],
-                marker=MARKERS[methods.index(method)],
+                marker=_look(methods.index(method))["marker"],
                 linestyle="-" if method.startswith("SEARCH") else ":",
                 label=f"{model}, {method}",
             )
@@ -71,11 +80,13 @@ def draw_axes(axes: Sequence[Axis]) -> bytes:
     return as_png(figure)
 
 
-def _line(panel: Any, at: Sequence[tuple[float, float]], number: int, method: str) -> None:
+def _line(
+    panel: Any, at: Sequence[tuple[float, float]], look: Mapping[str, Any], method: str
+) -> None:
     searched = method.startswith("SEARCH")
     panel.plot(
         *_bent(at),
-        **_mark(number),
+        **look,
         markevery=_STEPS,
         linestyle="-" if searched else ":",
         linewidth=2 if searched else 1.3,
@@ -83,8 +94,8 @@ def _line(panel: Any, at: Sequence[tuple[float, float]], number: int, method: st
     )
 
 
-def _mark(number: int) -> dict[str, Any]:
-    """What tells the methods of a figure from each other."""
+def _look(number: int) -> dict[str, Any]:
+    """The colour and marker of a method, by its place among those of all figures."""
     marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
     return {"color": COLOURS[number % len(COLOURS)], "marker": marker}
 

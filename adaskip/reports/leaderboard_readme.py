@@ -17,7 +17,7 @@ BEGIN, END = "<!-- leaderboard -->", "<!-- /leaderboard -->"
 
 def readme_table(report: Report) -> str:
     """README's table: at one measured acceleration per model and context length."""
-    header = ["model", "tokens", "faster", "dense perplexity", NAMES[BASE], "best of the field"]
+    header = ["model", "tokens", "speed", "dense perplexity", NAMES[BASE], "best of the field"]
     header += ["`search_plan`", f"of {NAMES[BASE]}'s gap"]
     return markdown_table(header, [row for t in report.tables for row in _readme_rows(t)])
 

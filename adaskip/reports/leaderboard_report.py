@@ -67,7 +67,6 @@ def page_of(report: Report, pictures: Iterable[Picture]) -> str:
     environment = page_environment()
     script = environment.get_template(SCRIPT).render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    entries = [(table, entry) for table in report.tables for entry in table.entries]
     return environment.get_template(TEMPLATE).render(
         report=report,
         script=script,
@@ -75,7 +74,6 @@ def page_of(report: Report, pictures: Iterable[Picture]) -> str:
         pictures=list(pictures),
         tables=tables,
         base=BASE,
-        methods=list(dict.fromkeys(entry.method for _, entry in entries)),
         contexts=sorted({table.context for table in report.tables}),
         tasks=list(dict.fromkeys(task for table in report.tables for task in table.tasks)),
         axes=same_axes(report),
@@ -121,8 +119,9 @@ def _draw(report: Report, folder: Path) -> list[Picture]:
         if table.entries:
             name = f"pareto-{PurePath(table.model).name}-{table.context}.png"
             caption = f"{table.model}, {table.context:,} tokens: quality lost against time measured"
-            keep(name, draw_front(table), caption)
+            caption += "; hollow: beaten by another plan of the method"
+            keep(name, draw_front(table, report.methods), caption)
     for context, axes in same_axes(report).items():
         caption = f"Models on the same axes, {context:,} tokens"
-        keep(f"pareto-models-{context}.png", draw_axes(axes), caption)
+        keep(f"pareto-models-{context}.png", draw_axes(axes, report.methods), caption)
     return drawn

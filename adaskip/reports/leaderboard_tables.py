@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from adaskip.leaderboard.axes import Axis, same_axes
 from adaskip.leaderboard.comparing import at_equal_speed, at_speed
 from adaskip.leaderboard.values import (
     BASE,
+    Beside,
     Interval,
     Report,
     Score,
@@ -103,7 +105,7 @@ def search_sentence(table: Table) -> str:
     told = ", ".join(better) or "none"
     return (
         f"At the {_kind(table)} times of {len(rivals)} plans of other methods, {search} loses less "
-        f"than {worse} of them, beyond the interval, and more than: {told}."
+        f"than {worse} of them, beyond the intervals of losses and of times, and more than: {told}."
     )
 
 
@@ -131,6 +133,18 @@ def percent_of(share: float | None, interval: Interval | None) -> str:
     if share is None:
         return MISSING
     return f"{share:.0%}" + ("" if interval is None else " [{:.0%}–{:.0%}]".format(*interval))
+
+
+def compared(found: Beside) -> str:
+    """What is said of a plan beside another method at the same measured time."""
+    if not found.verdict and replace(found, steady=True).verdict:
+        return "may be faster or slower: nothing said"
+    return found.verdict or "no difference shown"
+
+
+def difference(score: Score, facts: TaskFacts) -> str:
+    """How a score differs from the dense model's, and what that shows."""
+    return f"{_delta(score)} {'at chance' if facts.at_chance else score.verdict}".rstrip()
 
 
 def _main(table: Table) -> Shown:
@@ -184,9 +198,12 @@ def _scores(table: Table) -> Shown:
 def _score(score: Score | None, facts: TaskFacts) -> str:
     if score is None:
         return MISSING
-    delta = number(score.delta, 1, signed=True)
-    text = f"{score.score:.1f}, {delta} {bracketed(score.interval, 1)}"
+    text = f"{score.score:.1f}, {_delta(score)}"
     return f"({text})" if facts.at_chance else " ".join(filter(None, [text, score.verdict]))
+
+
+def _delta(score: Score) -> str:
+    return f"{number(score.delta, 1, signed=True)} {bracketed(score.interval, 1)}"
 
 
 def calibrations(table: Table) -> Shown:
