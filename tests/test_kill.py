@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
         assert run_main("prefill", "llama", [*options, str(tmp_path)]) == 2
     errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1
-    assert "the disk is full; free some space and run the same command again" in errors[0]
+    assert "the disk is full; free some space and run the command again" in errors[0]
     assert run_main("prefill", "llama", [*options, str(tmp_path)]) == 0
     assert lasting(rows_of(path.parent, "trec")) == whole
 
@@ -211,5 +211,5 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(
     assert run_main("prefill", "llama", [*options, "--tasks", "trec"]) == 2
     message = capsys.readouterr().err
     assert "error: Cannot write" in message
-    assert "choose another --results_dir" in message
+    assert "choose another place and run" in message
     assert "Traceback" not in message

@@ -190,9 +190,9 @@ def test_a_file_size_limit_ends_in_one_sentence_and_is_repaired(tmp_path: Path) 
 
 def test_a_results_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("")
-    with pytest.raises(RunError, match="choose another --results_dir"):
+    with pytest.raises(RunError, match="choose another place and run"):
         write_text(tmp_path / "results" / "a.md", "text")
-    with pytest.raises(RunError, match="choose another --results_dir"), lock(tmp_path / "results"):
+    with pytest.raises(RunError, match="choose another place and run"), lock(tmp_path / "results"):
         pass
 
 

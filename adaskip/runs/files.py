@@ -1,4 +1,4 @@
-"""Files that survive a kill or a full disk, the lock of a folder, and where a result was made.
+"""Files that survive a kill or a full disk, and the lock of a folder.
 
 Needs neither models nor pydantic, so that a speed test may import it.
 """
@@ -47,18 +47,16 @@ def writing(what: Path) -> Iterator[None]:
         errno.ENOSPC: "the disk is full; free some space",
         errno.EDQUOT: "the disk quota is used up; free some space",
         errno.EFBIG: "the file may not grow further; raise the file size limit",
-        errno.EROFS: "the file system is read-only; choose another --results_dir",
-        errno.EACCES: "permission denied; choose another --results_dir",
-        errno.EPERM: "permission denied; choose another --results_dir",
+        errno.EROFS: "the file system is read-only; choose another place",
+        errno.EACCES: "permission denied; choose another place",
+        errno.EPERM: "permission denied; choose another place",
     }
     try:
         yield
     except OSError as error:
-        hint = hints.get(
-            error.errno or 0, f"{error.strerror or error}; choose another --results_dir"
-        )
+        hint = hints.get(error.errno or 0, f"{error.strerror or error}; choose another place")
         raise RunError(
-            f"Cannot write {what}: {hint} and run the same command again. Finished rows are kept."
+            f"Cannot write {what}: {hint} and run the command again. What is finished is kept."
         ) from error
 
 
