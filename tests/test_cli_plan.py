@@ -340,12 +340,15 @@ def test_texts_of_the_users_calibrate(tmp_path: Path, capsys: pytest.CaptureFixt
         assert message in capsys.readouterr().err
 
 
-def test_a_text_is_a_prompt_and_how_it_goes_on() -> None:
+def test_a_text_is_a_prompt_and_how_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = character_tokenizer()
     ids = tokenizer("abcdefghijklmnop").input_ids
     rows = text_rows(tokenizer, {"long": "abcdefghijklmnop", "short": "abcdefgh"}, 10, 4)
     assert rows == [(ids[:10], ids[10:14]), (ids[:4], ids[4:8])]
+    assert "1 of 2 texts are shorter than --context 10, down to 4 tokens" in caplog.text
+    caplog.clear()
     assert text_rows(tokenizer, {"long": "abcdefghijklmnop"}, 2, 4) == [(ids[:2], ids[2:6])]
+    assert not caplog.text
 
 
 def test_plans_are_explored_when_made_and_later(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -13,6 +14,8 @@ from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import reference_ids
 from adaskip.runs.runconfig import RunConfig
 from adaskip.search.losses import Row
+
+logger = logging.getLogger(__name__)
 
 
 def calibration_rows(
@@ -54,6 +57,8 @@ def text_rows(
 ) -> list[Row]:
     """Each text's first tokens as a prompt, and how it goes on as the answer.
 
+    Warns of shorter prompts than asked for.
+
     Args:
         tokenizer: the model's own.
         texts: by name.
@@ -74,6 +79,12 @@ def text_rows(
             )
         ids = ids[: context + max_tokens]
         made.append((ids[:-max_tokens], ids[-max_tokens:]))
+    if short := sorted(len(ids) for ids, _ in made if len(ids) < context):
+        logger.warning(
+            "The prompts of %d of %d texts are shorter than --context %d, down to %d tokens: what "
+            "windows lose in longer ones is not seen; give longer texts, or a smaller --context.",
+            *(len(short), len(made), context, short[0]),
+        )
     return made
 
 
