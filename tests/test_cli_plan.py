@@ -363,8 +363,11 @@ def test_plans_are_explored_when_made_and_later(
     assert f"To explore them: {made}" in capsys.readouterr().out
     files = [str(tmp_path / "plans" / f"{name}-1.3.safetensors") for name in ("SLEB", "LLMDROP")]
     assert plan_main(["--show", *files, "--html", str(later)]) == 0
-    assert "\n| LLMDROP-1.3 " in capsys.readouterr().out
-    assert later.read_text() == made.read_text()
+    assert f"\n| {files[1]} " in capsys.readouterr().out
+    page = later.read_text()
+    for file in files:
+        page = page.replace(json.dumps(file), json.dumps(Path(file).stem))
+    assert page == made.read_text()
     found = re.search(r'id="data">(.*?)</script>', made.read_text())
     assert found is not None
     sleb, drop = json.loads(found[1])
@@ -378,7 +381,8 @@ def test_plans_are_explored_when_made_and_later(
     assert len(drop["stops"]) > 1
     assert all(drop["sensitivity"]["attn"][layer] is None for layer in range(4))
     assert [name for name, _ in sleb["sensitivity"]["ffn"]] == ["nothing, nor of its layer"] * 4
-    assert plan_main(["--show", files[0], files[0]]) == 2
-    assert "have the same name, which is all that tells plans apart" in capsys.readouterr().err
+    # Shipped plans of two models may be called alike.
+    assert plan_main(["--show", "smollm2/1.2@1000", "gemma3/1.2@1000"]) == 0
+    assert "| gemma3/1.2@1000 " in capsys.readouterr().out
     assert plan_main(["--show", *files, "--acceleration", "1.4", "--exact"]) == 2
     assert "makes none; leave --acceleration, --exact out" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_the_slider_shows_what_each_budget_replaces(window: Browser, explorer: P
     window.press("ArrowRight")
     assert replaced(window) == {"attn1": "window 64", "ffn2": "gain"}
     assert "FFN 2: gain" in text(window, "#changed")
-    assert "--acceleration 1.1 " in text(window, "#how")
+    assert "--acceleration 1.1 …; a search for this acceleration" in text(window, "#how")
     window.press("Home")
     assert replaced(window) == {}
     assert text(window, "#list") == "Nothing is replaced."
@@ -158,6 +158,44 @@ def test_plans_can_be_changed_also_to_one_without_a_course(window: Browser, expl
     assert "predicted – measured not yet KV held – loss –" in text(window, ".tiles")
     assert "attention 1: nothing" in text(window, "#changed")
     assert "Not known" in text(window, "#meaning")
+
+
+@browser
+def test_only_plans_of_one_model_phase_and_context_share_a_curve(
+    window: Browser, tmp_path: Path
+) -> None:
+    other = SkipPlan(plan(), about={**plan().about, "context": 1000}, fingerprint="llama-6x8")
+    alike = SkipPlan({A1: None}, about={k: v for k, v in plan().about.items() if k != COURSE})
+    path = tmp_path / "plan.html"
+    write_explorer(path, {"one": plan(), "of another context": other, "two": alike})
+    window.open(path)
+    assert window.value("document.querySelectorAll('#curve .other').length") == 1
+    names = "[...document.querySelectorAll('#curve .name')].map(text => text.textContent)"
+    assert window.value(names) == ["one", "two"]
+    assert "those of another one are not drawn" in text(window, "#legend")
+    window.value(
+        "{ const p = document.querySelector('#plans'); p.value = '1';"
+        " p.dispatchEvent(new Event('change')); }"
+    )
+    assert window.value("document.querySelectorAll('#curve .other').length") == 0
+    assert window.value("document.title").startswith("of another context, llama-6x8 – ")
+
+
+@browser
+def test_the_list_tells_the_numbers_of_the_plan_itself(window: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "plan.html"
+    windows = {Sublayer(i, "attn"): Window(64, 2) for i in (0, 5)}
+    write_explorer(path, {"p": plan(), "w": SkipPlan({**windows, F2: 0.98})})
+    window.open(path)
+    assert text(window, "#list") == "gain (2): FFN 2 (0.98), attention 4 (0.97)"
+    window.click("#less")
+    assert text(window, "#list") == "gain (1): FFN 2 window 64 (1): attention 1"
+    window.value(
+        "{ const p = document.querySelector('#plans'); p.value = '1';"
+        " p.dispatchEvent(new Event('change')); }"
+    )
+    assert "gain 0.98 (1): FFN 2" in text(window, "#list")
+    assert "2 sinks (2): attention 0, attention 5" in text(window, "#list")
 
 
 def test_what_a_plan_says_stays_text(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from adaskip.entering import skipping
 from adaskip.fingerprint import model_fingerprint
 from adaskip.plan import Phase, Step
 from adaskip.policies import POLICIES
-from adaskip.policies.made_plan import MadePlan, PlanFile
+from adaskip.policies.made_plan import MadePlan, PlanFile, read_plans
 from adaskip.reports.figures import policy_colour
 from adaskip.runs.audit import Audit
 from adaskip.runs.runconfig import RunConfig
@@ -118,6 +118,11 @@ def test_a_plan_of_another_model_is_refused(place: Workplace, file: str) -> None
     SkipPlan(PLAN, fingerprint="llama-4x32-000000:AAAA").save(file)
     with pytest.raises(PlanError, match="was made for model"):
         run(of(place, file))
+
+
+def test_plans_that_a_table_would_call_alike_are_refused() -> None:
+    with pytest.raises(PlanError, match="have the same name, which is all that tells plans apart"):
+        read_plans(["smollm2/1.2@1000", "gemma3/1.2@1000"])
 
 
 def test_command_lines_take_a_plan(

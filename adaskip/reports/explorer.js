@@ -155,19 +155,26 @@ function changed(stop, isLast) {
 function drawList() {
   const groups = {};
   const now = replaced(at);
+  const isLast = at === plan.stops.length;
+  const detail = s => isLast ? plan.last[s.replace(/\d+/, "")][s.replace(/\D+/, "")] : null;
   for (const sublayer of Object.keys(now).sort((a, b) => depth(a) - depth(b))) {
-    (groups[now[sublayer]] ||= []).push(words(sublayer));
+    (groups[now[sublayer]] ||= []).push(sublayer);
   }
   const lines = Object.entries(groups).sort().map(([name, sublayers]) => {
-    const line = element("li", `: ${sublayers.join(", ")}`);
-    line.prepend(element("strong", `${name} (${sublayers.length})`));
+    // What they share stands in front of all, what is of each behind it.
+    const details = new Set(sublayers.map(detail));
+    const shared = details.size === 1 && detail(sublayers[0]) || name;
+    const each = s => details.size === 1 ? "" : ` (${detail(s).replace(`${name} `, "")})`;
+    const line = element("li", `: ${sublayers.map(s => words(s) + each(s)).join(", ")}`);
+    line.prepend(element("strong", `${shared} (${sublayers.length})`));
     return line;
   });
   $("list").replaceChildren(...(lines.length ? lines : [element("li", "Nothing is replaced.")]));
   const stop = at ? plan.stops[at - 1] : null;
   $("how").textContent = stop && at < plan.stops.length && stop.speedup
-    ? "The file holds the last plan. To have this one, ask for its acceleration: adaskip plan " +
-      `--acceleration ${Math.floor(1e3 * stop.speedup) / 1e3} …`
+    ? "The file holds the last plan. To make one like this: adaskip plan --acceleration " +
+      `${Math.floor(1e3 * stop.speedup) / 1e3} …; a search for this acceleration passes near here, ` +
+      "then exchanges, and fits gains and maps anew."
     : "";
 }
 
@@ -186,14 +193,26 @@ function ticks(from, to) {
   return [...Array(Math.floor((to - from) / step + 1e-9) + 1).keys()].map(i => from + i * step);
 }
 
+/* The end of a name, which tells plans apart where there is little room. */
+function tail(name) {
+  return name.length > 28 ? `…${name.slice(-27)}` : name;
+}
+
 function points(one) {
   return [{ speedup: 1, loss: 0 }, ...one.stops].map((stop, i) => ({ ...stop, i }))
     .filter(stop => stop.loss !== null && stop.speedup !== null);
 }
 
+/* Plans that one axis is of: times of other models, phases and contexts are others. */
+function alike() {
+  return PLANS.filter(one => one.model === plan.model &&
+    ["phase", "context"].every(key => one.facts[key] === plan.facts[key]));
+}
+
 function drawCurve() {
-  const all = PLANS.map(points);
-  const measured = PLANS.filter(p => p.measured && p.stops.length)
+  const shown = alike();
+  const all = shown.map(points);
+  const measured = shown.filter(p => p.measured && p.stops.length)
     .map(p => ({ ...p.stops[p.stops.length - 1], name: p.name, at: p.measured }))
     .filter(p => p.loss !== null);
   const xs = [...all.flat().map(p => p.speedup), ...measured.flatMap(p => p.at), 1.01];
@@ -220,10 +239,10 @@ function drawCurve() {
   svg.append(node("text", { x: 14, y: height / 2, "text-anchor": "middle",
     transform: `rotate(-90 14 ${height / 2})` }, "nats lost per answer token"));
   const line = set => set.map((p, i) => `${i ? "L" : "M"}${x(p.speedup)} ${y(p.loss)}`).join("");
-  PLANS.forEach((one, i) => {
+  shown.forEach((one, i) => {
     if (one !== plan) svg.append(node("path", { class: "other", d: line(all[i]) }));
   });
-  const own = all[PLANS.indexOf(plan)];
+  const own = all[shown.indexOf(plan)];
   svg.append(node("path", { class: "path", d: line(own) }));
   for (const p of own) {
     const dot = node("circle", { cx: x(p.speedup), cy: y(p.loss), r: p.i === at ? 6 : 3.5,
@@ -233,7 +252,7 @@ function drawCurve() {
     dot.addEventListener("click", () => go(p.i));
     svg.append(dot);
   }
-  for (const p of measured) {
+  measured.forEach((p, i) => {
     const [now, low, high] = p.at, cy = y(p.loss);
     if (low !== null) {
       svg.append(node("path", { class: "measured", d: `M${x(low)} ${cy}H${x(high)}` }));
@@ -243,7 +262,13 @@ function drawCurve() {
     mark.append(node("title", {},
       `${p.name}: measured ${now.toFixed(3)} ×, loss ${digits(p.loss, 4)}${beforeFit(p)}`));
     svg.append(mark);
-  }
+    if (shown.length > 1) {
+      // Beside the mark where there is room, above and below by turns.
+      const end = x(now) > middle;
+      svg.append(node("text", { class: "name", x: x(now) + (end ? -8 : 8),
+        y: cy + (i % 2 ? 18 : -8), "text-anchor": end ? "end" : "start" }, tail(p.name)));
+    }
+  });
   $("curve").replaceChildren(svg);
   const unknown = own.length < plan.stops.length + 1;
   const last = own[own.length - 1];
@@ -253,7 +278,8 @@ function drawCurve() {
     `${digits(last.loss, 3)} nats per answer token${beforeFit(last)}.`);
   $("legend").textContent = "○ predicted, plan by plan" +
     (measured.length ? "; ◆ measured, with its interval" : "") +
-    (PLANS.length > 1 ? "; dashed: the other plans" : "") +
+    (shown.length > 1 ? "; dashed: the other plans of this model, phase and context" : "") +
+    (shown.length < PLANS.length ? "; those of another one are not drawn" : "") +
     (own.some(beforeFit) ? "; the last loss is from before the plan was fitted anew" : "") +
     (unknown ? ". Not every plan on the way has been looked at." : ".");
 }
@@ -269,7 +295,7 @@ function go(stop) {
 function choose(index) {
   plan = PLANS[index];
   $("name").textContent = plan.name;
-  document.title = `${plan.name} – adaskip plan explorer`;
+  document.title = `${[plan.name, plan.model].filter(Boolean).join(", ")} – adaskip plan explorer`;
   const facts = plan.model ? { model: plan.model, ...plan.facts } : plan.facts;
   $("facts").replaceChildren(...Object.entries(facts).map(([name, fact]) => {
     const part = document.createElement("div");
