@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,18 +97,30 @@ class Linear:
     def on(self, device: torch.device, dtype: torch.dtype) -> Linear:
         """The same on a device, made once: it stays there, where it lies, as long as this does.
 
-        CUDA graphs read their maps where they lay when they were recorded.
+        CUDA graphs read their maps where they lay when they were recorded. After the tensors were
+        changed in place it is made anew.
         """
-        if any(tensor.requires_grad for tensor in self.tensors):
-            return self.to(device, dtype)  # what learns changes
-        if (device, dtype) not in self._copies:
+        if self.learns:
+            return self.to(device, dtype)
+        # Inference tensors count no versions.
+        versions = tuple(0 if t.is_inference() else t._version for t in self.tensors)
+        if self._copies.get((device, dtype), ((), self))[0] != versions:
             with torch.inference_mode(False):
-                self._copies[device, dtype] = self.to(device, dtype)
-        return self._copies[device, dtype]
+                self._copies[device, dtype] = versions, self.to(device, dtype)
+        return self._copies[device, dtype][1]
+
+    @property
+    def learns(self) -> bool:
+        """Whether gradients change it, so that no copy of it stays right."""
+        return any(tensor.requires_grad for tensor in self.tensors)
 
     @cached_property
-    def _copies(self) -> dict[tuple[torch.device, torch.dtype], Linear]:
+    def _copies(self) -> dict[tuple[torch.device, torch.dtype], tuple[tuple[int, ...], Linear]]:
         return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of a map do without those on devices.
+        return {"weight": self.weight, "bias": self.bias}
 
     def __call__(self, x: Tensor) -> Tensor:
         """The residual stream after the sublayer, from that before it: [..., hidden]."""

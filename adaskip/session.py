@@ -226,7 +226,7 @@ class Session:
         if past == 0 or request.prepared != plan:
             earlier = real_before(call, turn, past) if plan.windows and past else None
             self._prepare(cache, request, plan, earlier, past)
-        if changed:
+        if changed or self._board.is_outdated:
             self._board.set(plan)
         self._counted, self._past = (request, dict(vars(request)), cache), past
         self._requests.advance(cache, request, step, past)

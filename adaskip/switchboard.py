@@ -16,9 +16,9 @@ from adaskip.replacements import Linear, Replacement, Window
 from adaskip.sublayers import Switches, layer_forward
 from adaskip.windows import Windows
 
-# By first layer and device. CUDA graphs read them where they lay when they were recorded, so the
-# next session writes into the same ones.
-_GAINS: WeakKeyDictionary[nn.Module, dict[torch.device, Tensor]] = WeakKeyDictionary()
+# By first layer, number of gains and device. CUDA graphs read them where they lay when they were
+# recorded, so the next session writes into the same ones.
+_GAINS: WeakKeyDictionary[nn.Module, dict[int, dict[torch.device, Tensor]]] = WeakKeyDictionary()
 
 
 class Switchboard:
@@ -47,6 +47,18 @@ class Switchboard:
         self._block = block
         self._dtype = dtype
         self._gains: dict[torch.device, Tensor] = {}
+        self._learns = False
+        # Whether a backward pass may need the gains as they are.
+        self._has_gradients = True
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the same plan has to be set again: its numbers would be old, or not last.
+
+        A map that learns changes, and gains set without gradients are written over later, perhaps
+        before the backward pass.
+        """
+        return self._learns or (torch.is_grad_enabled() and not self._has_gradients)
 
     def patches(self) -> Iterator[Patch]:
         """Lets each layer look at its switches, patch by patch."""
@@ -68,6 +80,8 @@ class Switchboard:
     def set(self, plan: SkipPlan) -> None:
         """Switches every layer to the plan, and takes its replacements to the devices."""
         self.plan = None
+        self._has_gradients = torch.is_grad_enabled()
+        self._learns = any(isinstance(r, Linear) and r.learns for r in plan.values())
         gains = {s.position: gain for s, gain in plan.gains.items() if gain is not None}
         if gains:
             self._copy_gains([gains.get(p, 1.0) for p in range(2 * len(self.layers))])
@@ -92,9 +106,9 @@ class Switchboard:
     def _copy_gains(self, values: list[float]) -> None:
         """Writes the gains into the tensors that compiled graphs read."""
         host = torch.tensor(values, device="cpu", dtype=torch.float32)
-        lasting = _GAINS.setdefault(self.layers[0], {})
+        lasting = _GAINS.setdefault(self.layers[0], {}).setdefault(len(values), {})
         # A backward pass still to come needs the numbers of its own forward.
-        self._gains = {} if torch.is_grad_enabled() else lasting
+        self._gains = {} if self._has_gradients else lasting
         for device in set(self.devices):
             if device not in self._gains:
                 with torch.inference_mode(False):

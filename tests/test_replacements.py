@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,8 +72,8 @@ def formula(x: Tensor, linear: Linear) -> Tensor:
 
 def reference(model: PreTrainedModel) -> PreTrainedModel:
     """An unpatched copy that computes PLAN: nothing added by the sublayers, hooks around layers."""
-    copy = zeroed(model, PLAN)
-    layers = copy.model.layers
+    other = zeroed(model, PLAN)
+    layers = other.model.layers
 
     def before(at: int, change: Any) -> None:
         layers[at].register_forward_pre_hook(
@@ -81,7 +83,7 @@ def reference(model: PreTrainedModel) -> PreTrainedModel:
     before(0, lambda x: formula(x, LINEARS[ATTN0]))
     before(2, lambda x: x * 1.25)
     layers[1].register_forward_hook(lambda _, args, out: formula(out, LINEARS[FFN1]))
-    return copy
+    return other
 
 
 @pytest.fixture(scope="module", params=DISTINCT, ids=["-".join(cell) for cell in DISTINCT])
@@ -165,6 +167,89 @@ def test_what_compiled_graphs_read_lies_where_it_lay(model: PreTrainedModel) -> 
     # A backward pass still to come has numbers of its own.
     assert places()[0] != first[0]
     assert places()[1:] == first[1:]
+
+
+def test_a_model_that_lost_layers_has_gains_of_its_own(model: PreTrainedModel) -> None:
+    """As a draft that shares the first layer has."""
+    ids, plan = prompt(8), SkipPlan({FFN1: 1.25})
+    with skipping(model, plan), torch.no_grad():
+        model(ids)
+    model.model.layers = model.model.layers[:2]
+    expected = []
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context, skipping(model, plan):
+            expected.append(model(ids).logits)
+    assert torch.equal(*expected)
+
+
+def pickled(linear: Linear) -> Linear:
+    found: Linear = pickle.loads(pickle.dumps(linear))  # noqa: S301 - our own
+    return found
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickled])
+def test_a_map_is_copied_and_stored_without_those_on_devices(how: Any) -> None:
+    linear = random_linear(3, rank=5)
+    cpu = torch.device("cpu")
+    held = linear.on(cpu, torch.bfloat16)
+    assert linear.on(cpu, torch.bfloat16) is held
+    other = how(linear)
+    assert set(vars(other)) == {"weight", "bias"}
+    assert all(map(torch.equal, other.tensors, linear.tensors))
+    assert other.on(cpu, torch.bfloat16) is not held
+
+
+def test_a_map_that_was_changed_in_place_is_taken_over_anew(
+    model: PreTrainedModel,
+) -> None:
+    ids, linear = prompt(8), random_linear(1)
+    model.bfloat16()
+
+    def logits(of: Linear) -> Tensor:
+        with skipping(model, SkipPlan({FFN1: of})), torch.no_grad():
+            return model(ids).logits  # type: ignore[no-any-return]
+
+    before = logits(linear)
+    linear.bias.add_(3.0)
+    after = logits(linear)
+    assert torch.equal(after, logits(copy.deepcopy(linear)))
+    assert not torch.equal(after, before)
+    assert len(linear._copies) == 1
+    with torch.inference_mode():
+        assert torch.equal(logits(random_linear(1)), before)
+
+
+@pytest.mark.parametrize("first", [torch.no_grad, torch.enable_grad])
+def test_a_map_that_learns_in_another_precision_is_up_to_date(
+    model: PreTrainedModel, first: Any
+) -> None:
+    ids, linear = prompt(8), random_linear(1)
+    linear.bias.requires_grad_()
+    model.bfloat16()
+    with skipping(model, SkipPlan({FFN1: linear})):
+        with first():
+            before = model(ids, use_cache=False).logits
+        model(ids, use_cache=False).logits.float().square().mean().backward()
+        assert linear.bias.grad is not None
+        with torch.no_grad():
+            linear.bias.add_(1.0)
+            after = model(ids, use_cache=False).logits
+    assert not torch.equal(before, after)
+    with skipping(model, SkipPlan({FFN1: copy.deepcopy(linear)})), torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, after)
+
+
+def test_gains_set_without_gradients_are_not_written_over_before_the_backward_pass(
+    model: PreTrainedModel,
+) -> None:
+    ids, plan = prompt(8), SkipPlan({FFN1: 1.25})
+    with skipping(model, plan):
+        with torch.no_grad():
+            model(ids)
+        loss = model(ids).logits.square().mean()
+    with skipping(model, SkipPlan({FFN1: 0.5})), torch.no_grad():
+        model(ids)
+    loss.backward()
 
 
 def test_maps_of_plans_that_are_gone_are_let_go_of(model: PreTrainedModel) -> None:
