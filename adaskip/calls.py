@@ -124,6 +124,12 @@ def check_window(layer: int, window: Window, config: PretrainedConfig) -> None:
             f"The plan's Window of attn{layer} is of heads {window.heads} of {window.of_heads}, "
             f"but the model has {n_heads} key-value heads; choose among those."
         )
+    both_ways = getattr(config, "use_bidirectional_attention", False)
+    if both_ways or getattr(config, "is_causal", True) is False:
+        raise AdaskipError(
+            f"The plan gives attention of layer {layer} a Window, which sees earlier tokens only, "
+            "but the model's configuration lets it see later ones, too; use a plan without windows."
+        )
     kinds = getattr(config, "layer_types", None)
     own = getattr(config, "sliding_window", None)
     if own is not None and (kinds is None or kinds[layer] != "full_attention"):
@@ -137,13 +143,23 @@ def refuse_unseen(call: dict[str, Any], turn: Turn | None) -> None:
     """Refuses calls in which a window cannot know what a token sees.
 
     Raises:
-        UnsupportedCallError: the mask is no [batch, tokens] one, positions may be of several
-            sequences in one row, or tokens will be taken back.
+        UnsupportedCallError: the mask is no [batch, tokens] one, tokens see later ones, there may
+            be several sequences in one row, or tokens will be taken back.
     """
     if turn is not None and turn.assisted:
         raise UnsupportedCallError(
             "Assisted decoding takes tokens back, and what has left a window of attention is gone; "
             "generate without an assistant, or use a plan without windows."
+        )
+    if call.get("is_causal") is False:
+        raise UnsupportedCallError(
+            "is_causal=False lets tokens see later ones, but attention with a window sees earlier "
+            "ones only; leave it out, or use a plan without windows."
+        )
+    if call.get("cu_seq_lens_q") is not None:
+        raise UnsupportedCallError(
+            "cu_seq_lens_q puts several sequences into one row, which attention with a window "
+            "would mix up; pass each sequence in a row of its own."
         )
     mask = call.get("attention_mask")
     if turn is not None and turn.tells_padding:

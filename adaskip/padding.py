@@ -90,6 +90,17 @@ def seen_in_call(call: dict[str, Any], turn: Turn | None, step: Step, past: int)
     return real_in_call(call, turn, step, past)
 
 
+def tells_before(call: dict[str, Any], past: int) -> bool:
+    """Whether a forward's own mask says which of the tokens before it are padding.
+
+    Args:
+        call: the forward's arguments by name.
+        past: tokens in the cache.
+    """
+    mask = call.get("attention_mask")
+    return isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > past
+
+
 def real_before(call: dict[str, Any], turn: Turn | None, past: int) -> Tensor | None:
     """Which of the tokens before a forward are not padding: bool [batch, past]; None if all are.
 
@@ -100,9 +111,9 @@ def real_before(call: dict[str, Any], turn: Turn | None, past: int) -> Tensor | 
         turn: the call of `generate()` it is of; None if there is none.
         past: tokens in the cache.
     """
-    mask = call.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask[:, :past].bool()
+    if tells_before(call, past):
+        earlier: Tensor = call["attention_mask"][:, :past]
+        return earlier.bool()
     if turn is None or not turn.tells_padding or turn.mask is None:
         return None
     told = turn.mask[:, :past].bool()

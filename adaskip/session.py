@@ -20,7 +20,7 @@ from adaskip.batching import Batching, is_batched, refuse_plan
 from adaskip.blocks import BlockSpec
 from adaskip.errors import UnsupportedCallError
 from adaskip.generating import OpenCalls, Turn, Turns, listen
-from adaskip.padding import real_before, real_in_call, seen_in_call
+from adaskip.padding import real_before, real_in_call, seen_in_call, tells_before
 from adaskip.patching import Patch, patch_forward
 from adaskip.plan import EMPTY_PLAN, Phase, Scope, SkipPlan, Step
 from adaskip.policy import FixedSkipping, SkipPolicy
@@ -241,9 +241,11 @@ class Session:
             )
         if plan.windows:
             real = seen_in_call(call, turn, step, past)
-            told = turn is not None and turn.tells_padding
+            told = (turn is not None and turn.tells_padding) or tells_before(call, past)
             # Another prompt on a cache may tell otherwise what of the answer before it is padding.
-            retold = told and past > 0 and step.phase is Phase.PREFILL
+            # A single token is taken for a decode step unless somebody says that it is a prompt.
+            prompted = step.phase is Phase.PREFILL or (said is None and tokens > 1)
+            retold = told and past > 0 and prompted
             self._board.windows.begin(
                 cache,
                 request,

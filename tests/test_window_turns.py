@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -153,6 +154,27 @@ def test_a_later_turn_says_what_of_an_ended_row_is_padding(
     whole = torch.cat([mask, torch.ones(2, 12, dtype=torch.long)], dim=1)
     expected = oracle(model, windows, answer.sequences, whole)[:, ids.shape[1] - 1 : -1]
     found = torch.stack(answer.logits, dim=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize(("says", "n_last"), [(True, 1), (True, 5), (False, 5)])
+@pytest.mark.parametrize("windows", [WINDOWS, WIDE], ids=["narrow", "wide"])
+def test_a_loop_by_hand_says_what_of_an_ended_row_is_padding(
+    model: PreTrainedModel, windows: dict[int, Window], says: bool, n_last: int, kind: str
+) -> None:
+    n_answered = 30
+    ids, mask = padded(n_answered + n_last, 3)
+    cache = made(model, kind)
+    with skipping(model, plan_of(windows)) as session, torch.no_grad():
+        for start, end in ((0, 24), *((i, i + 1) for i in range(24, n_answered))):
+            part = {"attention_mask": mask[:, :end], "position_ids": positions(mask)[:, start:end]}
+            model(ids[:, start:end], past_key_values=cache, **part)
+        mask[0, 26:n_answered] = 0
+        part = {"attention_mask": mask, "position_ids": positions(mask)[:, n_answered:]}
+        with session.prefill() if says else nullcontext():
+            found = model(ids[:, n_answered:], past_key_values=cache, **part).logits
+    expected = oracle(model, windows, ids, mask)[:, n_answered:]
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
 
 

@@ -447,6 +447,12 @@ def test_what_no_model_or_sublayer_takes(model: PreTrainedModel) -> None:
     cases = [
         (model, {0: Window(256, 1)}, "256 \\+ 1 tokens, more than the model's 256 positions"),
         (model, {0: Window(8, 1, (0,), 3)}, "heads \\(0,\\) of 3, but the model has 2"),
+        (
+            tiny_model("gemma3_text", use_bidirectional_attention=True, **UNSLID["gemma3_text"]),
+            {0: NARROW},
+            "lets it see later ones, too",
+        ),
+        (tiny_model("llama", is_causal=False), {0: NARROW}, "lets it see later ones, too"),
         (tiny_model("mistral"), {1: NARROW}, "sliding window of 24 tokens already"),
         (tiny_model("gemma2", "eager"), {0: NARROW}, "sliding window of 16 tokens already"),
     ]
@@ -471,6 +477,8 @@ def test_calls_in_which_a_window_would_be_wrong(model: PreTrainedModel) -> None:
         ({"attention_mask": {"full_attention": four}}, "not one that says for each token"),
         ({"attention_mask": create_block_mask(causal, 1, None, 20, 20, "cpu")}, "says for each"),
         ({"position_ids": torch.arange(20)[None] % 10}, "several sequences into one row"),
+        ({"is_causal": False}, "lets tokens see later ones"),
+        ({"cu_seq_lens_q": torch.tensor([0, 9, 20])}, "several sequences into one row"),
         ({"output_attentions": True}, "has no weights to return"),
     ]
     with skipping(model, plan_of({0: NARROW})) as session, torch.no_grad():
