@@ -58,6 +58,12 @@ def read_past_length(cache: Cache) -> int:
     return int(cache.get_seq_length())
 
 
+def capacity(cache: Cache) -> int | None:
+    """Tokens that a cache has places for; None if it grows."""
+    layers: list[Any] = cache.layers
+    return max(layer.max_cache_len for layer in layers) if cache.is_compileable else None
+
+
 def refuse_short(cache: Cache, n_layers: int) -> None:
     """Refuses a cache that has fewer layers than the model and does not grow.
 
@@ -219,7 +225,10 @@ def _windowed(
             f"{type(replaced).__name__}. Use transformers' DynamicCache or StaticCache, or windows "
             "from the prompt on (scope 'e2e' or 'prefill')."
         )
-    states = [states[..., :length, :] for states in (replaced.keys, replaced.values)]
+    if getattr(cache, "offloading", False) and device.type == "cuda":
+        # What is being fetched has to be there.
+        torch.cuda.current_stream(device).wait_stream(cache.prefetch_stream)
+    states = [states[..., :length, :].to(device) for states in (replaced.keys, replaced.values)]
     if not replaced.is_compileable:
         # What has left the window is not needed any more.
         new_layer: Any = cache.layer_class_to_replicate or type(replaced)

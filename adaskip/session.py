@@ -268,8 +268,8 @@ class Session:
         past: int,
     ) -> None:
         """Puts into the cache what stands in for attention that is skipped or has a window."""
-        static = cache is not None and cache.is_compileable
-        windows = self._board.windows.tracked(request, plan, earlier, past, static=static)
+        capacity = None if cache is None else kvcache.capacity(cache)
+        windows = self._board.windows.tracked(request, plan, earlier, past, capacity)
         if cache is not None:
             indices = self._cache_indices
             skipped = [indices[layer] for layer in plan.layers("attn") if layer in indices]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +65,7 @@ class Windows:
         plan: SkipPlan,
         history: Tensor | None,
         past: int,
-        *,
-        static: bool,
+        capacity: int | None,
     ) -> dict[int, TrackedWindow]:
         """What the cache is told of each layer that has a window.
 
@@ -75,7 +75,7 @@ class Windows:
             history: False at padding among the earlier tokens: [batch, past]; None if there is
                 none.
             past: earlier tokens.
-            static: whether the cache is compiled.
+            capacity: tokens that the cache has places for; None if it grows.
         """
         known = dict(request.windows) if past else {}
         new: dict[WindowTrack, WindowStep | None] = {}
@@ -84,7 +84,7 @@ class Windows:
             # Which heads have it makes no difference to what it sees.
             key = (window.whole, self._devices[layer])
             if key not in known:
-                known[key] = track = WindowTrack(*key, static=static)
+                known[key] = track = _track(*key, capacity)
                 new[track] = track.advance(history, past) if past else None
             split = HeadSplit.of(window)
             found[layer] = TrackedWindow(known[key], new.get(known[key]), split)
@@ -144,3 +144,10 @@ class Windows:
             self._open.pop().is_open = False
         for layer in self._windowed:
             self._switches[layer].window = None
+
+
+def _track(window: Window, device: torch.device, capacity: int | None) -> WindowTrack:
+    """A track of a window: of a size that the cache may come to hold, if that cannot grow."""
+    if capacity is None:
+        return WindowTrack(window, device)
+    return WindowTrack(replace(window, size=min(window.size, capacity)), device, static=True)

@@ -585,6 +585,18 @@ def test_a_static_cache_keeps_its_tensors_from_request_to_request(
     assert torch.equal(found[1], fresh)
 
 
+def test_a_window_takes_no_more_room_than_a_static_cache(model: PreTrainedModel) -> None:
+    windows = {0: Window(200, sinks=3), 2: Window(200, sinks=3, heads=(1,), of_heads=2)}
+    cache, ids = StaticCache(config=model.config, max_cache_len=48), prompt(20)
+    expected = model.generate(ids, **GREEDY)
+    with skipping(model, plan_of(windows)):
+        for _ in range(2):
+            cache.reset()
+            assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
+    layers: list[Any] = [*cache.layers]
+    assert layers[0].keys.shape[2] == layers[2].keys.shape[2] == 48 + 3
+
+
 def test_a_window_cannot_begin_on_a_cache_that_holds_other_forms(model: PreTrainedModel) -> None:
     try:
         cache = QuantizedCache("fp8", model.config)

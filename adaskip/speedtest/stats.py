@@ -88,9 +88,8 @@ def checked_kv(model: PreTrainedModel, case: Case, run: CaseRun, context: int, b
 
 
 def _window_room(window: Window, held: int, *, static: bool) -> int:
-    """Tokens a window has room for: all it can hold, in steps of `ROOM` where the cache grows."""
-    ring = window.size if static else min(window.size, -(-held // ROOM) * ROOM)
-    return window.sinks + ring
+    """Tokens a window has room for: no more than the cache, in steps of `ROOM` where that grows."""
+    return window.sinks + min(window.size, held if static else -(-held // ROOM) * ROOM)
 
 
 def with_replacements(
