@@ -71,11 +71,29 @@ def _flag(call: dict[str, Any], config: PretrainedConfig, name: str) -> bool:
 
 
 def refuse_missing_cache(policy: SkipPolicy, scope: Scope) -> None:
-    """Without a cache there are no decode steps, so what depends on them would be lost."""
-    if scope == "decode" or policy.stepwise:
+    """Without a cache there are no decode steps, so what depends on them would be lost.
+
+    Raises:
+        UnsupportedCallError: always.
+    """
+    raise UnsupportedCallError(
+        f"use_cache=False with {type(policy).__name__} and scope {scope!r}: without a KV cache "
+        "there are no decode steps to skip in. Use a cache, or scope 'prefill'."
+    )
+
+
+def refuse_moved(
+    entered_in: torch.dtype, dtype: torch.dtype, entered_on: torch.device, device: torch.device
+) -> None:
+    """Refuses a model in another precision or place than its replacements were taken to.
+
+    Raises:
+        UnsupportedCallError: it was cast or moved inside the block.
+    """
+    if (entered_in, entered_on) != (dtype, device):
         raise UnsupportedCallError(
-            f"use_cache=False with {type(policy).__name__} and scope {scope!r}: without a KV cache "
-            "there are no decode steps to skip in. Use a cache, or scope 'prefill'."
+            f"The model is in {dtype} on {device}, but entered skipping() in {entered_in} on "
+            f"{entered_on}; cast or move it before the block."
         )
 
 
@@ -146,7 +164,7 @@ def refuse_unseen(call: dict[str, Any], turn: Turn | None) -> None:
         UnsupportedCallError: the mask is no [batch, tokens] one, tokens see later ones, there may
             be several sequences in one row, or tokens will be taken back.
     """
-    if turn is not None and turn.assisted:
+    if turn is not None and (turn.assisted or turn.drafts):
         raise UnsupportedCallError(
             "Assisted decoding takes tokens back, and what has left a window of attention is gone; "
             "generate without an assistant, or use a plan without windows."

@@ -32,6 +32,7 @@ class Turn:
         mask: which tokens of the prompt are not padding: [batch, past + tokens]; None if all are.
         ended: the rows whose answer has ended: bool [batch]; None if none has.
         assisted: whether tokens are drafted and verified several at a time.
+        drafts: whether it drafts them, for another model to verify.
         tells_padding: whether `mask` and `ended` are to be believed over the forward's own mask.
     """
 
@@ -39,6 +40,7 @@ class Turn:
     mask: Tensor | None = None
     ended: Tensor | None = None
     assisted: bool = False
+    drafts: bool = False
     tells_padding: bool = False
 
     def end_rows(self, done: Tensor) -> None:
@@ -140,6 +142,7 @@ def listen(
         # An assistant is called anew for every draft, and then goes on decoding.
         drafts = kwargs.get("is_first_iteration") is False
         turn.phase, turn.tells_padding = Phase.DECODE if drafts else Phase.PREFILL, True
+        turn.drafts = drafts
         turn.mask, turn.ended = model_kwargs.get("attention_mask"), None
         output = filling.original(input_ids, generation_config, model_kwargs, **kwargs)
         turn.phase = Phase.DECODE

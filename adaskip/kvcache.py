@@ -89,7 +89,7 @@ def refuse_torn(cache: Cache, past: int) -> None:
     Raises:
         UnsupportedCallError: one of the two holds more or fewer.
     """
-    for layer in (*cache.layers[:1], *cache.layers[-1:]) if past else ():
+    for layer in (*cache.layers[:1], *cache.layers[-1:]):
         held = _own_length(layer)
         if held not in (None, past):
             raise UnsupportedCallError(

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from adaskip import calls, kvcache, supported
 from adaskip.batching import Batching, is_batched, refuse_plan
-from adaskip.blocks import BlockSpec
+from adaskip.blocks import BlockSpec, execution_device
 from adaskip.errors import UnsupportedCallError
 from adaskip.generating import OpenCalls, Turn, Turns, listen
 from adaskip.padding import real_before, real_in_call, seen_in_call, tells_before
@@ -173,16 +173,20 @@ class Session:
 
     def _leave(self, *, failed: bool = False) -> None:
         """Lets go of what the forward needed, and lets other threads in."""
-        if self._board.recording is not None:
-            self._board.record_to(None)
-        self._board.windows.end(failed=failed)
-        if failed and self._counted is not None:
-            request, held, cache = self._counted
-            vars(request).update(held)
-            if cache is not None:
-                request.torn = kvcache.is_torn(cache, self._past)
-        self._counted = None
-        self._turnstile.leave()
+        try:
+            if self._board.recording is not None:
+                self._board.record_to(None)
+            self._board.windows.end(failed=failed)
+            if failed and self._counted is not None:
+                request, held, cache = self._counted
+                vars(request).update(held)
+                if cache is not None:
+                    # Looked at again before it is used, should a broken device refuse to tell.
+                    request.torn = True
+                    request.torn = kvcache.is_torn(cache, self._past)
+        finally:
+            self._counted = None
+            self._turnstile.leave()
 
     def _before(self, call: dict[str, Any]) -> Cache | None:
         """Works out step and plan of the coming forward and sets the layers' switches."""
@@ -194,12 +198,16 @@ class Session:
         turn = self._turns.current
         said = None if turn is None else turn.phase
         past = 0 if cache is None else self._past_length(cache, tokens, turn)
+        if past == 0:
+            device = execution_device(self._board.layers[0])
+            calls.refuse_moved(self._board.dtype, self._model.dtype, self._board.devices[0], device)
         if cache is not None:
             self._refuse_torn(cache, past)
         request, step = self._requests.look(cache, past, tokens, said)
         # Everything that can refuse the call comes before anything that remembers it.
         if cache is None:
-            calls.refuse_missing_cache(self.policy, self._scope)
+            if self._steps_matter or (said is Phase.DECODE and self._phase_matters(step)):
+                calls.refuse_missing_cache(self.policy, self._scope)
         else:
             kvcache.refuse_short(cache, self._n_layers)
             kvcache.refuse_torn(cache, past)
@@ -216,6 +224,8 @@ class Session:
                 plan.check_model(self._model)
                 self._known.add(plan.fingerprint)
         calls.refuse_lost_outputs(call, config, plan)
+        if turn is not None and turn.drafts and self.policy.stepwise:
+            calls.refuse_assisted()
         if turn is not None and turn.assisted:
             calls.refuse_changed_draft(step, plan, request.prefill_plan)
         if plan.windows:

@@ -30,35 +30,44 @@ TRANSFORMERS = "transformers>=5.4,<5.25"
 # Where torch.compile, DistributedDataParallel, PEFT and a pipeline keep the model, in the order in
 # which to look: they pass on what they do not have to what they wrap.
 _WRAPPED = ("_orig_mod", "module", "base_model.model", "model")
-# Base models inside a `skipping()` now; a second one would wrap the first one's forwards.
+# Base models and their layers inside a `skipping()` now; a second one would wrap the forwards of
+# the first.
 _ACTIVE: WeakSet[nn.Module] = WeakSet()
 _ENTERING = threading.Lock()
 
 
 @contextmanager
 def alone(decoder: nn.Module) -> Iterator[None]:
-    """Claims a base model for one `skipping()`.
+    """Claims a base model and its layers for one `skipping()`.
 
     Raises:
-        UnsupportedCallError: it is inside one already.
+        UnsupportedCallError: it or one of them is inside one already.
     """
     with _ENTERING:
         refuse_inside(decoder, "leave that block first, or use one policy")
-        _ACTIVE.add(decoder)
+        claimed = _with_layers(decoder)
+        _ACTIVE.update(claimed)
     try:
         yield
     finally:
-        _ACTIVE.discard(decoder)
+        _ACTIVE.difference_update(claimed)
+
+
+def _with_layers(decoder: Any) -> tuple[nn.Module, ...]:
+    return (decoder, *decoder.layers)
 
 
 def refuse_inside(decoder: nn.Module, advice: str = "do this outside of the block") -> None:
     """Refuses what would compute, or time, a plan in place of the model.
 
     Raises:
-        UnsupportedCallError: the base model is inside a `skipping()`.
+        UnsupportedCallError: the base model, or another one that has a layer of it, is inside a
+            `skipping()`.
     """
-    if decoder in _ACTIVE:
-        raise UnsupportedCallError(f"The model is inside skipping() already; {advice}.")
+    if not _ACTIVE.isdisjoint(_with_layers(decoder)):
+        raise UnsupportedCallError(
+            f"The model, or one that shares layers with it, is inside skipping() already; {advice}."
+        )
 
 
 def refuse_several_devices(layers: Iterable[nn.Module]) -> None:
@@ -119,15 +128,22 @@ def check_layers(layers: Iterable[nn.Module], model_type: str, block: BlockSpec)
     """Refuses layers that do not compute the formula of their family's row.
 
     Raises:
-        UnsupportedModelError: a layer's class is not the family's, or its forward was replaced in
-            the class or in the instance.
+        UnsupportedModelError: a layer's class is not the family's, its forward was replaced in
+            the class or in the instance, or it is listed twice.
     """
+    layers = list(layers)
     package = block.package or f"transformers.models.{model_type_to_module_name(model_type)}"
     for index, layer in enumerate(layers):
         # fully_shard() makes a subclass of each layer's class.
         kind = next(
             c for c in type(layer).__mro__ if not _within(c.__module__, "torch.distributed")
         )
+        first = layers.index(layer)
+        if first != index:
+            raise UnsupportedModelError(
+                f"Decoder layer {index} is the same module as layer {first}, so that both would do "
+                "what the plan says of one of them; list copies of it (copy.deepcopy)."
+            )
         label = f"Decoder layer {index} ({kind.__module__}.{kind.__qualname__})"
         if not _within(kind.__module__, package):
             raise UnsupportedModelError(

@@ -32,6 +32,7 @@ class Switchboard:
     Attributes:
         layers: of the model.
         devices: of each layer.
+        dtype: the model computes in.
         windows: of the attention that has one.
         plan: that the switches are set to; None where setting them has failed.
         recording: where statistics of the coming forward go; None if nobody wants any.
@@ -45,7 +46,7 @@ class Switchboard:
         self.plan: SkipPlan | None = EMPTY_PLAN
         self.recording: StepRecording | None = None
         self._block = block
-        self._dtype = dtype
+        self.dtype = dtype
         self._gains: dict[torch.device, Tensor] = {}
         self._learns = False
         # Whether a backward pass may need the gains as they are.
@@ -101,7 +102,7 @@ class Switchboard:
         device = self.devices[sublayer.layer]
         if not isinstance(replacement, Linear):
             return self._gains[device][sublayer.position]
-        return replacement.on(device, self._dtype)
+        return replacement.on(device, self.dtype)
 
     def _copy_gains(self, values: list[float]) -> None:
         """Writes the gains into the tensors that compiled graphs read."""

@@ -216,6 +216,12 @@ def test_verifying_reaches_no_policy_and_leaves_the_modes(family: str) -> None:
         assert session.step.request == 0
 
 
+def test_a_layer_that_is_listed_twice(model: PreTrainedModel) -> None:
+    layers: Any = model.model.layers
+    layers[2] = layers[1]
+    refused(model, "layer 2 is the same module as layer 1")
+
+
 def test_a_plan_is_a_policy(model: PreTrainedModel) -> None:
     plan = SkipPlan({Sublayer(1, "attn"): 1.2})
     with skipping(model, FixedSkipping(plan)):

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -148,6 +149,41 @@ def test_nothing_goes_on_behind_a_forward_that_failed_midway(
         if reset_empties() or static:
             held.reset()
             torch.testing.assert_close(logits(model, ids, held), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_device_that_does_not_tell_what_failed_holds_nobody_up(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a CUDA device after a kernel that failed."""
+    ids, cache = prompt(9), DynamicCache()
+    with skipping(model, SkipPlan({Sublayer(0, "attn"): None})):
+        expected = logits(model, ids, DynamicCache())
+        broken = model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+        with monkeypatch.context() as patch:
+            patch.setattr("adaskip.kvcache.is_torn", Mock(side_effect=OSError("sticky")))
+            with pytest.raises(OSError, match="sticky"):
+                logits(model, ids, cache)
+        broken.remove()
+        with pytest.raises(UnsupportedCallError, match="failed midway"):
+            logits(model, ids, cache)
+        found: list[Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(logits(model, ids, DynamicCache())))
+        thread.start()
+        thread.join(timeout=30)
+    assert torch.equal(found[0], expected)
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"device": "meta"}], ids=str)
+def test_a_model_that_was_cast_or_moved_inside_is_refused(
+    model: PreTrainedModel, change: dict[str, Any]
+) -> None:
+    with skipping(model, SkipPlan({Sublayer(0, "attn"): 1.5})) as session:
+        model.to(**change)
+        with pytest.raises(
+            UnsupportedCallError, match=r"but entered skipping\(\) in torch.float32"
+        ):
+            model(prompt(5))
+        assert session.step is None
 
 
 def test_a_recorder_that_raises_takes_nothing_back(model: PreTrainedModel) -> None:

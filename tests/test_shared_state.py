@@ -281,13 +281,63 @@ def test_drafted_tokens_are_taken_back_from_static_caches(
             assert torch.equal(answer(model, ids, prompt_lookup_num_tokens=3, **kind), expected)
 
 
-def test_a_plan_that_turns_out_to_differ_is_refused_for_drafts(model: PreTrainedModel) -> None:
-    class ByPhase(SkipPolicy):
-        def plan(self, step: Any) -> SkipPlan:
-            return PLAN if step.phase == "decode" else SkipPlan()
+class WhileDecoding(SkipPolicy):
+    """Skips in decode steps alone."""
 
+    def plan(self, step: Any) -> SkipPlan:
+        return PLAN if step.phase == "decode" else SkipPlan()
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (SkipPlan({Sublayer(1, "attn"): Window(64)}), "what has left a window"),
+        (SkipDecode(2, horizon=4), "differs between prefill and decode"),
+    ],
+)
+def test_drafts_that_cannot_be_taken_back_are_refused_beforehand(
+    model: PreTrainedModel, policy: Any, message: str
+) -> None:
+    target = tiny_model("llama", seed=3)
+    forwards: list[Any] = []
+    target.model.register_forward_pre_hook(lambda *_: forwards.append(None))
     with (
-        skipping(model, ByPhase()),
+        skipping(model, policy) as session,
+        pytest.raises(UnsupportedCallError, match=message),
+    ):
+        answer(target, prompt(9), assistant_model=model, eos_token_id=2)
+    assert session.step is None
+    assert not forwards
+
+
+def test_models_that_share_layers_are_not_inside_two_blocks(model: PreTrainedModel) -> None:
+    draft: Any = tiny_model("llama", seed=3)
+    draft.model.layers = model.model.layers[:2]
+    with skipping(model, PLAN):
+        with pytest.raises(UnsupportedCallError, match="one that shares layers with it"):
+            skipping(draft, PLAN).__enter__()
+        expected = model(prompt(5)).logits
+    with skipping(draft, PLAN):
+        draft(prompt(5))
+    with skipping(model, PLAN):
+        assert torch.equal(model(prompt(5)).logits, expected)
+
+
+def test_decode_steps_without_a_cache_are_refused_where_the_phase_matters(
+    model: PreTrainedModel,
+) -> None:
+    with (
+        skipping(model, WhileDecoding()),
+        pytest.raises(UnsupportedCallError, match="there are no decode steps"),
+    ):
+        answer(model, prompt(5), use_cache=False)
+    with skipping(model, PLAN):
+        assert torch.equal(answer(model, prompt(5), use_cache=False), answer(model, prompt(5)))
+
+
+def test_a_plan_that_turns_out_to_differ_is_refused_for_drafts(model: PreTrainedModel) -> None:
+    with (
+        skipping(model, WhileDecoding()),
         pytest.raises(UnsupportedCallError, match="Assisted decoding"),
     ):
         answer(model, prompt(6).repeat(1, 3), prompt_lookup_num_tokens=3, eos_token_id=2)

@@ -13,6 +13,7 @@ from conftest import N_LAYERS, prompt, reset_empties, tiny_model
 from oracle import greedy, zeroed
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from adaskip import (
     AdaSkip,
@@ -306,6 +307,20 @@ def test_a_cache_whose_layers_disagree_is_refused(model: PreTrainedModel) -> Non
         for cache, message in ((cut, r"hold \d+ tokens and others \d+, as"), (failed, "midway")):
             with pytest.raises(UnsupportedCallError, match=message):
                 model(prompt(1), past_key_values=cache)
+
+
+def test_a_cache_whose_first_layer_alone_is_empty_is_refused(model: PreTrainedModel) -> None:
+    """As one that was made anew of the keys and values that a cache held, without placeholders."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(prompt(9), past_key_values=cache)
+    cache.layers[0] = DynamicLayer()
+    with (
+        skipping(model, SkipPlan({Sublayer(0, "attn"): None})) as session,
+        pytest.raises(UnsupportedCallError, match="hold 0 tokens and others 9"),
+    ):
+        model(prompt(3), past_key_values=cache)
+    assert session.step is None
 
 
 def test_a_copy_keeps_the_extension_and_the_count(model: PreTrainedModel) -> None:
