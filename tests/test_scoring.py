@@ -166,6 +166,26 @@ def test_a_dense_run_of_another_prompt_or_other_data_is_no_baseline(tmp_path: Pa
     assert dense_scores(tmp_path / "fewer", score_run(run))
 
 
+def test_a_dense_run_of_other_weights_is_no_baseline(tmp_path: Path) -> None:
+    rows = [made_row(0, "dog"), made_row(1, "dog")]
+    run = save_run(tmp_path, rows, policy="EE", skip_full_layer_num=2)
+    dense = save_run(tmp_path, rows, policy="dense")
+
+    def made_with(folder: Path, model: str) -> None:
+        path = folder / "run.json"
+        write_json(path, json.loads(path.read_text()) | {"model": model})
+
+    # Records that do not tell are taken at their settings.
+    made_with(dense, "llama-4x32-before")
+    assert dense_scores(tmp_path, score_run(run))
+    made_with(run, "llama-4x32-rewritten")
+    assert dense_scores(tmp_path, score_run(run)) == {}
+    text = evaluate(tmp_path, "llama-EE-PREFILL")
+    assert "llama-EE-PREFILL-SKIP-2: no dense run with the same settings and weights" in text
+    made_with(dense, "llama-4x32-rewritten")
+    assert dense_scores(tmp_path, score_run(run))
+
+
 def test_a_dense_run_of_any_name_tells_that_it_is_at_chance(tmp_path: Path) -> None:
     rows = [made_row(0, "cat", task="needle_single"), made_row(1, "cat", task="needle_single")]
     save_run(tmp_path, rows, policy="dense", name="both")

@@ -12,6 +12,7 @@ from run_fixtures import Workplace, rows_of, save_checkpoint, save_data, save_pl
 from adaskip import sweep
 from adaskip.configuration import config_path, read_config
 from adaskip.errors import AdaskipError
+from adaskip.reports.comparison import collect
 from adaskip.runs.sweepfile import Sweep, read_sweep, select
 
 
@@ -296,6 +297,11 @@ def test_deltas_are_to_the_dense_rows(place: Workplace) -> None:
     assert (dense["score"], dense["delta"]) == (100, None)
     assert (skipped["score"], skipped["delta"]) == (50, -50)
     assert skipped["delta_interval"] == [-100, 0]
+    # As if the weights had been rewritten between the two.
+    record = next((place.results / "runs").glob("llama-dense-*")) / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"model": "llama-of-before"}))
+    _, skipped = collect(read_sweep(Path(file)), {}).tables[0].lines
+    assert skipped.tasks["multifieldqa_en"].delta is None
 
 
 def test_a_failed_cell_is_reported_and_the_rest_goes_on(

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from adaskip.errors import AdaskipError, RunError
 from adaskip.plan import Phase, Scope
 from adaskip.profiling.intervals import paired_interval
-from adaskip.runs.evaluation import notes_on
+from adaskip.runs.evaluation import no_baseline, notes_on
 from adaskip.runs.files import SCHEMA, Record, read_json, write_json
 from adaskip.runs.ledger import RUN_FILE, made_otherwise, read_record, run_folder
 from adaskip.runs.reference_quality import PerplexitySettings, read_perplexity
@@ -179,6 +179,13 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
         for s in line.tasks.values()
         for note in notes_on(line.label, s, is_dense=line.policy == DENSE)
     ]
+    notes += [
+        no_baseline(task, line.label, "in this sweep")
+        for table in tables
+        for line in table.lines
+        for task, score in line.tasks.items()
+        if score.delta is None and table.dense and line != table.dense and task in table.dense.tasks
+    ]
     notes += otherwise.values()
     return Report(
         plan.name,
@@ -252,7 +259,7 @@ def _line(
 def _compared(
     cell: Cell, run: RunScore, dense: RunScore | None, perplexity: PerplexitySettings | None
 ) -> ComparedScore:
-    """The score of a cell beside that of the dense rows, if they were made with its settings."""
+    """The score of a cell beside that of the dense rows of its settings and weights, if any."""
     score, base = run.tasks[cell.task], None
     if dense is not None and dense.is_base_of(run, cell.task):
         base = dense.tasks[cell.task]

@@ -41,12 +41,11 @@ def evaluate(results_dir: Path, name: str, *, min_length: int = MIN_LENGTH) -> s
         ]
         if base is not None and all(run.config.policy != DENSE for run in runs):
             shown.insert(0, (DENSE, True, base, None))
-        if base is None:
-            place = runs[0].folder.parent
-            notes.append(f"{task}: no dense run with the same settings in {place}, no delta.")
         for label, is_dense, score, own in shown:
             rows.append(_row(label, score, own, is_dense=is_dense))
             notes += notes_on(label, score, is_dense=is_dense)
+            if own is None and not is_dense:
+                notes.append(no_baseline(task, label, f"in {runs[0].folder.parent}"))
             if own is not None and own.row_scores.keys() != score.row_scores.keys():
                 shared = len(own.row_scores.keys() & score.row_scores.keys())
                 notes.append(f"{task}, {label}: to dense over the {shared} rows that both have.")
@@ -70,6 +69,11 @@ def notes_on(name: str, score: TaskScore, *, is_dense: bool) -> list[str]:
     if is_dense and score.at_chance:
         notes.append(AT_CHANCE)
     return [f"{score.task}, {name}: {note}." for note in notes]
+
+
+def no_baseline(task: str, name: str, where: str) -> str:
+    """What must be said of a run that stands beside no dense one."""
+    return f"{task}, {name}: no dense run with the same settings and weights {where}, no delta."
 
 
 def _row(

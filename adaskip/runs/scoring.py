@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adaskip.errors import RunError, did_you_mean
+from adaskip.fingerprint import same_model
 from adaskip.metrics import ScoreLog, corpus_score, rouge_l, score_each, similarity_backend
 from adaskip.plan import Phase
 from adaskip.runs.files import SCHEMA, Record, check_file_name, write_json
@@ -102,11 +103,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class RunScore:
-    """All tasks of one run."""
+    """All tasks of one run.
+
+    Attributes:
+        model: the fingerprint of its weights; empty where its record does not tell.
+    """
 
     folder: Path
     config: RunConfig
     n_layers: int
+    model: str
     tasks: dict[str, TaskScore]
     asked: dict[str, Asked]
 
@@ -115,7 +121,8 @@ class RunScore:
         own, its = self.asked.get(task), other.asked.get(task)
         if own is None or its is None or _comparable(self.config) != _comparable(other.config):
             return False
-        return own.is_like(its)
+        known = bool(self.model and other.model)
+        return own.is_like(its) and (not known or same_model(self.model, other.model))
 
     def save(self) -> None:
         """Writes `result.json` into the run's folder."""
@@ -148,7 +155,7 @@ def score_run(folder: Path, *, min_length: int = MIN_LENGTH) -> RunScore:
         )
         sources = {row.id: row.source for row in rows}
         asked[task] = Asked(facts.max_new_tokens, facts.prompt_sha256, sources)
-    return RunScore(folder, record.run_config, record.n_layers, scores, asked)
+    return RunScore(folder, record.run_config, record.n_layers, record.model, scores, asked)
 
 
 def score_rows(
@@ -231,7 +238,7 @@ def _budget(folder: Path) -> str:
 def dense_scores(
     results_dir: Path, run: RunScore, *, min_length: int = MIN_LENGTH
 ) -> dict[str, TaskScore]:
-    """Per task of `run`, the dense run made with the same settings, if there is one.
+    """Per task of `run`, the dense run of the same settings and weights, if there is one.
 
     One of the same experiment is preferred, though a dense run is the same in all of them.
     """
