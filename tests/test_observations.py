@@ -226,6 +226,34 @@ def test_nothing_is_added_to_what_other_weights_showed(
     assert len(measure(config, "sample_qa", made, lambda _: loaded)) == len(made)
 
 
+def test_weights_that_were_written_since_are_loaded_and_compared(
+    loaded: TinyLoaded,
+    make_config: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("adaskip.runs.ledger.weights_stamp", lambda name: "before")
+    config, made = make_config(limit=2), choices([0.9, 0.5, 0.7, 0.8], [1])
+    whole = observe_task(config, "sample_qa", lambda _: loaded)
+    measured = measure(config, "sample_qa", made, lambda _: loaded)
+    assert observe_task(config, "sample_qa", never).equals(whole)
+    assert measure(config, "sample_qa", made, never) == measured
+    monkeypatch.setattr("adaskip.runs.ledger.weights_stamp", lambda name: "since")
+    other = TinyLoaded(loaded.spec, tiny_model("llama", seed=5), loaded.tokenizer, ())
+    for again in (
+        lambda: observe_task(config, "sample_qa", lambda _: other),
+        lambda: measure(config, "sample_qa", made, lambda _: other),
+    ):
+        with pytest.raises(RunError, match="was made with model llama"):
+            again()
+    # The same weights, written anew: known from then on, and no row is lost.
+    fewer = observe_task(make_config(limit=1), "sample_qa", lambda _: loaded)
+    assert fewer.equals(whole[: len(fewer)])
+    assert observe_task(config, "sample_qa", never).equals(whole)
+    assert measure(config, "sample_qa", made, lambda _: loaded) == measured
+    assert measure(config, "sample_qa", made, never) == measured
+
+
 def test_scores_of_some_choices_are_not_told_unless_asked_for(
     loaded: TinyLoaded, make_config: Callable[..., RunConfig]
 ) -> None:

@@ -318,9 +318,29 @@ def test_nothing_is_added_to_what_other_weights_or_rows_gave(
     assert perplexity_main([*given, *more]) == 2
     assert "was made with model llama" in capsys.readouterr().err
     assert file.read_bytes() == kept
+    # Nor is it told of them, where nothing is missing.
+    assert perplexity_main(given) == 2
+    assert "was made with model llama" in capsys.readouterr().err
     save_checkpoint(place.checkpoint)
     assert perplexity_main([*given, *more]) == 0
     assert "EE 1" in capsys.readouterr().out
+
+
+def test_another_folder_of_warm_up_rows_is_another_measurement(tmp_path: Path) -> None:
+    place = Workplace(
+        save_checkpoint(tmp_path / "model"), save_data(tmp_path / "data"), tmp_path / "results"
+    )
+    other = save_data(tmp_path / "other", n=2)
+    given = ["--model", "llama", "--tasks", "sample_qa", "--limit", "1", "--reference_tokens", "2"]
+    given += ["--policy", "ADA", "--skip_sub_layer_num", "1", "--warmup", "1"]
+    given += ["--warmup_task", "trec", "--sample_tokens", "4000", "--max_length", "96", "--device", "cpu"]
+    for name in ("model_path", "results_dir"):
+        given += [f"--{name}", str(place.settings[name])]
+    for folder in (place.data, other):
+        assert perplexity_main([*given, "--data_dir", str(folder)]) == 0
+        (file,) = (place.results / "perplexity").glob("*.json")
+        _, row = json.loads(file.read_text())["sums"]
+        assert row["warmup_data_dir"] == str(folder)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from adaskip.importance import Importance
 from adaskip.models.processes import team
 from adaskip.policies.factory import BUDGETS, LEARNED, takes
 from adaskip.runs.environment import environment
-from adaskip.runs.loaded import LoadedModel, hold
+from adaskip.runs.loaded import LoadedModel, hold, unchanged
 from adaskip.runs.perplexity import Loss, Perplexity
 from adaskip.runs.reference_quality import losses
 from adaskip.runs.rows import Stored
@@ -99,11 +99,14 @@ class PolicyLoss(Loss):
     Attributes:
         perplexity: over the tokens of all tasks.
         policy: what the policy was made with; None where a file does not tell.
+        warmup_data_dir: where the files of its warm-up rows were; None without any, and in files
+            that do not tell.
         skipped_share: of the sublayers, by phase.
     """
 
     perplexity: float
     policy: dict[str, Any] | None = None
+    warmup_data_dir: str | None = None
     skipped_share: dict[str, float | None]
     tasks: dict[str, TaskLoss]
 
@@ -137,7 +140,7 @@ def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str
     with locked(store.path.parent):
         found = {row.id: row for row in group.on_main(store.rows)}
         missing = [cell for cell in cells if not _is_measured(cell, found)]
-        if not missing:
+        if not missing and group.on_main(lambda: unchanged(store, base)):
             return store.path, found
         with group.together(), group.main_ahead():
             # The main process learns importance and fills caches; the others find them.
@@ -145,7 +148,8 @@ def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str
             for cell in missing:
                 for task in cell.tasks:
                     loaded.policy(cell, task)
-        hold(store, loaded, [row for task in base.tasks for row in loaded.rows(base, task)])
+        rows = [row for task in base.tasks for row in loaded.rows(base, task)]
+        hold(store, base, loaded, rows)
         for cell in missing:
             row = _measured(cell, loaded, max_tokens)
             found[row.id] = row
@@ -185,7 +189,15 @@ def _setting(key: str, value: Any) -> str:
 def _is_measured(cell: RunConfig, found: Mapping[str, PolicyLoss]) -> bool:
     """Whether a cell was measured with the same policy."""
     row = found.get(key_of(cell))
-    return row is not None and row.policy in (None, cell.policy_settings())
+    if row is None or row.policy not in (None, cell.policy_settings()):
+        return False
+    return row.warmup_data_dir in (None, _warmup_data_dir(cell))
+
+
+def _warmup_data_dir(cell: RunConfig) -> str | None:
+    """Where the files are of the rows that a cell's importance is learned from, if it has any."""
+    learns = takes(cell.policy, LEARNED) and not cell.importance
+    return cell.data_settings(filter(None, [cell.warmup_task])).get(DATA_DIR) if learns else None
 
 
 def _measured(cell: RunConfig, loaded: LoadedModel, max_tokens: int) -> PolicyLoss:
@@ -208,6 +220,7 @@ def _measured(cell: RunConfig, loaded: LoadedModel, max_tokens: int) -> PolicyLo
         tokens=whole.tokens,
         perplexity=whole.perplexity,
         policy=cell.policy_settings(),
+        warmup_data_dir=_warmup_data_dir(cell),
         skipped_share=phase_shares((row.skipped for row in whole.rows), loaded.n_layers),
         tasks=tasks,
     )

@@ -22,7 +22,7 @@ from adaskip.observing.similarities import layers
 from adaskip.plan import Phase, whole_layers
 from adaskip.policies import FixedSkipping
 from adaskip.runs.generation import generate_greedy
-from adaskip.runs.loaded import LoadedModel
+from adaskip.runs.loaded import LoadedModel, unchanged
 from adaskip.runs.perplexity import Loss, perplexity_of, shared_perplexity
 from adaskip.runs.runconfig import DATA_DIR, RunConfig
 from adaskip.runs.store import Store, locked
@@ -131,6 +131,8 @@ def measure(
 
     with locked(path.parent):
         kept = {row.id: row.as_dict() for row in group.on_main(store.rows)}
+        if kept and not group.on_main(lambda: unchanged(store, config)):
+            ready()
         found: list[dict[str, Any]] = []
         for choice in tqdm(
             made, desc=f"{config.name} {task}", unit="set", disable=not group.is_main

@@ -21,7 +21,7 @@ from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
 from adaskip.recorders import TokenStatistics
 from adaskip.runs.generation import StopRule, generate_greedy
-from adaskip.runs.loaded import LoadedModel, hold
+from adaskip.runs.loaded import LoadedModel, hold, unchanged
 from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import DATA_DIR, RunConfig
 from adaskip.runs.store import Share, Store, locked
@@ -151,10 +151,12 @@ def _recorded(
         made = group.on_main(store.rows)
         # Rows count up to the limit of a call that came to its end, 0 if none did: those of an
         # interrupted one have holes, of what other processes had not made yet.
-        if made and (known is None or (limit is not None and limit <= known)):
+        whole = made and (known is None or (limit is not None and limit <= known))
+        if not (whole and group.on_main(lambda: unchanged(store, config))):
+            group.on_main(store.note)
+            loaded, rows = opened(config, open_model, rows_of, store)
+        if whole:
             return [row.as_dict() for row in made[:limit]]
-        group.on_main(store.note)
-        loaded, rows = opened(config, open_model, rows_of, store)
 
         def work(share: Share[Observed]) -> None:
             missing = [row for row in rows if row.id not in share.done]
@@ -193,7 +195,7 @@ def opened(
     with group.together(), group.main_ahead():
         loaded = open_model(config)
         rows = rows_of(loaded)
-    hold(store, loaded, rows)
+    hold(store, config, loaded, rows)
     return loaded, rows
 
 

@@ -188,7 +188,7 @@ def is_finished(config: RunConfig) -> bool:
         RunError: the run exists with other settings, or its files are damaged.
     """
     record = existing_record(config)
-    if record is None or not _same_profile(config, record) or _rewritten(config, record):
+    if record is None or not _same_profile(config, record) or rewritten(config, record.weights):
         return False
     return all(
         (facts := record.tasks.get(task)) is not None
@@ -259,7 +259,7 @@ def begin(
         "policy": config.policy_settings(),
         "n_layers": n_layers,
         "model": model,
-        "weights": _stamp(config),
+        "weights": stamp(config),
         "importance": profile,
         "tasks": tasks,
         "sessions": _commands(old, environment(str(config.device), attention)),
@@ -296,14 +296,15 @@ def _prompt_digest(task: str) -> str:
     return hashlib.sha256(prompt_template(task).encode()).hexdigest()
 
 
-def _stamp(config: RunConfig) -> str:
+def stamp(config: RunConfig) -> str:
+    """What a record keeps of the files of a resolved configuration's weights; may be empty."""
     return weights_stamp(config.model_path or config.model_name)
 
 
-def _rewritten(config: RunConfig, record: RunRecord) -> bool:
-    """Whether the weights of a run have other files now than when it was last worked on."""
-    now = _stamp(config)
-    return bool(now and record.weights) and now != record.weights
+def rewritten(config: RunConfig, recorded: str) -> bool:
+    """Whether the weights have other files now than those of a recorded stamp, if both tell."""
+    now = stamp(config)
+    return bool(now and recorded) and now != recorded
 
 
 def _given_profile(config: RunConfig) -> str | None:

@@ -26,7 +26,7 @@ from adaskip.policies.made_plan import MadePlan, PlanFile
 from adaskip.positions import positions
 from adaskip.runs.files import writing
 from adaskip.runs.generation import StopRule, generate_greedy
-from adaskip.runs.ledger import answer_length
+from adaskip.runs.ledger import answer_length, rewritten, stamp
 from adaskip.runs.runconfig import DENSE, HORIZON, RunConfig
 from adaskip.runs.store import Store
 from adaskip.tasks.documents import Split
@@ -324,7 +324,15 @@ def _source(config: RunConfig) -> tuple[str | None, ...]:
     return (config.model_name, config.model_path, config.dtype, config.device, *split)
 
 
-def hold(store: Store[Any], loaded: LoadedModel, rows: Iterable[Row]) -> None:
+def unchanged(store: Store[Any], config: RunConfig) -> bool:
+    """Whether a store's rows are sure to be of the weights as they are now; for the main process.
+
+    If not, only the loaded model tells (`hold`).
+    """
+    return not rewritten(config, str(store.record().get("weights", "")))
+
+
+def hold(store: Store[Any], config: RunConfig, loaded: LoadedModel, rows: Iterable[Row]) -> None:
     """Refuses to add to what was made with other weights or rows; all processes together.
 
     Raises:
@@ -337,7 +345,12 @@ def hold(store: Store[Any], loaded: LoadedModel, rows: Iterable[Row]) -> None:
         ).hexdigest()[:12]
         for row in rows
     }
-    team().on_main(lambda: store.hold(model, sources))
+
+    def check() -> None:
+        store.hold(model, sources)
+        store.note(weights=stamp(config))
+
+    team().on_main(check)
 
 
 def calibrated_on_tests(source: object) -> frozenset[str]:
