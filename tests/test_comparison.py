@@ -20,7 +20,11 @@ DEMO = ROOT / "results" / "demo"
 LINES = (
     line("dense", 0, 50),
     line("EE", 4, 30, delta=-20.0, delta_interval=(-31.25, 0.0), perplexity=1234.5),
-    line("ADA", 8, 40, delta=-10.0, rouge_l=12.5),
+    line(
+        *("ADA", 8, 40),
+        **{"delta": -10.0, "rouge_l": 12.5},
+        **{"perplexity": 9.5, "perplexity_rows": 4, "perplexity_tokens": 14},
+    ),
 )
 REPORT = Report("<i>", 4, ("<u>",), {"<b>": "<s>"}, {}, (table(*LINES),))
 
@@ -33,11 +37,15 @@ def test_quality_by_hand() -> None:
     assert frame.values.tolist() == [
         ["dense", "nothing", "50.00", "–", "–", "–"],
         ["EE", "4 layers", "30.00", "-20.00 [-31.2, +0.0]", "–", "1,234"],
-        ["ADA", "8 sublayers", "40.00", "-10.00", "12.50", "–"],
+        ["ADA", "8 sublayers", "40.00", "-10.00", "12.50", "9.50 (4 rows, 14 tokens)"],
     ]
     # The best of those that skip as much: 4 layers are 8 sublayers.
     assert table(*LINES).best(TASK) == {"ADA 8"}
     assert table(*LINES, line("EE", 8, 60)).best(TASK) == {"ADA 8"}
+    # A tie of all has no best, nor has a task at which dense is at chance.
+    assert table(LINES[0], line("EE", 4, 40), line("ADA", 8, 40)).best(TASK) == set()
+    guessing = line("dense", 0, 0, task="sample_classification", row_scores={"a": 0.0, "b": 0.0})
+    assert table(guessing, *LINES[1:]).best(TASK) == set()
     assert as_markdown(quality(table())) == "No results yet."
 
 

@@ -31,11 +31,15 @@ class ComparedScore(TaskScore):
         delta_interval: 95 % interval of `delta` by a paired bootstrap over the rows both have;
             None with fewer than two.
         perplexity: that of the reference answers, None if it was not measured.
+        perplexity_rows: the rows whose answers these are; None in reports that do not tell.
+        perplexity_tokens: of these answers that were scored, together; likewise.
     """
 
     delta: float | None
     delta_interval: tuple[float, float] | None
     perplexity: float | None
+    perplexity_rows: int | None = None
+    perplexity_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,21 @@ class Table:
     def best(self, task: str) -> set[str]:
         """Labels of the lines with the best score of a task among those of the same budget.
 
-        The paper sets them in bold; a budget with a single line has no best.
+        The paper sets them in bold; a budget whose lines all have the same score, as a single one
+        has, has no best, nor has a task at which dense is at chance: its scores compare nothing.
         """
+        if self.dense and task in self.dense.tasks and self.dense.tasks[task].at_chance:
+            return set()
         groups: dict[int, list[Line]] = {}
         for line in self.lines:
             if line.policy != DENSE and task in line.tasks:
                 groups.setdefault(line.sublayers, []).append(line)
         best = set()
         for lines in groups.values():
-            top = max(line.tasks[task].score for line in lines)
-            if len(lines) > 1:
-                best |= {line.label for line in lines if line.tasks[task].score == top}
+            scores = {line.label: line.tasks[task].score for line in lines}
+            if len({*scores.values()}) > 1:
+                top = max(scores.values())
+                best |= {label for label, score in scores.items() if score == top}
         return best
 
 
@@ -263,12 +271,15 @@ def _compared(
     score, base = run.tasks[cell.task], None
     if dense is not None and dense.is_base_of(run, cell.task):
         base = dense.tasks[cell.task]
+    quality = read_perplexity(cell.config, score.task, perplexity) if perplexity else None
     ends = paired_interval(score.row_scores, base.row_scores) if base else None
     return ComparedScore(
         **vars(score),
         delta=difference(score, base) if base else None,
         delta_interval=(100 * ends[0], 100 * ends[1]) if ends else None,
-        perplexity=read_perplexity(cell.config, score.task, perplexity) if perplexity else None,
+        perplexity=quality.perplexity if quality else None,
+        perplexity_rows=quality.rows if quality else None,
+        perplexity_tokens=quality.tokens if quality else None,
     )
 
 

@@ -21,7 +21,8 @@ from adaskip.runs.sweepfile import Sweep
 SCORES_CAPTION = (
     "Scores are the task's metric × 100. Δ is the difference to the dense rows of the "
     "same sweep, with a 95 % paired bootstrap interval over rows (10,000 draws, seeded). "
-    "Perplexity is that of the reference answers."
+    "Perplexity is that of the reference answers, in parentheses of how many rows and of how many "
+    "tokens in all: few tokens tell little."
 )
 WORK_CAPTION = (
     "Skipped: share of all sublayers over all forwards. Times are medians over rows; rows of "

@@ -28,9 +28,8 @@ def quality(table: Table) -> DataFrame:
         rouge = [getattr(one, "rouge_l", None) for one in found]
         if any(value is not None for value in rouge):
             columns[task, "rougeL"] = [number(value) for value in rouge]
-        perplexities = [getattr(one, "perplexity", None) for one in found]
-        if any(value is not None for value in perplexities):
-            columns[task, "perplexity"] = [perplexity(value) for value in perplexities]
+        if any(one is not None and one.perplexity is not None for one in found):
+            columns[task, "perplexity"] = [_perplexity(one) for one in found]
     return DataFrame(columns)
 
 
@@ -137,6 +136,14 @@ def _delta(score: ComparedScore | None) -> str:
         return number(getattr(score, "delta", None), signed=True)
     low, high = (number(end, 1, signed=True) for end in score.delta_interval)
     return f"{number(score.delta, signed=True)} [{low}, {high}]"
+
+
+def _perplexity(score: ComparedScore | None) -> str:
+    """The perplexity and what it rests on: the answers of few rows may have a handful of tokens."""
+    value = perplexity(None if score is None else score.perplexity)
+    if score is None or score.perplexity_tokens is None:
+        return value
+    return f"{value} ({score.perplexity_rows} rows, {score.perplexity_tokens} tokens)"
 
 
 def _sessions(recipe: Mapping[str, Record]) -> Iterable[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
@@ -30,7 +31,18 @@ class PerplexitySettings(BaseModel):
     max_tokens: PositiveInt = 64
 
 
-def read_perplexity(config: RunConfig, task: str, settings: PerplexitySettings) -> float | None:
+@dataclass(frozen=True)
+class ReferenceQuality:
+    """A perplexity of reference answers, and what it rests on: rows, and tokens of all of them."""
+
+    perplexity: float
+    rows: int
+    tokens: int
+
+
+def read_perplexity(
+    config: RunConfig, task: str, settings: PerplexitySettings
+) -> ReferenceQuality | None:
     """The perplexity that was measured with these settings, None if none was.
 
     Raises:
@@ -40,7 +52,8 @@ def read_perplexity(config: RunConfig, task: str, settings: PerplexitySettings) 
     rows = store.rows()
     if not rows or not _as_asked(store, settings):
         return None
-    return perplexity_of(math.fsum(row.nll for row in rows), sum(row.tokens for row in rows))
+    tokens = sum(row.tokens for row in rows)
+    return ReferenceQuality(perplexity_of(math.fsum(r.nll for r in rows), tokens), len(rows), tokens)
 
 
 def is_measured(config: RunConfig, task: str, settings: PerplexitySettings) -> bool:
