@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,12 @@ def test_the_map_is_made_of_ordinary_runs_and_resumed(
     report = json.loads((place.results / "llama-needle_single.json").read_text())
     assert report["maps"][0]["squares"][0]["score"] == 100.0
     assert [300, 0] not in report["chance"]
+    # Every option that was given is in the command, each once.
+    told, asked = (
+        sorted(word for word in words if word.startswith("--"))
+        for words in (shlex.split(report["command"]), [*options, "--task", "--scope"])
+    )
+    assert told == asked
     # One run that is missing is made, alone.
     gone = runs / "llama-EE-E2E-350-tokens-100-percent-SKIP-1/needle_single.jsonl"
     gone.unlink()

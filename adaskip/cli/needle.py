@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaskip.cli.policies import add_policies, cells_of
-from adaskip.cli.run import add_run_options
+from adaskip.cli.run import add_run_options, as_words
 from adaskip.command import FAILED, Command, say
 from adaskip.models.processes import team
 from adaskip.models.spec import model_spec
@@ -20,7 +20,9 @@ from adaskip.sweep import run_cells
 from adaskip.tasks.spec import task_names, task_spec
 
 CONTEXTS, DEPTHS = (1000, 2000, 4000), (0, 25, 50, 75, 100)
-ROWS, WARMUP_TOKENS = 5, 1000
+ROWS = 5
+# Importance is learned once, at one length, for all of the map.
+_DEFAULTS = {"warmup_tokens": 1000, "results_dir": "results/needle"}
 _RUN_OPTIONS = (
     *("limit", "model_path", "max_length", "max_new_tokens", "batch_size", "dtype", "device"),
     *("allow_pickle", "seed", "results_dir"),
@@ -50,23 +52,16 @@ def _act(options: argparse.Namespace) -> int:
 
 
 def _command(given: Mapping[str, Any]) -> str:
-    """What makes the map again, to be pasted into a shell; other options are in its settings."""
+    """What makes the map again, to be pasted into a shell."""
     words = ["python", "eval/needle_heatmap.py"]
-    for key in (
-        "model",
-        "task",
-        "contexts",
-        "depths",
-        "scope",
-        "limit",
-        "policy",
-        *BUDGETS.values(),
-        "plan",
-    ):
+    first = ("model", "task", "contexts", "depths", "scope", "limit")
+    named = (*first, "policy", *BUDGETS.values(), "plan")
+    for key in named:
         value = given.get(key)
         if value not in (None, []):
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    rest = {key: value for key, value in given.items() if key not in named}
+    return shlex.join([*words, *as_words(rest, **_DEFAULTS)])
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -82,9 +77,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         parser,
         (*_RUN_OPTIONS, *POLICY_OPTIONS, *WARMING_UP),
         limit=ROWS,
-        # Importance is learned once, at one length, for all of the map.
-        warmup_tokens=WARMUP_TOKENS,
-        results_dir="results/needle",
+        **_DEFAULTS,
     )
 
 
