@@ -731,6 +731,14 @@ def test_shipped_plans_tell_what_was_measured(
         (json.dumps(FILE | {"methods": ["NBL", "NBL gain"]}), "has a menu, which SEARCH alone"),
         (json.dumps(FILE | {"methods": ["EE gain"]}), "which SEARCH alone takes"),
         (json.dumps(FILE | {"scores": {"sample_qu": {"rows": 1}}}), "Unknown task 'sample_qu'"),
+        (
+            json.dumps(FILE | {"contexts": {"40": {"accelerations": [1.1], "models": ["gemma3"]}}}),
+            "names the model 'gemma3', which it compares nowhere; it compares smollm2.",
+        ),
+        (
+            json.dumps(FILE | {"scores": {"sample_qa": {"rows": 1, "methods": ["NBL"]}}}),
+            "names the method 'NBL', which it compares nowhere; it compares ",
+        ),
         (json.dumps(FILE | {"task": "gov_report"}), "be calibrated on what they are tested on"),
         (json.dumps(FILE | {"scores": {"trec": {"rows": 1}}}), "'trec' has no rows apart from"),
         (

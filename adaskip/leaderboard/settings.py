@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Annotated, Any
@@ -284,10 +284,22 @@ class LeaderboardFile(_Settings):
                     "be calibrated on what they are tested on, and no contexts of a length; name "
                     f"one of {', '.join(t for t in task_names() if task_spec(t).offline)}."
                 )
+        self._check_compared("model", self.models, (m for part in parts for m in part.models or ()))
+        compared = [m for part in parts for m in part.methods or self.methods]
+        self._check_compared("method", compared, chain(*scored))
         for one in others:
             self._check_point(one)
         for plan in self.shipped:
             self._check_point(plan)
+
+    def _check_compared(self, what: str, compared: Sequence[str], named: Iterable[str]) -> None:
+        """Refuses models of contexts, or methods of scores, that are compared nowhere."""
+        for name in named:
+            if name not in compared:
+                raise AdaskipError(
+                    f"The file names the {what} {name!r}, which it compares nowhere; it compares "
+                    f"{', '.join(dict.fromkeys(compared))}."
+                )
 
     def _check_point(self, one: OtherCalibrations | Shipped) -> None:
         """Refuses a point that is named but is not compared."""
