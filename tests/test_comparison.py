@@ -17,14 +17,11 @@ from adaskip.reports.sweep_tables import as_markdown, quality, work
 from adaskip.tables import markdown_table, number, perplexity
 
 DEMO = ROOT / "results" / "demo"
+OF = {"perplexity_rows": 4, "perplexity_tokens": 14}
 LINES = (
     line("dense", 0, 50),
     line("EE", 4, 30, delta=-20.0, delta_interval=(-31.25, 0.0), perplexity=1234.5),
-    line(
-        *("ADA", 8, 40),
-        **{"delta": -10.0, "rouge_l": 12.5},
-        **{"perplexity": 9.5, "perplexity_rows": 4, "perplexity_tokens": 14},
-    ),
+    line("ADA", 8, 40, delta=-10.0, rouge_l=12.5, perplexity=9.5, **OF),
 )
 REPORT = Report("<i>", 4, ("<u>",), {"<b>": "<s>"}, {}, (table(*LINES),))
 

@@ -333,7 +333,16 @@ def test_another_folder_of_warm_up_rows_is_another_measurement(tmp_path: Path) -
     other = save_data(tmp_path / "other", n=2)
     given = ["--model", "llama", "--tasks", "sample_qa", "--limit", "1", "--reference_tokens", "2"]
     given += ["--policy", "ADA", "--skip_sub_layer_num", "1", "--warmup", "1"]
-    given += ["--warmup_task", "trec", "--sample_tokens", "4000", "--max_length", "96", "--device", "cpu"]
+    given += [
+        "--warmup_task",
+        "trec",
+        "--sample_tokens",
+        "4000",
+        "--max_length",
+        "96",
+        "--device",
+        "cpu",
+    ]
     for name in ("model_path", "results_dir"):
         given += [f"--{name}", str(place.settings[name])]
     for folder in (place.data, other):

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from run_fixtures import (
     save_plan,
 )
 
+from adaskip.cli.leaderboard import leaderboard_main
 from adaskip.cli.observe import observation_main
 from adaskip.cli.perplexity import perplexity_main
+from adaskip.cli.plan import plan_main
 from adaskip.cli.run import run_main
 from adaskip.errors import RunError
 from adaskip.models.devices import resolve_device
@@ -281,6 +285,16 @@ def test_shards_of_earlier_versions_are_merged_too(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.part0").write_text('{"id": "1"}\n')
     assert store.merge() == named("1")
     assert [item.name for item in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("main", [leaderboard_main, partial(plan_main, ["--model", "smollm2"])])
+def test_what_one_process_does_is_refused_in_several(
+    main: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("adaskip.models.processes.team", lambda: Team(0, 2))
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py"])
+    assert main() == 2
+    assert "start it in one process, without torchrun" in capsys.readouterr().err
 
 
 def test_a_launcher_with_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

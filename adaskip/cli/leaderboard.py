@@ -15,6 +15,7 @@ from adaskip.leaderboard.making import PARTS, Maker, dense_config
 from adaskip.leaderboard.settings import LeaderboardFile
 from adaskip.leaderboard.shipping import ship
 from adaskip.leaderboard.values import REPORT_FILE, Report, read_report
+from adaskip.models.processes import refuse_several
 from adaskip.reports.leaderboard_readme import check_marks, with_table
 from adaskip.reports.leaderboard_report import write_report
 from adaskip.runs.files import write_text
@@ -39,6 +40,10 @@ def leaderboard_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _act(given: argparse.Namespace) -> int:
+    refuse_several(
+        "The leaderboard measures times, and its files have one writer",
+        "start it in one process, without torchrun or accelerate",
+    )
     path = shipped_or_given(given.config, "leaderboard", "contexts")
     file = read_yaml(path, LeaderboardFile)
     file.check()

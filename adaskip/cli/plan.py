@@ -20,6 +20,7 @@ from adaskip.distilling import LEAST_PROMPTS, TWICE, can_learn, check_distills, 
 from adaskip.errors import AdaskipError, DataError, refuse_below_one, unknown_name
 from adaskip.fitting import EPOCHS, LOSS_BEFORE, refit_linears
 from adaskip.methods import METHODS, make_plan, method_names
+from adaskip.models.processes import refuse_several
 from adaskip.models.spec import model_names, model_spec
 from adaskip.plan import Phase, SkipPlan
 from adaskip.reports.explorer import write_explorer
@@ -101,6 +102,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _act(given: argparse.Namespace) -> int:
     """Makes plans, or shows those that are there."""
+    refuse_several(
+        "adaskip plan measures times, and its files have one writer",
+        "start it in one process, without torchrun or accelerate",
+    )
     if (given.model is None) == (given.show is None):
         raise AdaskipError("Give either a --model to make plans for, or plans to --show.")
     return _make(given) if given.show is None else _show(given)

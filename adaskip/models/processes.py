@@ -128,6 +128,16 @@ class Team:
                 self.gather(None)
 
 
+def refuse_several(why: str, instead: str) -> None:
+    """Refuses what one process does alone; `why` is a sentence, `instead` what to do.
+
+    Raises:
+        AdaskipError: this command was started as several processes.
+    """
+    if team().world > 1:
+        raise AdaskipError(f"{why}: {instead}.")
+
+
 @cache
 def team() -> Team:
     """The processes of this command; the first call connects them.

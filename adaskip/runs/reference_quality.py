@@ -53,7 +53,9 @@ def read_perplexity(
     if not rows or not _as_asked(store, settings):
         return None
     tokens = sum(row.tokens for row in rows)
-    return ReferenceQuality(perplexity_of(math.fsum(r.nll for r in rows), tokens), len(rows), tokens)
+    return ReferenceQuality(
+        perplexity_of(math.fsum(r.nll for r in rows), tokens), len(rows), tokens
+    )
 
 
 def is_measured(config: RunConfig, task: str, settings: PerplexitySettings) -> bool:

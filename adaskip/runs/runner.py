@@ -17,7 +17,7 @@ from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError, RunError
 from adaskip.fingerprint import model_fingerprint
 from adaskip.models.devices import resolve_device, resolve_dtype
-from adaskip.models.processes import team
+from adaskip.models.processes import refuse_several, team
 from adaskip.plan import Phase
 from adaskip.policies import SkipPolicy
 from adaskip.policies.factory import LEARNED, takers, takes
@@ -165,11 +165,10 @@ def accelerated(config: RunConfig, acceleration: float) -> tuple[RunConfig, Load
             f"--acceleration {acceleration} is a budget of {', '.join(takers('acceleration'))}, in "
             "place of --skip_sub_layer_num; give one of them."
         )
-    if team().world > 1:
-        raise AdaskipError(
-            "--acceleration measures times, which differ between processes: run it once in one "
-            "process, and give the others the number of sublayers it found."
-        )
+    refuse_several(
+        "--acceleration measures times, which differ between processes",
+        "run it once in one process, and give the others the number of sublayers it found",
+    )
     config = dataclasses.replace(config, skip_sub_layer_num=0)
     resolved = resolve(config)
     loaded = LoadedModel.open(resolved)
