@@ -20,6 +20,7 @@ class Patch:
 
     Attributes:
         original: the method as it was.
+        in_place: whether a call of the method goes to the replacement; else to the original.
     """
 
     def __init__(self, module: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
@@ -28,20 +29,20 @@ class Patch:
         self._module = module
         self._name = name
         self._own = vars(module).get(name)
-        self._in_place = True
+        self.in_place = True
 
         @functools.wraps(original)
         def method(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if owner is not module:
                 return getattr(type(owner), original.__name__)(owner, *args, **kwargs)
-            return (replacement if self._in_place else original)(*args, **kwargs)
+            return (replacement if self.in_place else original)(*args, **kwargs)
 
         self._method = MethodType(method, module)
         setattr(module, name, self._method)
 
     def take_back(self) -> None:
         """Puts the method back wherever this patch is found on the module."""
-        self._in_place = False
+        self.in_place = False
         found = [name for name, value in vars(self._module).items() if value is self._method]
         for name in found:
             if self._own is None:

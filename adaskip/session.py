@@ -124,6 +124,7 @@ class Session:
 
     def patched_model(self, model: PreTrainedModel) -> Iterator[Patch]:
         """Lets each forward set the switches, and `generate()` say what it does, patch by patch."""
+        self._board.obey(obeyed=False)
         yield self._patched_decoder()
         if model.can_generate():
             yield from listen(model, self._turns, self._check_assisted)
@@ -173,6 +174,7 @@ class Session:
 
     def _leave(self, *, failed: bool = False) -> None:
         """Lets go of what the forward needed, and lets other threads in."""
+        self._board.obey(obeyed=False)
         try:
             if self._board.recording is not None:
                 self._board.record_to(None)
@@ -267,6 +269,7 @@ class Session:
                 retold=retold,
             )
         self._start_recording(call, turn, past)
+        self._board.obey(obeyed=True)
         return cache
 
     def _prepare(

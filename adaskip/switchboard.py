@@ -45,6 +45,7 @@ class Switchboard:
         self.windows = Windows(self.layers, block, self._switches, self.devices)
         self.plan: SkipPlan | None = EMPTY_PLAN
         self.recording: StepRecording | None = None
+        self._patches: list[Patch] = []
         self._block = block
         self.dtype = dtype
         self._gains: dict[torch.device, Tensor] = {}
@@ -64,7 +65,17 @@ class Switchboard:
     def patches(self) -> Iterator[Patch]:
         """Lets each layer look at its switches, patch by patch."""
         for index, (layer, switches) in enumerate(zip(self.layers, self._switches, strict=True)):
-            yield patch_forward(layer, layer_forward(layer, index, self._block, switches))
+            patch = patch_forward(layer, layer_forward(layer, index, self._block, switches))
+            self._patches.append(patch)
+            yield patch
+
+    def obey(self, *, obeyed: bool) -> None:
+        """Lets the layers look at their switches, or do what they do without.
+
+        Between the forwards of a model, another one that has the same layers may run.
+        """
+        for patch in self._patches:
+            patch.in_place = obeyed
 
     def record_to(self, recording: StepRecording | None) -> None:
         """Tells every layer where its statistics go."""

@@ -323,6 +323,19 @@ def test_models_that_share_layers_are_not_inside_two_blocks(model: PreTrainedMod
         assert torch.equal(model(prompt(5)).logits, expected)
 
 
+def test_a_target_is_not_skipped_in_by_a_draft_that_has_its_layers(model: PreTrainedModel) -> None:
+    draft: Any = tiny_model("llama", seed=3)
+    draft.model.layers = model.model.layers[:2]
+    ids = prompt(9)
+    expected, logits = answer(model, ids, eos_token_id=2), model(ids).logits
+    with skipping(draft, PLAN):
+        skipped = draft(ids).logits
+        assert torch.equal(answer(model, ids, assistant_model=draft, eos_token_id=2), expected)
+        assert torch.equal(model(ids).logits, logits)
+        assert torch.equal(draft(ids).logits, skipped)
+    assert not torch.equal(draft(ids).logits, skipped)
+
+
 def test_decode_steps_without_a_cache_are_refused_where_the_phase_matters(
     model: PreTrainedModel,
 ) -> None:
