@@ -370,7 +370,16 @@ def test_rows_that_are_learned_from_and_scored_are_told_of_in_every_run(
     assert "has no split" not in caplog.text
     # Learned by the run before.
     run(place.config(**budget("ADA"), warmup_task="qasper", tasks=("qasper",), name="scored"))
-    assert "qasper has no split: the first 2 rows that are learned from are scored" in caplog.text
+    told = "qasper has no split: the first 2 rows that are learned from are scored"
+    assert told in caplog.text
+    # Or given.
+    caplog.clear()
+    (profile,) = (place.results / "importance").iterdir()
+    given = {**budget("ADA"), "importance": str(profile)}
+    run(place.config(**given, name="other"))
+    assert told not in caplog.text
+    run(place.config(**given, tasks=("qasper",), name="given"))
+    assert told in caplog.text
 
 
 def test_prompts_beyond_the_positions_are_told_of(

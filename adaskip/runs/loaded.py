@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ from adaskip.tasks.spec import Row, task_spec
 logger = logging.getLogger(__name__)
 # Tokens by which a cut prompt may grow when its text is tokenized again.
 _RETOKENIZED = 16
+# How a learned profile tells of its rows.
+_LEARNED_FROM = re.compile(r"(\d+) rows of (\w+)")
 # How a plan tells that it was calibrated with rows that are also its tasks' tests.
 FIRST_ROWS = "first rows of"
 
@@ -143,12 +146,12 @@ class LoadedModel:
             ProfileError: the profile is damaged or belongs to another model.
             DataError: too few warm-up rows.
         """
-        if not config.importance:
-            self._warn_of_overlap(config)
         if config not in self._profiles:
             given = config.importance
             self._profiles[config] = self._read(Path(given)) if given else self._learned(config)
-        return self._profiles[config]
+        profile = self._profiles[config]
+        self._warn_of_overlap(config, profile.source)
+        return profile
 
     def policy(self, config: RunConfig, task: str) -> SkipPolicy | None:
         """The policy of a resolved configuration for one task, tried on this model; None for dense.
@@ -225,15 +228,18 @@ class LoadedModel:
             profile.save(path)
         return profile
 
-    def _warn_of_overlap(self, config: RunConfig) -> None:
+    def _warn_of_overlap(self, config: RunConfig, source: str) -> None:
         """Warns where rows that are learned from are scored, whenever that was learned."""
-        task = _warmup_of(config)
+        learned = _LEARNED_FROM.match(source)
+        if learned is None:
+            return
+        n_rows, task = learned.groups()
         if task in config.tasks and not task_spec(task).offline and task not in self._warned:
             self._warned.add(task)
             logger.warning(
-                "%s has no split: the first %d rows that are learned from are scored, too; another "
-                "--warmup_task keeps them apart.",
-                *(task, config.warmup),
+                "%s has no split: the first %s rows that are learned from are scored, too; another "
+                "--warmup_task, or a profile of other rows (--importance), keeps them apart.",
+                *(task, n_rows),
             )
 
     def _warn_of_calibration(self, file: PlanFile, task: str) -> None:
