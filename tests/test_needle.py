@@ -145,6 +145,12 @@ def test_the_map_is_made_of_ordinary_runs_and_resumed(
         for words in (shlex.split(report["command"]), [*options, "--task", "--scope"])
     )
     assert told == asked
+    # One run that has more rows than are asked for is compared by the first ones.
+    assert needle_main([*options[: options.index("--policy")], "--limit", "2"]) == 0
+    assert needle_main(options) == 0
+    report = json.loads((place.results / "llama-needle_single.json").read_text())
+    assert {s["rows"] for shown in report["maps"] for s in shown["squares"]} == {1}
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.jsonl")}
     # One run that is missing is made, alone.
     gone = runs / "llama-EE-E2E-350-tokens-100-percent-SKIP-1/needle_single.jsonl"
     gone.unlink()

@@ -166,6 +166,19 @@ def test_a_dense_run_of_another_prompt_or_other_data_is_no_baseline(tmp_path: Pa
     assert dense_scores(tmp_path / "fewer", score_run(run))
 
 
+def test_rows_beyond_those_compared_do_not_count(tmp_path: Path) -> None:
+    rows = [made_row(0, "dog"), made_row(1, "cat"), made_row(2, "cat")]
+    run = save_run(tmp_path, rows, planned=3)
+    few = score_run(run, limits={"multifieldqa_en": 1}).tasks["multifieldqa_en"]
+    assert (few.score, few.n_rows, few.complete) == (100.0, 1, True)
+    for limits in ({"multifieldqa_en": None}, {"trec": 1}, {"multifieldqa_en": 4}):
+        assert score_run(run, limits=limits).tasks["multifieldqa_en"].n_rows == 3
+    # Of what is not finished the first rows may be others.
+    run = save_run(tmp_path / "unfinished", rows, planned=4)
+    few = score_run(run, limits={"multifieldqa_en": 1}).tasks["multifieldqa_en"]
+    assert (few.n_rows, few.complete) == (3, False)
+
+
 def test_a_dense_run_of_other_weights_is_no_baseline(tmp_path: Path) -> None:
     rows = [made_row(0, "dog"), made_row(1, "dog")]
     run = save_run(tmp_path, rows, policy="EE", skip_full_layer_num=2)

@@ -166,7 +166,13 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
     # Rows that the sweep asks for count, however short it lets them be.
     named = {run_folder(cell.config): cell.config.min_length for cell in plan.cells}
     folders = [folder for folder in named if (folder / RUN_FILE).is_file()]
-    runs = {folder: score_run(folder, min_length=named[folder]) for folder in folders}
+    limits: dict[Path, dict[str, int | None]] = {}
+    for cell in plan.cells:
+        limits.setdefault(run_folder(cell.config), {})[cell.task] = cell.config.limit
+    runs = {
+        folder: score_run(folder, min_length=named[folder], limits=limits[folder])
+        for folder in folders
+    }
     for run in runs.values():
         run.save()
     otherwise = {

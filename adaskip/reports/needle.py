@@ -133,7 +133,8 @@ def collect(grid: NeedleGrid, command: str, failures: Mapping[str, str]) -> Need
         for place in grid.squares():
             cell = grid.cell(policy, *place)
             folder = run_folder(cell.config)
-            run = score_run(folder) if (folder / RUN_FILE).is_file() else None
+            limits = {grid.task: cell.config.limit}
+            run = score_run(folder, limits=limits) if (folder / RUN_FILE).is_file() else None
             # Tasks share the folder.
             score = None if run is None else run.tasks.get(grid.task)
             note = left_out(cell) if score is not None else ""

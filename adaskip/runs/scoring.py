@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,16 @@ class RunScore:
         write_json(self.folder / RESULT_FILE, content)
 
 
-def score_run(folder: Path, *, min_length: int = MIN_LENGTH) -> RunScore:
+def score_run(
+    folder: Path, *, min_length: int = MIN_LENGTH, limits: Mapping[str, int | None] | None = None
+) -> RunScore:
     """Scores what is there of a run.
 
     Args:
         folder: a run's folder.
         min_length: LongBench rows must be longer than this to count.
+        limits: of the rows of tasks, where a finished run may have more than are compared; None is
+            a task's own.
 
     Raises:
         RunError: there is no such run, or its files are damaged.
@@ -149,9 +153,13 @@ def score_run(folder: Path, *, min_length: int = MIN_LENGTH) -> RunScore:
     record = read_record(folder)
     scores, asked = {}, {}
     for task, facts in record.tasks.items():
-        rows = task_rows(folder, task).rows()
+        rows, planned = task_rows(folder, task).rows(), facts.rows
+        # They stand in the data's order, but what is not finished may have holes.
+        if limits and task in limits and len(rows) >= planned:
+            rows = rows[: task_spec(task).wanted(limits[task])]
+            planned = len(rows)
         scores[task] = score_rows(
-            task, rows, n_layers=record.n_layers, n_planned=facts.rows, min_length=min_length
+            task, rows, n_layers=record.n_layers, n_planned=planned, min_length=min_length
         )
         sources = {row.id: row.source for row in rows}
         asked[task] = Asked(facts.max_new_tokens, facts.prompt_sha256, sources)
