@@ -20,6 +20,7 @@ from run_fixtures import (
 )
 from tiny_loaded import tiny_rows
 
+from adaskip.configuration import read_config
 from adaskip.errors import (
     AdaskipError,
     DataError,
@@ -41,6 +42,7 @@ from adaskip.runs.rows import GeneratedRow
 from adaskip.runs.runner import is_finished, resolve, run, run_folder
 from adaskip.runs.scoring import score_run
 from adaskip.runs.store import Share, Store
+from adaskip.tasks import spec
 from adaskip.tasks.spec import Row
 
 
@@ -380,6 +382,40 @@ def test_rows_that_are_learned_from_and_scored_are_told_of_in_every_run(
     assert told not in caplog.text
     run(place.config(**given, tasks=("qasper",), name="given"))
     assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"metric": "qa_f2"}, r"metric of the task 'mine' in .*: 'qa_f2'. Did you mean 'qa_f1'"),
+        ({"metrik": "qa_f1"}, r"fact of the task 'mine' in .*: 'metrik'. Did you mean 'metric'"),
+        ({"prompt": "{input}"}, r"prompt of the task 'mine' in .* must have {context} in it"),
+        ({"prompt": "{context} {x}"}, "needs its other braces doubled: {{ and }}"),
+        ({"prompt": "{context} {"}, "needs its other braces doubled: {{ and }}"),
+        ({"max_new_tokens": None}, "'mine' in .* has no 'max_new_tokens'"),
+        ({"prompt": "{context} {{x}}"}, None),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused_before_a_model_is_loaded(
+    place: Workplace,
+    monkeypatch: pytest.MonkeyPatch,
+    facts: dict[str, Any],
+    message: str | None,
+) -> None:
+    whole = {"metric": "qa_f1", "max_new_tokens": 3, "prompt": "{context} {input}", **facts}
+    mine = {key: value for key, value in whole.items() if value is not None}
+    file = read_config("tasks.yaml")
+    changed = file | {"longbench": {**file["longbench"], "mine": mine}}
+    monkeypatch.setattr("adaskip.tasks.spec.read_config", lambda name: changed)
+    spec._specs.cache_clear()
+    try:
+        if message is None:
+            resolve(place.config(tasks=("mine",)))
+            return
+        with pytest.raises(AdaskipError, match=message):
+            resolve(place.config(tasks=("mine",)))
+    finally:
+        spec._specs.cache_clear()
 
 
 def test_prompts_beyond_the_positions_are_told_of(

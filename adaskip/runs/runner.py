@@ -14,8 +14,9 @@ import torch
 
 from adaskip.budget import check_acceleration, sublayers_for
 from adaskip.configuration import read_config
-from adaskip.errors import AdaskipError, RunError
+from adaskip.errors import AdaskipError, RunError, unknown_name
 from adaskip.fingerprint import model_fingerprint
+from adaskip.metrics import METRICS
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.models.processes import refuse_several, team
 from adaskip.plan import Phase
@@ -39,6 +40,7 @@ from adaskip.runs.rows import GeneratedRow
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.scoring import phase_shares
 from adaskip.runs.store import Share, locked
+from adaskip.tasks.prompts import check_prompt
 from adaskip.tasks.spec import Row, task_spec
 
 __all__ = ["RunConfig", "is_finished", "make_batches", "resolve", "run", "run_folder"]
@@ -58,7 +60,7 @@ def resolve(config: RunConfig) -> RunConfig:
     kind = "sample_tasks" if config.model_name in facts["offline_models"] else "tasks"
     tasks = config.tasks or tuple(facts["experiments"][config.experiment][kind])
     for task in (*tasks, *filter(None, [config.warmup_task])):
-        task_spec(task)
+        _check_task(task)
     return dataclasses.replace(
         config,
         device=str(device),
@@ -67,6 +69,15 @@ def resolve(config: RunConfig) -> RunConfig:
         name=config.run_name,
         warmup_task=config.warmup_task or warmup_task(tasks),
     )
+
+
+def _check_task(task: str) -> None:
+    """Refuses what else would end a run after its model was loaded, or its answers were made."""
+    metric = task_spec(task).metric
+    if metric not in METRICS:
+        what = f"metric of the task {task!r} in configs/tasks.yaml:"
+        raise unknown_name(what, metric, METRICS)
+    check_prompt(task)
 
 
 def run(config: RunConfig, loaded: LoadedModel | None = None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cache
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from adaskip.errors import AdaskipError, DataError
@@ -88,6 +89,26 @@ def prompt_template(task: str) -> str:
             f" pip install --no-deps {LM_EVAL}"
         )
     return template
+
+
+def check_prompt(task: str) -> None:
+    """Refuses a prompt of the file's own that no row could be filled into, or that loses its text.
+
+    Raises:
+        AdaskipError: its braces are others than those of its fields, or `{context}` is not there.
+    """
+    template = task_spec(task).prompt
+    if template is None:  # LongBench's, known by their hash
+        return
+    try:
+        named = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError:
+        named = set()
+    if not {"context"} <= named <= {"context", "input"}:
+        raise AdaskipError(
+            f"The prompt of the task {task!r} in configs/tasks.yaml must have {{context}} in it, "
+            "may have {input}, and needs its other braces doubled: {{ and }}."
+        )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from adaskip.configuration import read_config
-from adaskip.errors import unknown_name
+from adaskip.errors import AdaskipError, unknown_name
 
 Language = Literal["en", "zh"]
 # Where the rows come from: LongBench's files, `tasks/sample.py` or `tasks/retrieval.py`.
@@ -103,13 +103,27 @@ class TaskSpec:
         return self.metric == RECALL
 
 
+def _spec(name: str, kind: Kind, facts: dict[str, Any]) -> TaskSpec:
+    """The facts of a task as the file has them.
+
+    Raises:
+        AdaskipError: one of them is unknown, or one that a task must have is missing.
+    """
+    known = [item.name for item in fields(TaskSpec) if item.name not in ("name", "kind")]
+    for key in facts:
+        if key not in known:
+            raise unknown_name(f"fact of the task {name!r} in configs/tasks.yaml:", key, known)
+    for key in ("metric", "max_new_tokens"):
+        if key not in facts:
+            raise AdaskipError(f"The task {name!r} in configs/tasks.yaml has no {key!r}; add it.")
+    return TaskSpec(name=name, kind=kind, **facts)
+
+
 @cache
 def _specs() -> dict[str, TaskSpec]:
     config = read_config("tasks.yaml")
     return {
-        name: TaskSpec(name=name, kind=kind, **facts)
-        for kind in KINDS
-        for name, facts in config[kind].items()
+        name: _spec(name, kind, facts) for kind in KINDS for name, facts in config[kind].items()
     }
 
 
