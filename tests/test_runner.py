@@ -384,6 +384,30 @@ def test_rows_that_are_learned_from_and_scored_are_told_of_in_every_run(
     assert told in caplog.text
 
 
+def test_another_chat_template_or_prompt_limit_is_another_run(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolve(place.config(max_length=None, tasks=("multifieldqa_en",)))
+    run(config)
+    assert is_finished(config)
+    file = read_config("models.yaml")
+    for key, value in (("prompt_limit", 99), ("template", "Q: {prompt}")):
+        changed = file | {"llama": file["llama"] | {key: value}}
+        with monkeypatch.context() as patched:
+            patched.setattr("adaskip.models.spec.read_config", lambda name: changed)  # noqa: B023
+            assert not is_finished(config)
+            assert made_otherwise(config, "multifieldqa_en")
+            with pytest.raises(RunError, match=f"has multifieldqa_en with another {key}"):
+                run(config)
+    # Records of earlier versions do not tell.
+    path = run_folder(config) / "run.json"
+    record = json.loads(path.read_text())
+    for key in ("prompt_limit", "template_sha256"):
+        del record["tasks"]["multifieldqa_en"][key]
+    path.write_text(json.dumps(record))
+    assert is_finished(config)
+
+
 @pytest.mark.parametrize(
     ("facts", "message"),
     [

@@ -157,7 +157,15 @@ def test_a_dense_run_of_another_prompt_or_other_data_is_no_baseline(tmp_path: Pa
     text = path.read_text()
     path.write_text(text.replace("0" * 64, "1" * 64))
     assert dense_scores(tmp_path, score_run(run)) == {}
+    for told, bases in (("a", 1), ("b", 0)):  # another chat template
+        for folder, template in ((run, "a"), (dense, told)):
+            record = json.loads((folder / "run.json").read_text())
+            record["tasks"]["multifieldqa_en"] |= {"template_sha256": template}
+            record["tasks"]["multifieldqa_en"] |= {"prompt_sha256": "0" * 64}
+            write_json(folder / "run.json", record)
+        assert len(dense_scores(tmp_path, score_run(run))) == bases
     path.write_text(text)
+    assert dense_scores(tmp_path, score_run(run))
     changed = [rows[0], rows[1] | {"references": ["another"]}]
     save_run(tmp_path / "other", changed, policy="dense")
     assert dense_scores(tmp_path / "other", score_run(run)) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import json
 import uuid
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -16,7 +17,7 @@ from adaskip.errors import RunError
 from adaskip.fingerprint import fingerprint_name, same_model
 from adaskip.importance import Importance
 from adaskip.models.processes import team
-from adaskip.models.spec import weights_stamp
+from adaskip.models.spec import model_names, model_spec, weights_stamp
 from adaskip.policies.factory import LEARNED, takes
 from adaskip.runs.environment import environment
 from adaskip.runs.files import SCHEMA, Record, differences, read_json, write_json
@@ -38,6 +39,10 @@ class TaskFacts(Stored):
         limit: the `--limit` it was asked with; None is all rows.
         max_new_tokens: the longest answer.
         prompt_sha256: of the prompt template.
+        prompt_limit: the longest prompt, in tokens; None for models that no file of ours names, and
+            in records that do not tell.
+        template_sha256: of the model's chat template, if the task is asked in it, and of what ends
+            its answers; None likewise.
         data_dir: where its files were; None without any, and in records that do not tell.
     """
 
@@ -45,6 +50,8 @@ class TaskFacts(Stored):
     limit: int | None
     max_new_tokens: int
     prompt_sha256: str
+    prompt_limit: int | None = None
+    template_sha256: str | None = None
     data_dir: str | None = None
 
 
@@ -151,8 +158,7 @@ def made_otherwise(config: RunConfig, task: str) -> str:
     what = _otherwise(record, config)
     if what or facts is None:
         return what
-    asked = {"max_new_tokens": answer_length(config, task), "prompt": _prompt_digest(task)}
-    made = {"max_new_tokens": facts.max_new_tokens, "prompt": facts.prompt_sha256}
+    made, asked = _asked_then_and_now(config, task, facts)
     if (profile := _given_profile(config)) is not None:
         asked["importance"], made["importance"] = profile, record.importance
     return differences(made, asked)
@@ -192,8 +198,7 @@ def is_finished(config: RunConfig) -> bool:
         return False
     return all(
         (facts := record.tasks.get(task)) is not None
-        and facts.max_new_tokens == answer_length(config, task)
-        and facts.prompt_sha256 == _prompt_digest(task)
+        and not differences(*_asked_then_and_now(config, task, facts))
         and _covers(task, facts.limit, config.limit)
         and not _is_elsewhere(config, task, facts.data_dir or record.config.get("data_dir"))
         and len(task_rows(run_folder(config), task).rows()) >= facts.rows
@@ -249,9 +254,17 @@ def begin(
                 f"{folder} has {task} with another prompt than configs/tasks.yaml has now; give "
                 "this run another name (--name NAME)."
             )
+        around = _around(config, task)
+        for key, value in around.items():
+            if known is not None and known.get(key, value) != value:
+                raise RunError(
+                    f"{folder} has {task} with another {key} ({known[key]}) than "
+                    f"{config.model_name} has in configs/models.yaml now ({value}); give this run "
+                    "another name (--name NAME)."
+                )
         if known is None or not _covers(task, known["limit"], config.limit):
             known = {"limit": config.limit, "rows": count}
-        tasks[task] = {**known, "max_new_tokens": length, "prompt_sha256": digest}
+        tasks[task] = {**known, "max_new_tokens": length, "prompt_sha256": digest, **around}
         tasks[task] |= {} if task_spec(task).offline else {"data_dir": config.data_dir}
     record = {
         "schema": SCHEMA,
@@ -290,6 +303,28 @@ def update(folder: Path, task: str, facts: Mapping[str, Any]) -> None:
     record = read_json(folder / RUN_FILE)
     record["tasks"][task].update(facts)
     write_json(folder / RUN_FILE, record)
+
+
+def _around(config: RunConfig, task: str) -> Record:
+    """What stands around a task's prompt; empty for models that `configs/models.yaml` lacks."""
+    if config.model_name not in model_names():
+        return {}
+    model = model_spec(config.model_name)
+    told = json.dumps([model.template if task_spec(task).chat else None, model.answer_end])
+    return {
+        "prompt_limit": config.max_length or model.prompt_limit,
+        "template_sha256": hashlib.sha256(told.encode()).hexdigest(),
+    }
+
+
+def _asked_then_and_now(config: RunConfig, task: str, facts: TaskFacts) -> tuple[Record, Record]:
+    """What the model was asked in a task, and would be now, of what the record tells."""
+    made = {"max_new_tokens": facts.max_new_tokens, "prompt": facts.prompt_sha256}
+    asked = {"max_new_tokens": answer_length(config, task), "prompt": _prompt_digest(task)}
+    for key, value in _around(config, task).items():
+        if (then := getattr(facts, key)) is not None:
+            made[key], asked[key] = then, value
+    return made, asked
 
 
 def _prompt_digest(task: str) -> str:

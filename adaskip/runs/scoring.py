@@ -85,11 +85,14 @@ class Asked:
     Attributes:
         max_new_tokens: of an answer.
         prompt_sha256: of the prompt template.
+        around: the prompt limit and the hash of the chat template, None where a record does not
+            tell.
         rows: per row id what tells it from another one (`GeneratedRow.source`).
     """
 
     max_new_tokens: int
     prompt_sha256: str
+    around: tuple[int | None, str | None]
     rows: dict[str, tuple[list[str], int]]
 
     def is_like(self, other: Asked) -> bool:
@@ -98,7 +101,10 @@ class Asked:
             other.max_new_tokens,
             other.prompt_sha256,
         )
-        return alike and all(other.rows.get(row, own) == own for row, own in self.rows.items())
+        known = [pair for pair in zip(self.around, other.around, strict=True) if None not in pair]
+        if not alike or any(own != its for own, its in known):
+            return False
+        return all(other.rows.get(row, own) == own for row, own in self.rows.items())
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,8 @@ def score_run(
             task, rows, n_layers=record.n_layers, n_planned=planned, min_length=min_length
         )
         sources = {row.id: row.source for row in rows}
-        asked[task] = Asked(facts.max_new_tokens, facts.prompt_sha256, sources)
+        around = (facts.prompt_limit, facts.template_sha256)
+        asked[task] = Asked(facts.max_new_tokens, facts.prompt_sha256, around, sources)
     return RunScore(folder, record.run_config, record.n_layers, record.model, scores, asked)
 
 
