@@ -135,7 +135,8 @@ def test_no_clock_runs_while_linear_maps_are_taken_to_the_device(
     plan = SkipPlan({Sublayer(layer, "attn"): linear_like(model, 4) for layer in (1, 2)})
     measured_acceleration(model, plan, "prefill", 8, rounds=1)
     assert set(in_requests) == {0}
-    assert taken["maps"] == 2 * 2
+    # Once for the plan, however often it is timed.
+    assert taken["maps"] == 2
 
 
 def test_replacements_are_timed_where_they_run(tmp_path: Path) -> None:
