@@ -24,11 +24,12 @@ from adaskip.padding import real_before, real_in_call, seen_in_call, tells_befor
 from adaskip.patching import Patch, patch_forward
 from adaskip.plan import EMPTY_PLAN, Phase, Scope, SkipPlan, Step
 from adaskip.policy import FixedSkipping, SkipPolicy
-from adaskip.recorders import Recorder, Span, StepRecording
+from adaskip.recorders import Recorder
 from adaskip.requests import Request, Requests, is_ambiguous
 from adaskip.summary import RequestCount, Summary, Tally
 from adaskip.switchboard import Switchboard
 from adaskip.turnstile import Turnstile
+from adaskip.watching import Watchers
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,10 @@ class Session:
         self.plan: SkipPlan = EMPTY_PLAN
         self.policy = policy
         self._scope = scope
-        self._recorders = recorders
+        self._watchers = Watchers(recorders, policy, scope)
         self._turnstile = Turnstile(partial(self._leave, failed=True))
         self._turns = Turns(OpenCalls(), self._turnstile.free)
-        self._batching = Batching(self._check_batching, lambda: bool(self._watchers(_ANY_STEP)))
+        self._batching = Batching(self._check_batching, lambda: bool(self._watchers.of(_ANY_STEP)))
         self._model = model
         self._decoder: Any = model.base_model
         # Fingerprints of plans that are this model's, or anybody's.
@@ -85,8 +86,6 @@ class Session:
         # The request of the forward that is computed now, and what was known of it before.
         self._counted: tuple[Request, dict[str, Any], Cache | None] | None = None
         self._signature = list(inspect.signature(type(self._decoder).forward).parameters)[1:]
-        # Who wants statistics of the present forward, and which.
-        self._watching: list[tuple[Recorder, frozenset[Span]]] = []
 
     def close(self) -> None:
         """Ends the session: what caches of it do later concerns no other one."""
@@ -268,7 +267,10 @@ class Session:
                 history=real_before(call, turn, past) if retold else None,
                 retold=retold,
             )
-        self._start_recording(call, turn, past)
+        real_tokens = partial(real_in_call, call, turn, step, past)
+        recording = self._watchers.recording(step, real_tokens)
+        if recording is not None:
+            self._board.record_to(recording)
         self._board.obey(obeyed=True)
         return cache
 
@@ -311,13 +313,8 @@ class Session:
         turn = self._turns.current
         if turn is not None and turn.assisted:
             turn.phase = Phase.DECODE
-        recording = self._board.recording
-        stats = None if recording is None else recording.finish()
-        if stats is not None:
-            for recorder, wanted in self._watching:
-                own = stats.select(*wanted)
-                if own.rows:
-                    recorder.observe(self.step, own)
+        if self._board.recording is not None:
+            self._watchers.tell(self.step, self._board.recording)
         request, number = self._counted[0], self.step.request
         request.memory = self.policy.memory(number), self._tally.memory(number)
 
@@ -373,21 +370,6 @@ class Session:
         plan = self.policy.plan(step)
         outside = self._scope == "decode" and step.phase is Phase.PREFILL
         return EMPTY_PLAN if outside else plan
-
-    def _start_recording(self, call: dict[str, Any], turn: Turn | None, past: int) -> None:
-        """Gives the layers a place for statistics, if anybody wants any of this step."""
-        assert self.step is not None  # noqa: S101 - set by _before
-        self._watching = self._watchers(self.step)
-        if self._watching:
-            spans = frozenset[Span]().union(*(wanted for _, wanted in self._watching))
-            real = real_in_call(call, turn, self.step, past)
-            self._board.record_to(StepRecording(spans, self.step.tokens, real))
-
-    def _watchers(self, step: Step) -> list[tuple[Recorder, frozenset[Span]]]:
-        """Who wants statistics of a forward, and which."""
-        in_scope = self._scope in ("e2e", step.phase)
-        asked = (*self._recorders, *((self.policy,) if in_scope else ()))
-        return [(each, wanted) for each in asked if (wanted := each.watch(step))]
 
 
 def _told(policy: SkipPolicy, tally: Tally) -> Requests:

@@ -28,7 +28,7 @@ from adaskip import (
 from adaskip.cli.leaderboard import leaderboard_main
 from adaskip.configuration import config_path
 from adaskip.fingerprint import fingerprint_name
-from adaskip.leaderboard import making
+from adaskip.leaderboard import making, sittings
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.collecting import collect
 from adaskip.leaderboard.making import PARTS, Maker
@@ -74,7 +74,7 @@ def make(
 ) -> Callable[..., tuple[Board, Maker]]:
     """A board of a file with changes, and what makes it."""
     monkeypatch.setenv("ADASKIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(making, "STEPS", 1)
+    monkeypatch.setattr(sittings, "STEPS", 1)
 
     def made(**changes: Any) -> tuple[Board, Maker]:
         given = {"scores": SCORES, "methods": ["ADA", "EE"], "rows": 2, **changes}
@@ -124,7 +124,7 @@ def test_every_part_is_made_once(
     for name in ("make_plan", "search_plan", "reference_perplexity", "run"):
         monkeypatch.setattr(making, name, fail)
     with monkeypatch.context() as patch:
-        patch.setattr(making, "time_request", fail)
+        patch.setattr(sittings, "time_request", fail)
         everything(maker)
     assert {path: path.read_bytes() for path in board.folder.rglob("*.json")} == before
     # Of a plan whose file is gone nothing is made again as long as all of it is known.
@@ -378,7 +378,7 @@ def test_times_go_on_round_by_round(
 ) -> None:
     board, maker = make()
     maker.make("plans")
-    stock, calls = making.time_request, []
+    stock, calls = sittings.time_request, []
 
     def killed(*args: Any) -> Any:
         calls.append(1)
@@ -387,7 +387,7 @@ def test_times_go_on_round_by_round(
             raise KeyboardInterrupt
         return stock(*args)
 
-    monkeypatch.setattr(making, "time_request", killed)
+    monkeypatch.setattr(sittings, "time_request", killed)
     with pytest.raises(KeyboardInterrupt):
         maker.make("times")
     (first,) = {tuple(row.ttft) for row in board.sitting(1).rows() if row.id == "dense"}

@@ -14,26 +14,20 @@ from functools import cached_property, partial
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
-
 from adaskip.distilling import can_learn, distill_plan
-from adaskip.entering import skipping
 from adaskip.errors import AdaskipError, RunError
 from adaskip.fingerprint import fingerprint_name, model_fingerprint
 from adaskip.fitting import refit_linears
 from adaskip.leaderboard.board import Board
 from adaskip.leaderboard.restoring import put_together, replaced, stand_in, take_as_long
-from adaskip.leaderboard.rows import DENSE_DIGEST, LossRow, PlanRow, ScoreRow, TimesRow
+from adaskip.leaderboard.rows import LossRow, PlanRow, ScoreRow
 from adaskip.leaderboard.settings import Point
+from adaskip.leaderboard.sittings import Sittings
 from adaskip.methods import make_plan
 from adaskip.plan import EMPTY_PLAN, SkipPlan
 from adaskip.policies import FixedSkipping
 from adaskip.policies.made_plan import PlanFile
-from adaskip.profiling.calibration import random_prompt
-from adaskip.profiling.interleaving import by_turns, per_round
-from adaskip.profiling.timing import RequestTimes, time_request
 from adaskip.runs.calibration import calibration_rows
-from adaskip.runs.environment import environment, joined
 from adaskip.runs.files import writing
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import reference_ids, reference_perplexity
@@ -45,9 +39,6 @@ from adaskip.search import SEARCH, search_plan
 from adaskip.search.losses import Row as CalibrationRow, reads
 from adaskip.tasks.prompts import Prompt
 from adaskip.tasks.spec import Row
-
-# Decode steps of a request that is timed.
-STEPS = 16
 
 
 @dataclass
@@ -135,53 +126,12 @@ class Maker:
                 store.append([ScoreRow(id=name, plan_digest=plan.digest, rows=scores)])
 
     def measure_times(self) -> None:
-        """Times requests by turns, round by round: dense and the plans that have no times yet.
+        """Times dense and the plans that have no times yet, by turns.
 
-        Times compare only within a sitting, so each has dense requests of its own, and one that was
-        interrupted goes on with the same plans. In the place of a plan whose file is gone one is
-        timed that has the same in every place, but for the numbers of linear maps.
+        In the place of a plan whose file is gone one is timed that has the same in every place, but
+        for the numbers of linear maps.
         """
-        board = self.board
-        if board.untimed:
-            self._refuse_elsewhere()
-        for store in board.sittings:
-            self._go_on(store)
-        if names := board.to_time:
-            numbers = range(1, len(board.sittings) + 2)
-            store = next(s for s in map(board.sitting, numbers) if not s.path.exists())
-            self._take_turns(store, names)
-
-    def _go_on(self, store: Store[TimesRow]) -> None:
-        """Finishes a sitting; what plans had that were made anew since is not kept."""
-        known = self.board.current(store)
-        if not known.keys() <= {DENSE, *self.board.made}:
-            # Of another file, too, which goes on with it.
-            return
-        taken = len(known[DENSE].ttft) if DENSE in known else 0
-        unfinished = taken < self.board.n_rounds
-        here = environment(str(self._model.device)) if unfinished else {}
-        elsewhere = unfinished and not _same(
-            _SITTING, store.record().get("environment", here), here
-        )
-        if not taken or known.keys() == {DENSE} or elsewhere:
-            store.path.unlink()
-            return
-        store.keep(known)
-        if unfinished:
-            self._take_turns(store, [name for name in known if name != DENSE])
-
-    def _refuse_elsewhere(self) -> None:
-        """Refuses to time on another machine than before, as methods would not compare."""
-        here = environment(str(self._model.device))
-        for store in self.board.sittings:
-            there = store.record().get("environment", here)
-            if not _same(_MACHINE, there, here):
-                raise RunError(
-                    f"{store.path} has times of {there.get('device')}, {there.get('threads')} "
-                    f"threads; here is {here['device']}, {here['threads']} threads, whose ratios "
-                    "are others. Take the times of new plans there, or delete the board's files "
-                    "of times to time all plans here."
-                )
+        Sittings(self.board, lambda: self._model, self._timed, self.progress).take()
 
     def _hold(self, store: Store[Any], items: Mapping[str, tuple[Prompt, str]]) -> None:
         """Refuses to put beside what is there what has another model, precision or prompt."""
@@ -198,38 +148,6 @@ class Maker:
                 "compare: compute what is missing there, or delete the file to compute all here."
             )
         store.note(computed_in=here)
-
-    def _take_turns(self, store: Store[TimesRow], names: Sequence[str]) -> None:
-        """Times the rounds that a sitting lacks."""
-        board = self.board
-        plans = {name: self._timed(name) for name in [DENSE, *names]}
-        digests = {DENSE: DENSE_DIGEST} | {n: row.plan_digest for n, row in board.made.items()}
-        taken = {row.id: row for row in store.rows()}
-        n_taken = min((len(row.ttft) for row in taken.values()), default=0)
-        ids = random_prompt(self._model, board.context)
-        kinds = {name: partial(self._request, plan, ids) for name, plan in plans.items()}
-        here, before = environment(str(self._model.device)), store.record().get("environment")
-        store.note(environment=joined([before, here] if before else [here]))
-        self._request(EMPTY_PLAN, ids)
-        for each in by_turns(
-            kinds,
-            rounds=board.n_rounds - n_taken,
-            baselines=[DENSE],
-            title=f"{board.name} times",
-            progress=self.progress,
-        ):
-            for name in plans:
-                (ttft,) = per_round([each], name, lambda request: request.ttft)
-                (per_token,) = per_round([each], name, lambda request: request.per_token)
-                before = taken.get(name)
-                taken[name] = TimesRow(
-                    id=name,
-                    plan_digest=digests[name],
-                    ttft=[*(before.ttft if before else []), ttft],
-                    per_token=[*(before.per_token if before else []), per_token],
-                    kv_bytes=each[name][0].kv_bytes,
-                )
-            store.append([*taken.values()])
 
     def _plans(self, names: Sequence[str]) -> dict[str, SkipPlan]:
         """The plans of some points, all of which are there before anything is measured."""
@@ -324,10 +242,6 @@ class Maker:
         digest = hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:8]
         return self.board.folder / "plans" / f"{PurePath(self.board.model).name}-{digest}.jsonl"
 
-    def _request(self, plan: SkipPlan, ids: torch.Tensor) -> RequestTimes:
-        with skipping(self._model, plan):
-            return time_request(self._model, ids, STEPS)
-
     @cached_property
     def _loaded(self) -> LoadedModel:
         return self.open_model()
@@ -387,16 +301,6 @@ def dense_config(board: Board, **changes: Any) -> RunConfig:
         "results_dir": str(board.folder / "runs"),
     }
     return resolve(RunConfig.from_dict(given | changes))
-
-
-# What ratios of times depend on: between the sittings of a board, and within one.
-_MACHINE = ("device", "threads")
-_SITTING = (*_MACHINE, "torch", "transformers")
-
-
-def _same(keys: Sequence[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two environments agree in some of what they say."""
-    return all(one.get(key) == other.get(key) for key in keys)
 
 
 PARTS: dict[str, Callable[[Maker], None]] = {
