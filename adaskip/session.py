@@ -207,7 +207,9 @@ class Session:
         request, step = self._requests.look(cache, past, tokens, said)
         # Everything that can refuse the call comes before anything that remembers it.
         if cache is None:
-            if self._steps_matter or (said is Phase.DECODE and self._phase_matters(step)):
+            # A generate() will come to decode steps, also where this is its prefill.
+            decodes = said is Phase.DECODE or (turn is not None and turn.tells_padding)
+            if self._steps_matter or (decodes and self._phase_matters(step)):
                 calls.refuse_missing_cache(self.policy, self._scope)
         else:
             kvcache.refuse_short(cache, self._n_layers)

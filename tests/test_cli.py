@@ -195,6 +195,50 @@ def test_bad_input_is_one_sentence_and_writes_no_row(
         assert not place.results.exists()
 
 
+SAMPLE = ("--tasks", "sample_qa")
+MADE_OF_FILES = ("--warmup_task", "qasper", "--min_length", "0")
+LEARNING = ("--policy", "ADA", "--skip_sub_layer_num", "2")
+UNUSED: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "files of a sample": (
+        (*EE, *SAMPLE, "--min_length", "0", "--no-longbench_e"),
+        "--longbench_e, --min_length: without effect; no task has LongBench's files.",
+    ),
+    "files of a warm-up": ((*LEARNING, *SAMPLE, *MADE_OF_FILES), None),
+    "length of files": (
+        (*EE, "--tasks", "trec", "--sample_tokens", "500"),
+        "--sample_tokens: without effect; no task is made offline.",
+    ),
+    "length of a warm-up": (
+        (*LEARNING, "--tasks", "trec", "--warmup_task", "sample_qa", "--sample_tokens", "500"),
+        None,
+    ),
+    "warm-up of files": (
+        (*LEARNING, *SAMPLE, *MADE_OF_FILES, "--warmup_tokens", "500"),
+        "--warmup_tokens: without effect; the length of qasper cannot be chosen.",
+    ),
+    "nothing to learn": (
+        (*EE, *SAMPLE, "--warmup", "3"),
+        "--warmup: without effect; with EE nothing is learned from prompts.",
+    ),
+    "learned before": (
+        (*LEARNING, *SAMPLE, "--importance", "kept.json", "--warmup", "3"),
+        "--warmup: without effect; with --importance nothing is learned from prompts.",
+    ),
+    "all used": ((*LEARNING, *SAMPLE, "--warmup", "3", "--warmup_tokens", "500"), None),
+    "a default": ((*EE, *SAMPLE, "--min_length", "4000"), None),
+}
+
+
+@pytest.mark.parametrize("case", UNUSED)
+def test_an_option_without_effect_is_told(
+    case: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("adaskip.runs.runner.run", lambda config, loaded: Path("folder"))
+    options, sentence = UNUSED[case]
+    assert run_main("prefill", "llama", options) == 0
+    assert [record.message for record in caplog.records] == ([sentence] if sentence else [])
+
+
 def test_help_lists_policies_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     for main in (partial(run_main, "prefill", "llama"), perplexity_main):
         with pytest.raises(SystemExit):

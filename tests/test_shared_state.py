@@ -339,11 +339,13 @@ def test_a_target_is_not_skipped_in_by_a_draft_that_has_its_layers(model: PreTra
 def test_decode_steps_without_a_cache_are_refused_where_the_phase_matters(
     model: PreTrainedModel,
 ) -> None:
-    with (
-        skipping(model, WhileDecoding()),
-        pytest.raises(UnsupportedCallError, match="there are no decode steps"),
-    ):
-        answer(model, prompt(5), use_cache=False)
+    with skipping(model, WhileDecoding()) as session:
+        with pytest.raises(UnsupportedCallError, match="there are no decode steps"):
+            answer(model, prompt(5), use_cache=False)
+        # Before its prefill is computed.
+        assert session.step is None
+        model(prompt(5), use_cache=False)
+        assert session.step is not None
     with skipping(model, PLAN):
         assert torch.equal(answer(model, prompt(5), use_cache=False), answer(model, prompt(5)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import shlex
 import types
 import typing
@@ -16,8 +17,10 @@ from adaskip.models.spec import model_names
 from adaskip.plan import SCOPES, Scope
 from adaskip.policies import POLICIES
 from adaskip.policies.factory import takers
-from adaskip.runs.runconfig import DENSE, POLICY_OPTIONS, RunConfig, refuse_unused
+from adaskip.runs.runconfig import DENSE, POLICY_OPTIONS, RunConfig, refuse_unused, unused_options
 from adaskip.tasks.spec import task_names, task_spec
+
+logger = logging.getLogger(__name__)
 
 # Options that say how a model is loaded.
 LOADING = ("model_path", "dtype", "device", "device_map", "allow_pickle")
@@ -146,11 +149,13 @@ def _run(given: dict[str, Any], scorer: str = "python eval/eval.py") -> int:
     refuse_unused(given, [given["policy"]])
     acceleration, loaded = given.pop("acceleration"), None
     config = RunConfig.from_dict(given)
-    from adaskip.runs.runner import accelerated, run
+    from adaskip.runs.runner import accelerated, resolve, run
 
     if acceleration is not None:
         config, loaded = accelerated(config, acceleration)
-    config.check()
+    resolved = resolve(config)
+    for sentence in unused_options(config, resolved.tasks, str(resolved.warmup_task)):
+        logger.warning(sentence)
     folder = run(config, loaded)
     say(f"{folder} is complete; score it: {scoring_command(config, scorer)}")
     return 0

@@ -29,6 +29,8 @@ HORIZON = "horizon"  # the field of a policy that takes the answer length
 GAINS = ("token", "norm", "none")
 # How importance is learned, which matters to policies that use it.
 WARMING_UP = ("warmup", "warmup_task", "warmup_tokens")
+# What decides which rows a task with files has.
+_OF_FILES = ("data_dir", "longbench_e", "min_length")
 # Options that set a field of the policy, or say what it has learned.
 POLICY_OPTIONS = ("importance", "gain", "online", "plan")
 PLAN_FILE = "plan_file"  # the field of a policy that takes a plan that was made
@@ -300,6 +302,43 @@ def refuse_unused(given: Iterable[str], policies: Sequence[str]) -> None:
                 f"The option {key!r} does not apply to {', '.join(policies)}; policies that take "
                 f"it: {users}."
             )
+
+
+def unused_options(config: RunConfig, tasks: Sequence[str], warmup_task: str) -> list[str]:
+    """What was set otherwise than by default and changes nothing of a run.
+
+    Policies and tasks that are run with the same options need not have a use for all of them, so
+    these are told, not refused.
+
+    Args:
+        config: the run, as it was asked for.
+        tasks: those it has, given or by default.
+        warmup_task: where its warm-up prompts would come from.
+
+    Returns:
+        A sentence for each reason.
+    """
+    learns = _applies("warmup", config.policy) and config.importance is None
+    offline = {task_spec(task).offline for task in tasks}
+    warms_up_offline = learns and task_spec(warmup_task).offline
+    why: dict[str, tuple[str, ...]] = {}
+    if not learns:
+        source = config.policy if config.importance is None else "--importance"
+        why[f"with {source} nothing is learned from prompts"] = WARMING_UP
+    elif not warms_up_offline:
+        why[f"the length of {warmup_task} cannot be chosen"] = ("warmup_tokens",)
+    if False not in offline and (not learns or warms_up_offline):
+        why["no task has LongBench's files"] = _OF_FILES
+    if True not in offline and not warms_up_offline:
+        why["no task is made offline"] = ("sample_tokens",)
+    plain = {item.name: item.default for item in dataclasses.fields(config)}
+    found = {
+        reason: [f"--{key}" for key in keys if getattr(config, key) != plain[key]]
+        for reason, keys in why.items()
+    }
+    return [
+        f"{', '.join(keys)}: without effect; {reason}." for reason, keys in found.items() if keys
+    ]
 
 
 def _applies(key: str, policy: str) -> bool:
