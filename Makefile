@@ -79,7 +79,7 @@ gpu: $(VENV)/.installed
 	$(BIN)/python speed/on_gpu.py
 
 paper: $(VENV)/.installed
-	$(BIN)/python -m adaskip.sweep configs/paper.yaml
+	$(BIN)/python -m adaskip.sweep configs/paper.yaml $(ARGS)
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(VENV)/.installed: $(REQUIREMENTS) pyproject.toml

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class AdaskipError(ValueError):
@@ -68,3 +73,16 @@ def refuse_below_one(options: Mapping[str, int | None]) -> None:
     for name, value in options.items():
         if value is not None and value < 1:
             raise AdaskipError(f"--{name} is {value}; it must be at least 1.")
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing pydantic found wrong, as a part of a sentence: where, what, and the value."""
+    found = error.errors(include_url=False)[0]
+    where = ".".join(map(str, found["loc"]))
+    if found["type"] == "missing":
+        return f"{where!r} is missing"
+    if found["type"] == "extra_forbidden":
+        return f"{where!r} is {found['input']!r}: it is unknown"
+    what = found["msg"].removeprefix("Value error, ")
+    what = re.sub(r"^\w+ should", "it must", what)
+    return f"{where!r} is {found['input']!r}: {what}" if where else what

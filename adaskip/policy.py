@@ -63,11 +63,14 @@ class SkipPolicy(ABC):
 
     Attributes:
         budget: what `n_skip` counts: full layers, or sublayers.
+        may_rest: whether whole requests or phases may go without a skip; in runs of other policies
+            that is taken for a fault, and the row is refused.
         scope: where the plan applies; set by the session before `bind`.
         n_layers: decoder layers of the model; set by `bind`.
     """
 
     budget: ClassVar[Literal["layers", "sublayers"]] = "layers"
+    may_rest: ClassVar[bool] = False
     scope: Scope = "e2e"
     n_layers: int = 0
 

@@ -47,6 +47,26 @@ def test_from_a_plan_file(checkpoint: Path, tmp_path: Path, capsys: Any) -> None
     assert line.startswith("error: ")
 
 
+def test_weights_are_rounded_once_and_pickles_read_where_that_is_asked_for(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[dict[str, Any]] = []
+
+    def load(name: str, **options: Any) -> Any:
+        loaded.append(options)
+        return load_model(name, **options)
+
+    monkeypatch.setattr("adaskip.export.command_line.load_model", load)
+    plan = ["--model", str(checkpoint), "--plan", str(tmp_path / "plan.safetensors")]
+    plan += ["--device", "cpu"]
+    assert EXPORT.main([*plan, "--dtype", "bf16", "--allow_pickle", str(tmp_path / "asked")]) == 0
+    assert EXPORT.main([*plan, str(tmp_path / "as loaded")]) == 0
+    assert [(each["dtype"], each["allow_pickle"]) for each in loaded] == [
+        ("float32", True),
+        (None, False),
+    ]
+
+
 def test_from_a_policy(checkpoint: Path, tmp_path: Path) -> None:
     model = load_model(checkpoint, device="cpu")
     importance = learn_importance(model, [prompt(20)])

@@ -19,7 +19,7 @@ from adaskip.cli.run import eval_main, run_main
 from adaskip.cli.speed import speed_main
 from adaskip.errors import AdaskipError, ProfileError, RunError
 from adaskip.importance import Importance
-from adaskip.plan import SkipPlan, Step
+from adaskip.plan import Phase, SkipPlan, Step, Sublayer
 from adaskip.policies import POLICIES, SkipPolicy
 from adaskip.policies.factory import describe
 from adaskip.runs.loaded import LoadedModel
@@ -266,6 +266,34 @@ def test_a_class_that_no_setting_can_make_is_refused(
     assert run_main("prefill", "llama", options) == 2
     assert expected in capsys.readouterr().err
     assert not place.results.exists()
+
+
+@dataclass
+class Later(SkipPolicy):
+    """Leaves prompts whole."""
+
+    n_skip: int
+
+    @override
+    def plan(self, step: Step) -> SkipPlan:
+        return SkipPlan({Sublayer(1, "ffn"): None} if step.phase is Phase.DECODE else {})
+
+
+@pytest.mark.parametrize("may_rest", [False, True])
+def test_a_policy_says_that_a_phase_may_go_without_a_skip(
+    place: Workplace,
+    registered: Callable[[type[SkipPolicy]], None],
+    capsys: pytest.CaptureFixture[str],
+    may_rest: bool,
+) -> None:
+    registered(type("Resting", (Later,), {"may_rest": may_rest}))
+    options = ["--policy", NAME, "--skip_full_layer_num", "1", *place.options, "--limit", "1"]
+    options += ["--tasks", "multifieldqa_en"]
+    assert run_main("e2e", "llama", options) == (0 if may_rest else 2)
+    if not may_rest:
+        said = capsys.readouterr().err
+        assert "nothing was skipped in prefill in the e2e experiment" in said
+        assert "says so by may_rest = True" in said
 
 
 def test_a_learned_policy_needs_no_other_field(

@@ -43,6 +43,7 @@ from adaskip.runs.runner import is_finished, resolve, run, run_folder
 from adaskip.runs.scoring import score_run
 from adaskip.runs.store import Share, Store
 from adaskip.tasks import spec
+from adaskip.tasks.prompts import prompt_template
 from adaskip.tasks.spec import Row
 
 
@@ -417,6 +418,14 @@ def test_another_chat_template_or_prompt_limit_is_another_run(
         ({"prompt": "{context} {x}"}, "needs its other braces doubled: {{ and }}"),
         ({"prompt": "{context} {"}, "needs its other braces doubled: {{ and }}"),
         ({"max_new_tokens": None}, "'mine' in .* has no 'max_new_tokens'"),
+        (
+            {"max_new_tokens": "64"},
+            "task 'mine' in .* 'max_new_tokens' is '64': it must be a valid",
+        ),
+        ({"max_new_tokens": 0}, "'max_new_tokens' is 0: it must be greater than 0"),
+        ({"chat": "false"}, "'chat' is 'false': it must be a valid boolean"),
+        ({"chance": 25}, "'chance' is 25: it must be less than or equal to 1"),
+        ({"language": "de"}, "'language' is 'de': it must be 'en' or 'zh'"),
         ({"prompt": "{context} {{x}}"}, None),
     ],
 )
@@ -440,6 +449,35 @@ def test_a_task_that_cannot_be_is_refused_before_a_model_is_loaded(
             resolve(place.config(tasks=("mine",)))
     finally:
         spec._specs.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"tasks": ("hotpotqa",)}, "^No hotpotqa_e.jsonl or hotpotqa.jsonl in "),
+        (
+            {**budget("ADA"), "warmup_task": "hotpotqa"},
+            "warm-up prompts of ADA are to be those of hotpotqa, but: No hotpotqa_e.* --importance",
+        ),
+        ({"tasks": ("multifieldqa_en",), "min_length": 10**6}, "none longer than 1000000 words"),
+    ],
+)
+def test_what_is_missing_is_refused_before_a_model_is_loaded(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(LoadedModel, "open", lambda config: pytest.fail("loaded"))
+    with pytest.raises(DataError, match=message):
+        run(place.config(**config))
+
+
+def test_a_missing_lm_eval_is_refused_before_a_model_is_loaded(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoadedModel, "open", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr("adaskip.tasks.prompts.LM_EVAL", "no-lm-eval==1")
+    prompt_template.cache_clear()
+    with pytest.raises(DataError, match="The package no-lm-eval is needed for"):
+        run(place.config(tasks=("multifieldqa_en",)))
 
 
 def test_prompts_beyond_the_positions_are_told_of(

@@ -148,6 +148,15 @@ def test_a_dense_run_with_other_settings_is_no_baseline(tmp_path: Path) -> None:
     assert list(dense_scores(tmp_path, score_run(run))) == ["multifieldqa_en"]
 
 
+def test_a_dense_run_on_another_device_of_the_same_kind_is_a_baseline(tmp_path: Path) -> None:
+    rows = [made_row(0, "dog"), made_row(1, "dog")]
+    run = save_run(tmp_path, rows, policy="EE", skip_full_layer_num=2, device="cuda:0")
+    save_run(tmp_path, rows, policy="dense", device="cpu")
+    assert dense_scores(tmp_path, score_run(run)) == {}
+    save_run(tmp_path, rows, policy="dense", experiment="e2e", device="cuda:1")
+    assert list(dense_scores(tmp_path, score_run(run))) == ["multifieldqa_en"]
+
+
 def test_a_dense_run_of_another_prompt_or_other_data_is_no_baseline(tmp_path: Path) -> None:
     rows = [made_row(0, "dog"), made_row(1, "dog")]
     run = save_run(tmp_path, rows, policy="EE", skip_full_layer_num=2)

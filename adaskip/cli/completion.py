@@ -16,8 +16,11 @@ from adaskip.runs.runconfig import DENSE
 from adaskip.search import MENU
 from adaskip.tasks.spec import task_names
 
-_FILES = frozenset({"plan", "importance", "texts", "out", "file", "show", "html"})
-_FOLDERS = frozenset({"results_dir", "data_dir", "model_path"})
+_FILES = frozenset(
+    {"plan", "plans", "importance", "texts", "out", "file", "show", "html"}
+    | {"config", "readme", "tokenizer"}
+)
+_FOLDERS = frozenset({"results_dir", "data_dir", "model_path", "ship"})
 
 
 def whole_parser() -> argparse.ArgumentParser:

@@ -49,6 +49,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="FILE.gguf", help="for gguf: copy the tokenizer of this file"
     )
     parser.add_argument("--device", help="to load the model on (default: CUDA if there is one)")
+    parser.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="also read weights from .bin files: pickles, of which torch reads tensors only",
+    )
 
 
 def _act(given: argparse.Namespace) -> int:
@@ -60,7 +65,11 @@ def _act(given: argparse.Namespace) -> int:
     refusing.check_folder(Path(given.out))
     model_source(given.model)  # refuses a name that is none before anything is read
     plan = _plan(given)
-    model = load_model(given.model, device=given.device)
+    # What a dtype is asked for is rounded to it once, when it is written.
+    loaded_in = None if given.dtype is None else "float32"
+    model = load_model(
+        given.model, device=given.device, dtype=loaded_in, allow_pickle=given.allow_pickle
+    )
     if not isinstance(plan, SkipPlan):
         plan.check_model(model)
         refusing.plan_of(plan, model.config.num_hidden_layers, given.scope)

@@ -129,11 +129,6 @@ class AdaSkip(SkipPolicy):
         return sublayers_for(self.importance, self.times, self.acceleration, self.select)
 
     @property
-    def predicted_acceleration(self) -> float | None:
-        """The ratio of dense to skipped time by the sublayers' times; None without times."""
-        return None if self.times is None else self.times.speedup(self.chosen())
-
-    @property
     @override
     def stepwise(self) -> bool:
         return self.online and self.n_skip != 0 and self.scope != "prefill"

@@ -72,8 +72,11 @@ def notes_on(name: str, score: TaskScore, *, is_dense: bool) -> list[str]:
 
 
 def no_baseline(task: str, name: str, where: str) -> str:
-    """What must be said of a run that stands beside no dense one."""
-    return f"{task}, {name}: no dense run with the same settings and weights {where}, no delta."
+    """What must be said of a run that stands beside no dense one, and how to make that."""
+    return (
+        f"{task}, {name}: no dense run with the same settings and weights {where}, no delta; the "
+        "same command with --policy dense in place of policy and budget makes one."
+    )
 
 
 def _row(

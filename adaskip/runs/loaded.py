@@ -6,10 +6,10 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +21,9 @@ from adaskip.learning import learn_importance
 from adaskip.models.internlm import check_prompt_length
 from adaskip.models.loading import ModelSpec, load_model, load_tokenizer, model_spec
 from adaskip.models.processes import team
+from adaskip.models.spec import model_source
 from adaskip.policies import SkipPolicy, policy_class
-from adaskip.policies.factory import build_policy
+from adaskip.policies.factory import LEARNED, build_policy, takes
 from adaskip.policies.made_plan import MadePlan, PlanFile
 from adaskip.positions import positions
 from adaskip.runs.files import writing
@@ -32,12 +33,13 @@ from adaskip.runs.runconfig import DENSE, HORIZON, RunConfig
 from adaskip.runs.store import Store
 from adaskip.tasks.documents import Split
 from adaskip.tasks.longbench import load_rows
-from adaskip.tasks.prompts import Prompt, build_prompt, stop_token_ids
+from adaskip.tasks.prompts import Prompt, build_prompt, prompt_template, stop_token_ids
 from adaskip.tasks.retrieval import retrieval_rows
 from adaskip.tasks.sample import sample_rows
 from adaskip.tasks.spec import Row, task_spec
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 # Tokens by which a cut prompt may grow when its text is tokenized again.
 _RETOKENIZED = 16
 # How a learned profile tells of its rows.
@@ -211,7 +213,7 @@ class LoadedModel:
     def _learned(self, config: RunConfig) -> Importance:
         """The profile of the warm-up prompts, kept from before or learned now."""
         task = _warmup_of(config)
-        rows = self.warmup_rows(config, task, config.warmup)
+        rows = _told_as_warm_up(config, lambda: self.warmup_rows(config, task, config.warmup))
         if len(rows) < config.warmup:
             raise DataError(
                 f"{task} has {len(rows)} warm-up rows, {config.warmup} were asked for: use a lower "
@@ -277,13 +279,7 @@ class LoadedModel:
             if offline and n is not None:
                 rows = self._made(config, task, warmup, n, tokens, depth)
             else:
-                rows = load_rows(
-                    task,
-                    data_dir=config.data_dir,
-                    min_length=config.min_length,
-                    limit=n,
-                    long_bench_e=config.longbench_e,
-                )
+                rows = _from_files(config, task, n)
             if not rows:
                 raise DataError(f"{task} has no row longer than --min_length {config.min_length}.")
             self._rows[key] = rows
@@ -309,6 +305,49 @@ class LoadedModel:
                     " positions."
                 )
         return rows
+
+
+def check_data(config: RunConfig) -> None:
+    """Refuses what is missing of the files of a run, before a model is loaded for it.
+
+    Raises:
+        DataError: a file, or the package that has the prompts.
+        AdaskipError: there is no such model.
+    """
+    model_source(config.model_path or config.model_name)
+    for task in config.tasks:
+        prompt_template(task)
+        if not task_spec(task).offline:
+            _from_files(config, task, 1)
+    warmup = _warmup_of(config)
+    learns = takes(config.policy, LEARNED) and config.importance is None
+    if learns and not task_spec(warmup).offline:
+        _told_as_warm_up(config, lambda: (prompt_template(warmup), _from_files(config, warmup, 1)))
+
+
+def _from_files(config: RunConfig, task: str, n: int | None) -> list[Row]:
+    return load_rows(
+        task,
+        data_dir=config.data_dir,
+        min_length=config.min_length,
+        limit=n,
+        long_bench_e=config.longbench_e,
+    )
+
+
+def _told_as_warm_up(config: RunConfig, load: Callable[[], T]) -> T:
+    """Says of rows that nobody has named what they are for.
+
+    Raises:
+        DataError: whatever was wrong with them.
+    """
+    try:
+        return load()
+    except DataError as error:
+        raise DataError(
+            f"The warm-up prompts of {config.policy} are to be those of {_warmup_of(config)}, but: "
+            f"{error} Others are --warmup_task's; --importance FILE needs none."
+        ) from error
 
 
 def warmup_task(tasks: Iterable[str]) -> str:

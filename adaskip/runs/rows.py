@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from adaskip.errors import first_problem
 from adaskip.plan import Phase
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first thing pydantic found wrong, as a part of a sentence: where, what, and the value."""
-    found = error.errors(include_url=False)[0]
-    where = ".".join(map(str, found["loc"]))
-    if found["type"] == "missing":
-        return f"{where!r} is missing"
-    if found["type"] == "extra_forbidden":
-        return f"{where!r} is {found['input']!r}: it is unknown"
-    what = found["msg"].removeprefix("Value error, ")
-    what = re.sub(r"^\w+ should", "it must", what)
-    return f"{where!r} is {found['input']!r}: {what}" if where else what
 
 
 class Stored(BaseModel):

@@ -12,13 +12,18 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from adaskip.configuration import read_config
-from adaskip.errors import AdaskipError, RunError, refuse_below_one, unknown_name
+from adaskip.errors import (
+    AdaskipError,
+    RunError,
+    first_problem,
+    refuse_below_one,
+    unknown_name,
+)
 from adaskip.plan import Scope
 from adaskip.policies import policy_class
 from adaskip.policies.factory import BUDGETS, LEARNED, arguments, describe, takers, takes
 from adaskip.policies.made_plan import PlanFile
 from adaskip.runs.files import check_file_name
-from adaskip.runs.rows import first_problem
 from adaskip.shipped import plan_label
 from adaskip.tasks.retrieval import check_depth
 from adaskip.tasks.spec import task_spec
@@ -155,12 +160,15 @@ class RunConfig:
         """The fields two runs must share to be the same run.
 
         Tasks and limit only say how much of it; the answer length is compared per task, the policy
-        by its own fields, the profile by its name; a dense run is the same in every experiment.
+        by its own fields, the profile by its name; a dense run is the same in every experiment,
+        and a device is as good as another one of its kind.
         """
         left_out = set(_NOT_SETTINGS)
         if self.policy == DENSE:
             left_out.add("experiment")
-        return {key: value for key, value in self.recorded().items() if key not in left_out}
+        kind = self.device and self.device.partition(":")[0]
+        found = self.recorded() | {"device": kind}
+        return {key: value for key, value in found.items() if key not in left_out}
 
     def data_settings(self, tasks: Iterable[str]) -> dict[str, str]:
         """Where the rows of tasks come from, for records that do not keep the rows themselves.

@@ -35,7 +35,7 @@ from adaskip.runs.ledger import (
     task_rows,
     update,
 )
-from adaskip.runs.loaded import LoadedModel, warmup_task
+from adaskip.runs.loaded import LoadedModel, check_data, warmup_task
 from adaskip.runs.rows import GeneratedRow
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.scoring import phase_shares
@@ -106,7 +106,9 @@ def run(config: RunConfig, loaded: LoadedModel | None = None) -> Path:
     with group.together(), group.main_ahead(not config.tp_plan):
         # The main process learns importance and fills caches; the others find them. Parts of one
         # model can't go ahead of each other.
-        loaded = loaded or LoadedModel.open(config)
+        if loaded is None:
+            check_data(config)
+            loaded = LoadedModel.open(config)
         if not loaded.fits(config):
             raise RunError(f"The loaded model {loaded.source} is not the one of {config.run_name}.")
         rows = {task: loaded.rows(config, task) for task in config.tasks}
@@ -182,6 +184,7 @@ def accelerated(config: RunConfig, acceleration: float) -> tuple[RunConfig, Load
     )
     config = dataclasses.replace(config, skip_sub_layer_num=0)
     resolved = resolve(config)
+    check_data(resolved)
     loaded = LoadedModel.open(resolved)
     offline = all(task_spec(task).offline for task in resolved.tasks)
     limit = config.max_length or loaded.spec.prompt_limit

@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from adaskip.configuration import config_names, config_path, read_config
-from adaskip.errors import AdaskipError, unknown_name
-from adaskip.runs.rows import first_problem
+from adaskip.errors import AdaskipError, first_problem, unknown_name
 
 M = TypeVar("M", bound=BaseModel)
 

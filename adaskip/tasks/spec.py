@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from adaskip.configuration import read_config
-from adaskip.errors import AdaskipError, unknown_name
+from adaskip.errors import AdaskipError, first_problem, unknown_name
 
 Language = Literal["en", "zh"]
 # Where the rows come from: LongBench's files, `tasks/sample.py` or `tasks/retrieval.py`.
 Kind = Literal["longbench", "sample", "retrieval"]
+Share = Annotated[float, Field(ge=0, le=1)]
 KINDS: tuple[Kind, ...] = ("longbench", "sample", "retrieval")
 # Of a task that is made offline, where nobody says how many.
 OFFLINE_ROWS = 20
@@ -49,7 +53,7 @@ class Row:
         return ", ".join(self.answers) if task_spec(self.task).asks_all else self.answers[0]
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True))
 class TaskSpec:
     """The facts of one task (METHOD, "Experiments").
 
@@ -74,17 +78,17 @@ class TaskSpec:
 
     name: str
     metric: str
-    max_new_tokens: int
+    max_new_tokens: PositiveInt
     language: Language = "en"
     long_bench_e: bool = False
     chat: bool = True
     first_line_only: bool = False
     stop_at_newline: bool = False
-    min_new_tokens: int = 0
+    min_new_tokens: NonNegativeInt = 0
     kind: Kind = "longbench"
     takes_depth: bool = False
-    chance: float | None = None
-    n_answers: int = 1
+    chance: Share | None = None
+    n_answers: PositiveInt = 1
     prompt_sha256: str | None = None
     prompt: str | None = None
 
@@ -107,7 +111,8 @@ def _spec(name: str, kind: Kind, facts: dict[str, Any]) -> TaskSpec:
     """The facts of a task as the file has them.
 
     Raises:
-        AdaskipError: one of them is unknown, or one that a task must have is missing.
+        AdaskipError: one of them is unknown or of another type or range, or one that a task must
+            have is missing.
     """
     known = [item.name for item in fields(TaskSpec) if item.name not in ("name", "kind")]
     for key in facts:
@@ -116,7 +121,11 @@ def _spec(name: str, kind: Kind, facts: dict[str, Any]) -> TaskSpec:
     for key in ("metric", "max_new_tokens"):
         if key not in facts:
             raise AdaskipError(f"The task {name!r} in configs/tasks.yaml has no {key!r}; add it.")
-    return TaskSpec(name=name, kind=kind, **facts)
+    try:
+        return TaskSpec(name=name, kind=kind, **facts)
+    except ValidationError as error:
+        what = f"Of the task {name!r} in configs/tasks.yaml, {first_problem(error)}."
+        raise AdaskipError(what) from error
 
 
 @cache
