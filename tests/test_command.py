@@ -364,6 +364,33 @@ def test_what_an_answer_is_and_took(checkpoint: Path) -> None:
     assert talk.ask("And?", pieces.append).n_prompt == len(f"<Why?><{answer.text}><And?>".encode())
 
 
+def test_a_document_stands_before_the_first_question(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("mine.txt").write_text("A text.")
+    options = ["--model", str(checkpoint), "--device", "cpu", "--max_new_tokens", "2"]
+    options += ["--document", "mine.txt"]
+    asked: list[str] = []
+
+    def ask(talk: Conversation, question: str, write: Any) -> Answer:
+        asked.append(question)
+        talk.messages = [*talk.messages, {"role": "user", "content": question}]
+        return Answer("", 1, 1, 0.1, None, 1)
+
+    monkeypatch.setattr(Conversation, "ask", ask)
+    typed: Iterator[str] = iter(())
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    for remembers, second in ((True, "Two?"), (False, "A text.\n\nTwo?")):
+        asked.clear()
+        monkeypatch.setattr(Conversation, "remembers", remembers)
+        typed = iter(["One?", "Two?", "/new", "Three?", "/quit"])
+        said(capsys, "chat", *options)
+        assert asked == ["Hello.", "A text.\n\nOne?", second, "A text.\n\nThree?"]
+    asked.clear()
+    said(capsys, "chat", *options, "--prompt", "What?")
+    assert asked[1:] == ["A text.\n\nWhat?"]
+
+
 def test_a_conversation_goes_on_begins_anew_and_ends(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from adaskip.cli.run import LOADING, WARM_UP, add_model, add_run_options
@@ -15,6 +16,7 @@ from adaskip.importance import shipped_profiles
 from adaskip.plan import SCOPES, SkipPlan
 from adaskip.policies import POLICIES, FixedSkipping, SkipPolicy
 from adaskip.policies.factory import BUDGETS, LEARNED, takes
+from adaskip.runs.calibration import read_texts
 from adaskip.runs.conversation import Answer, Conversation
 from adaskip.runs.ledger import answer_length
 from adaskip.runs.loaded import LoadedModel
@@ -39,6 +41,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", action="store_true", help="every answer dense as well, with times and memory"
     )
+    parser.add_argument(
+        "--document", type=Path, metavar="FILE", help="a text that the first question is about"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and end")
     parser.add_argument(
         "--max_new_tokens", type=int, default=256, metavar="N", help="answer length (default: 256)"
@@ -48,7 +53,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _act(given: argparse.Namespace) -> int:
     options = vars(given)
-    own = {key: options.pop(key) for key in ("plan", "compare", "prompt")}
+    own = {key: options.pop(key) for key in ("plan", "compare", "prompt", "document")}
+    document = "".join(read_texts([own["document"]] if own["document"] else []).values())
     config = _configured(options, own["plan"])
     # Whatever is wrong with a plan's file is found before a model is loaded.
     plan = SkipPlan.load(own["plan"]) if own["plan"] else None
@@ -59,12 +65,12 @@ def _act(given: argparse.Namespace) -> int:
         replace(talk, messages=[], max_new_tokens=2).ask(_HELLO, lambda text: None)
     first = next(iter(talks.values()))
     if own["prompt"] is not None:
-        _turn(talks, own["prompt"])
+        _turn(talks, about(document, first, own["prompt"]))
         return 0
     say(f"{config.model_name}: {policy or 'nothing skipped'}. {NEW} begins anew, {QUIT} ends.")
     if not first.remembers:
         say("The tokenizer has no chat template: every question stands alone.")
-    _talk(talks, _questions())
+    _talk(talks, _questions(), document)
     return 0
 
 
@@ -122,7 +128,14 @@ def _questions() -> Iterator[str]:
             return
 
 
-def _talk(talks: Mapping[str, Conversation], questions: Iterable[str]) -> None:
+def about(document: str, talk: Conversation, question: str) -> str:
+    """A question, behind the document unless the conversation has it already."""
+    told = talk.remembers and talk.messages
+    return question if told or not document else f"{document}\n\n{question}"
+
+
+def _talk(talks: Mapping[str, Conversation], questions: Iterable[str], document: str = "") -> None:
+    first = next(iter(talks.values()))
     for question in questions:
         if question == QUIT:
             return
@@ -131,7 +144,7 @@ def _talk(talks: Mapping[str, Conversation], questions: Iterable[str]) -> None:
                 talk.messages = []
         elif question:
             try:
-                _turn(talks, question)
+                _turn(talks, about(document, first, question))
             except AdaskipError as error:
                 say(f"error: {error}")
             except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from adaskip.tasks.spec import task_names
 
 _FILES = frozenset(
     {"plan", "plans", "importance", "texts", "out", "file", "show", "html"}
-    | {"config", "readme", "tokenizer"}
+    | {"config", "document", "readme", "tokenizer"}
 )
 _FOLDERS = frozenset({"results_dir", "data_dir", "model_path", "ship"})
 
