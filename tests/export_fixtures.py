@@ -156,6 +156,9 @@ GGUF: dict[str, Any] = {
             "original_max_position_embeddings": 64,
         }
     },
+    "llama-linear": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+    },
     "llama-biased": {"attention_bias": True, "mlp_bias": True},
     "llama-untied": {"tie_word_embeddings": False},
     "granite-tied": {

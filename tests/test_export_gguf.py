@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerFast
 
 from adaskip import (
     AdaskipError,
+    ExportError,
     Linear,
     PlanError,
     SkipPlan,
@@ -43,7 +44,14 @@ from adaskip import (
     export_checkpoint,
     load_tokenizer,
 )
-from adaskip.export import comparing, gguf_file, gguf_reading, gguf_tokenizer, llamacpp
+from adaskip.export import (
+    comparing,
+    gguf_file,
+    gguf_reading,
+    gguf_tokenizer,
+    llama_form,
+    llamacpp,
+)
 from adaskip.export.llama_form import LlamaForm, paired, rope_factors
 from adaskip.export.surviving import surviving
 from adaskip.models.text_splitting import SPLITTINGS
@@ -153,6 +161,27 @@ def test_factors_of_llama_3_are_those_of_transformers() -> None:
     assert factors[0] == 1.0
     assert 1.0 < factors[1] < 8.0
     assert factors[-1] == 8.0
+
+
+@pytest.mark.parametrize("field", ["rope_freq_base", "rope_scaling_factor", "rope_freqs.weight"])
+def test_a_rotary_embedding_that_is_wrong_is_told_of(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: what the file says of it is what the certificate looks at."""
+    writer = gguf_file.gguf_package().GGUFWriter
+    name = "llama-linear"
+    if field == "rope_freqs.weight":
+        name = "llama-3"
+        monkeypatch.setattr(llama_form, "rope_factors", lambda *_: None)
+    else:
+        write = getattr(writer, f"add_{field}")
+        monkeypatch.setattr(writer, f"add_{field}", lambda self, value: write(self, value / 2))
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    with pytest.raises(ExportError, match=r"read back .* not what the plan does"):
+        export_checkpoint(
+            gguf_model(name), byte_tokenizer(), SkipPlan(), tmp_path / "out", format="gguf"
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_pairs_by_hand() -> None:

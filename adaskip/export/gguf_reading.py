@@ -91,7 +91,7 @@ class GgufFile:
         return bool(self.tensors[f"blk.{layer}.ffn_down.weight"].any())
 
     def config(self) -> dict[str, Any]:
-        """The content of a `config.json` of ours, but for the rotary embedding."""
+        """The content of a `config.json` of ours; of the rotary embedding, `frequencies` tells."""
         attention = next(i for i in range(self.n_layers) if self.has_attention(i))
         ffn = next((i for i in range(self.n_layers) if self.has_ffn(i)), 0)
         biased = {part for part in _MODULES if f"blk.{attention}.{part}.bias" in self.tensors}
@@ -113,6 +113,15 @@ class GgufFile:
             "adaskip": {"modules": module_names(block_spec("llama"))},
         }
 
+    def frequencies(self) -> Tensor:
+        """Those of the rotary embedding, as llama.cpp computes them: [head_dim / 2]."""
+        size = self.shape("rope.dimension_count")
+        found = 1 / self.shape("rope.freq_base") ** (torch.arange(0, size, 2) / size)
+        # Without a factor, or factors, llama.cpp stretches nothing either.
+        architecture = self.fields["general.architecture"]
+        stretched: Tensor = found / self.fields.get(f"{architecture}.rope.scaling.factor", 1.0)
+        return stretched / self.tensors.get("rope_freqs.weight", 1.0)
+
     def _block(self, layer: int) -> dict[str, Any]:
         matrix = self.has_matrix(layer)
         attention: dict[str, Any] = {"no_op": not (self.has_attention(layer) or matrix)}
@@ -126,17 +135,18 @@ def read(path: Path, source: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         path: the file.
-        source: the model it was made from, which tells its rotary embedding and device.
+        source: the model it was made from, which tells device and precision.
     """
     file = GgufFile(path)
-    settings: Any = source.config
     kind = exported_class("adaskip_llama")
-    content = file.config() | {"rope_parameters": settings.rope_parameters}
-    made: PreTrainedModel = kind(kind.config_class.from_dict(content))
+    made: PreTrainedModel = kind(kind.config_class.from_dict(file.config()))
     missing, unexpected = made.load_state_dict(file.state(), strict=False, assign=True)
     made.tie_weights()
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise RuntimeError(f"{path} does not fit its own shape: {missing}, {unexpected}.")
     placed: Any = made
-    ready: PreTrainedModel = placed.to(source.device, source.dtype).eval()
+    placed = placed.to(source.device, source.dtype)
+    # In float32 whatever the model is in, as transformers loads them.
+    placed.model.rotary_emb.inv_freq = file.frequencies().to(source.device)
+    ready: PreTrainedModel = placed.eval()
     return ready
