@@ -148,6 +148,12 @@ def test_whole_layers_are_a_plain_llama(tmp_path: Path) -> None:
     assert file.n_layers == 3
 
 
+def test_the_context_length_is_the_stretched_one(tmp_path: Path) -> None:
+    trained = gguf_model("llama").config.max_position_embeddings
+    for name, length in (("llama", trained), ("llama-linear", 4 * trained)):
+        assert written(name, SkipPlan(), tmp_path).shape("context_length") == length
+
+
 def test_factors_of_llama_3_are_those_of_transformers() -> None:
     scaled, plain = gguf_model("llama-3"), gguf_model("llama")
     theta = scaled.config.rope_parameters["rope_theta"]

@@ -17,6 +17,7 @@ from adaskip.errors import AdaskipError
 from adaskip.export.llama_form import LlamaForm
 from adaskip.export.report import Written
 from adaskip.export.surviving import Surviving
+from adaskip.positions import positions
 
 NAME = "model.gguf"
 # The names of llama.cpp's file types and ggml's types.
@@ -99,7 +100,7 @@ def write(
 def _write_shape(writer: Any, form: LlamaForm, architecture: str) -> None:
     config = form.config
     writer.add_block_count(len(form.surviving.layers))
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(positions(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
