@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from adaskip import (
 )
 from adaskip.blocks import BLOCKS
 from adaskip.export import hf
+from adaskip.export.folding import Folded
 from adaskip.export.refusing import FAMILIES
 from adaskip.export.surviving import surviving
 from adaskip.growing_cache import kv_tensors
@@ -230,6 +232,25 @@ def test_whole_layers_need_no_code(family: str, tmp_path: Path) -> None:
     stock = loaded.from_pretrained(tmp_path / "out", attn_implementation=ATTENTION.get(family))
     assert type(stock) is type(model)
     assert divergence(logits(model, IDS, plan), logits(stock.eval(), IDS)) < 1e-6
+
+
+def test_float64_is_of_one_sublayer_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All scaled matrices at once would be a multiple of the model."""
+    made = Folded.parts
+
+    def watched(folded: Folded) -> Any:
+        wide: list[list[Any]] = []
+        for index, part, tensors in made(folded):
+            # Whoever iterates has the last ones still.
+            assert not any(ref() is not None for refs in wide[:-1] for ref in refs)
+            wide.append([weakref.ref(t) for t in tensors.values() if t.dtype == torch.float64])
+            yield index, part, tensors
+        assert sum(map(bool, wide)) > 2
+
+    monkeypatch.setattr(Folded, "parts", watched)
+    written(full_model("llama"), SkipPlan({A0: 1.2, F1: 0.9}), tmp_path / "out")
 
 
 def test_a_mistral_without_a_window_remains_one(tmp_path: Path) -> None:

@@ -78,13 +78,15 @@ def _state(model: PreTrainedModel, surviving: Surviving, dtype: torch.dtype) -> 
     """The weights by the names of transformers, in their precision."""
     folded = Folded(model, surviving)
     names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-    found = {f"{names[name]}.weight": tensor for name, tensor in folded.around().items()}
+    around = folded.around().items()
+    found = {f"{names[name]}.weight": tensor.to(dtype) for name, tensor in around}
     head = head_of(model)
     if head.bias is not None:
-        found["lm_head.bias"] = head.bias.detach()
+        found["lm_head.bias"] = head.bias.detach().to(dtype)
     for index, _, tensors in folded.parts():
-        found |= {f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()}
-    return {name: tensor.to(dtype) for name, tensor in found.items()}
+        # Sublayer by sublayer: what is scaled is in float64 until here.
+        found |= {f"model.layers.{index}.{name}": each.to(dtype) for name, each in tensors.items()}
+    return found
 
 
 def _whole(model: PreTrainedModel, surviving: Surviving) -> tuple[type[Any], Any]:
