@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import torch
 from conftest import prompt, tiny_model
 from export_fixtures import A0, A1, A2, F1, F2, full_model
+from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from adaskip import (
@@ -274,13 +278,34 @@ def test_inside_skipping(model: PreTrainedModel, tmp_path: Path) -> None:
 def test_a_failure_leaves_nothing(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: Any) -> None:
-        raise OSError("No space left on device")
+    def failing(*args: Any) -> None:
+        raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(formats.comparing, "run", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(formats.comparing, "run", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
         export_checkpoint(model, None, PLAN, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_of(model: PreTrainedModel, tmp_path: Path) -> None:
+    """The weights' own writer tells of it by an error that is none of the system's."""
+    out = tmp_path / "out"
+    said = rf"Cannot write {out} \(.*File too large.*\): make room there"
+    with full_disk(), pytest.raises(AdaskipError, match=said) as caught:
+        export_checkpoint(model, None, PLAN, out)
+    assert isinstance(caught.value.__cause__, SafetensorError)
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Lets files grow to a few thousand bytes only."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (32_768, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_checkpoint_that_is_wrong_is_told_of_and_not_kept(

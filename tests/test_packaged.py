@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from packaged_models import NAMES, package
+from safetensors import SafetensorError
 
 from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError
@@ -132,6 +133,17 @@ def test_a_cache_that_cannot_be_written(fake: Path):
     fake.write_text("a file where the folder should be")
     with pytest.raises(AdaskipError, match=r"free \d+\.\d GB there, or set ADASKIP_CACHE"):
         folder_of()
+
+
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_a_full_disk(error: type[Exception], fake: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise error("No space left on device")
+
+    monkeypatch.setattr(packaged, "convert", full)
+    with pytest.raises(AdaskipError, match=r"No space left on device\): free \d+\.\d GB there"):
+        folder_of()
+    assert list(fake.iterdir()) == []
 
 
 def convert_in_child(queue: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip.entering import as_policy
@@ -65,8 +66,8 @@ def export_checkpoint(
             a checkpoint cannot.
         UnsupportedModelError: the family, a window, or the form of the weights.
         ExportError: what the checkpoint computes is not what the plan does.
-        AdaskipError: the folder is not empty, or there is no such format, precision or tokenizer.
-        OSError: it cannot be written.
+        AdaskipError: the folder is not empty or cannot be written, or there is no such format,
+            precision or tokenizer.
     """
     check_model(model)
     name = refusing.short_dtype(dtype, model, format)
@@ -111,27 +112,32 @@ def _appearing(target: Path) -> Iterator[Path]:
     it then, and its files move up.
 
     Raises:
-        AdaskipError: meanwhile, something else has come into the target.
+        AdaskipError: it cannot be written, or something else has come into the target meanwhile.
     """
     place = target.resolve()
     beside = not place.exists()
     parent = place.parent if beside else place
-    parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=parent, prefix=f".{place.name}."))
     try:
-        yield work
-        for path in (work, *work.rglob("*")):
-            give_usual_mode(path)
-        if beside:
-            work.rename(place)
-            return
-        if any(other != work for other in place.iterdir()):
-            raise AdaskipError(f"{target} is no longer empty; give another folder.")
-        # The report comes last: a folder that has it is whole.
-        for file in sorted(work.iterdir(), key=lambda file: file.name == REPORT):
-            file.rename(place / file.name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=parent, prefix=f".{place.name}."))
+        try:
+            yield work
+            for path in (work, *work.rglob("*")):
+                give_usual_mode(path)
+            if beside:
+                work.rename(place)
+                return
+            if any(other != work for other in place.iterdir()):
+                raise AdaskipError(f"{target} is no longer empty; give another folder.")
+            # The report comes last: a folder that has it is whole.
+            for file in sorted(work.iterdir(), key=lambda file: file.name == REPORT):
+                file.rename(place / file.name)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise AdaskipError(
+            f"Cannot write {target} ({error}): make room there, or give another folder."
+        ) from error
 
 
 def _report(

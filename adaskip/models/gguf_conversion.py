@@ -48,7 +48,9 @@ def convert(name: str, gguf: Path, folder: Path, shape: Mapping[str, Any]) -> No
     }
     vocabulary = Vocabulary(fields)
     check_ids(name, vocabulary, shape)
-    make_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
+    # Its own `save` tells of a full disk by a bare Exception.
+    text = make_tokenizer(vocabulary).to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", tokenizer_config(vocabulary, shape))
     config = model_config(shape)
     _write_json(folder / "config.json", config)

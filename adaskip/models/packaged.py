@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from adaskip.configuration import cache_root
 from adaskip.errors import AdaskipError, DataError
 from adaskip.models.gguf_conversion import FILES, convert
@@ -74,7 +76,7 @@ def packaged_folder(name: str, package: Package, shape: Mapping[str, Any]) -> Pa
             converted.mkdir()
             convert(name, gguf, converted, shape)
             _publish(converted, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise AdaskipError(
             f"Cannot write the converted model {name!r} to {folder} ({error}): free "
             f"{GROWTH * size / 1e9:.1f} GB there, or set ADASKIP_CACHE to another folder."
