@@ -20,6 +20,7 @@ from adaskip import (
     load_model,
     load_tokenizer,
 )
+from adaskip.export import comparing
 from adaskip.export.command_line import EXPORT
 from adaskip.export.refusing import plan_of
 
@@ -126,6 +127,18 @@ def test_bad_input(
     assert error.startswith("error: ")
     assert said in error
     assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_made(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "samples", lambda *_: pytest.fail("something was computed"))
+    plan = tmp_path / "plan.safetensors"
+    options = ["--model", str(checkpoint), "--plan", str(plan), "--device", "cpu"]
+    capsys.readouterr()
+    assert EXPORT.main([*options, str(plan / "x")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: Cannot write {plan / 'x'} (")
 
 
 def test_a_tokenizer_that_gguf_does_not_know(tmp_path: Path, capsys: Any) -> None:

@@ -81,9 +81,11 @@ def export_checkpoint(
     wanted.check(n_layers, model.config.hidden_size)
     left = surviving(wanted, n_layers)
     kind = KINDS[format](model, tokenizer, left, name, tokenizer_gguf)
-    expected = comparing.samples(model, wanted, comparing.texts_of(model, tokenizer))
+    texts = comparing.texts_of(model, tokenizer)
     tolerance = comparing.tolerance(name, refusing.short_dtype(None, model, "hf"))
+    # From here on, for a folder that cannot be written is refused before anything is computed.
     with _appearing(target) as work:
+        expected = comparing.samples(model, wanted, texts)
         written = kind.write(work, about(model, _told(policy, wanted)))
         checks = tuple(
             comparing.accepted(comparing.compared(engine, expected, found, tolerance))
