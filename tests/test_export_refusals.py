@@ -26,6 +26,7 @@ from adaskip import (
     SkipDecode,
     SkipPlan,
     Step,
+    Sublayer,
     UnifiedSkipping,
     UnsupportedModelError,
     export_checkpoint,
@@ -262,8 +263,11 @@ def test_others_may_read_it_as_far_as_the_umask_lets_them(
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
-def test_an_exported_model_is_not_exported_again(model: PreTrainedModel, tmp_path: Path) -> None:
-    export_checkpoint(model, None, SkipPlan({F1: None}), tmp_path / "a")
+@pytest.mark.parametrize("skipped", [(F1,), (F1, A2)], ids=["a sublayer", "a whole layer"])
+def test_an_exported_model_is_not_exported_again(
+    skipped: tuple[Sublayer, ...], model: PreTrainedModel, tmp_path: Path
+) -> None:
+    export_checkpoint(model, None, SkipPlan(dict.fromkeys(skipped)), tmp_path / "a")
     loaded = load_model(tmp_path / "a", device="cpu")
     with pytest.raises(UnsupportedModelError, match="from the model it was made from"):
         export_checkpoint(loaded, None, SkipPlan({A1: None}), tmp_path / "b")

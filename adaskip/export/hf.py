@@ -39,7 +39,7 @@ def write(
         about: plan, source and version, kept in `config.json`.
     """
     kind, config = _whole(model, surviving) if surviving.is_whole else _partial(model, surviving)
-    config.adaskip = dict(getattr(config, "adaskip", None) or {}) | dict(about)
+    config.adaskip = getattr(config, "adaskip", {}) | dict(about)
     config.dtype = dtype
     with torch.device("meta"):
         made = kind(config)

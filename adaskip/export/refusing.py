@@ -124,7 +124,8 @@ def check_model(model: PreTrainedModel, file_format: str) -> None:
     block = supported.check_model(model)
     config: Any = model.config
     family = config.model_type
-    if family in EXPORTED:
+    # Of whole layers alone, it is of the family's own class.
+    if family in EXPORTED or hasattr(config, "adaskip"):
         raise UnsupportedModelError(
             "The model is an exported one; export a longer plan from the model it was made from."
         )
