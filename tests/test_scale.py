@@ -31,6 +31,7 @@ from adaskip.cli.perplexity import perplexity_main
 from adaskip.cli.plan import plan_main
 from adaskip.cli.run import run_main
 from adaskip.errors import RunError
+from adaskip.export.command_line import EXPORT
 from adaskip.models.devices import resolve_device
 from adaskip.models.processes import Team, team
 from adaskip.runs.store import Share, Store
@@ -287,7 +288,14 @@ def test_shards_of_earlier_versions_are_merged_too(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-@pytest.mark.parametrize("main", [leaderboard_main, partial(plan_main, ["--model", "smollm2"])])
+@pytest.mark.parametrize(
+    "main",
+    [
+        leaderboard_main,
+        partial(plan_main, ["--model", "smollm2"]),
+        partial(EXPORT.main, ["--model", "smollm2", "out"]),
+    ],
+)
 def test_what_one_process_does_is_refused_in_several(
     main: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from adaskip.export import refusing
 from adaskip.export.exporting import export_checkpoint
 from adaskip.importance import GAINS, Importance, shipped_profiles
 from adaskip.models.loading import load_model, load_tokenizer
+from adaskip.models.processes import refuse_several
 from adaskip.models.spec import model_source
 from adaskip.plan import SCOPES, SkipPlan
 from adaskip.policies import POLICIES
@@ -62,6 +63,10 @@ def _act(given: argparse.Namespace) -> int:
     Raises:
         AdaskipError: they do not fit each other, or the export is refused or fails.
     """
+    refuse_several(
+        "adaskip export writes one folder",
+        "start it in one process, without torchrun or accelerate",
+    )
     refusing.check_folder(Path(given.out))
     model_source(given.model)  # refuses a name that is none before anything is read
     plan = _plan(given)
