@@ -20,7 +20,7 @@ from adaskip import (
     load_model,
     load_tokenizer,
 )
-from adaskip.export import comparing
+from adaskip.export import command_line, comparing
 from adaskip.export.command_line import EXPORT
 from adaskip.export.refusing import plan_of
 
@@ -97,6 +97,10 @@ def test_from_a_policy(checkpoint: Path, tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "out")("the").input_ids == byte_tokenizer()("the").input_ids
 
 
+# What only the model's shape tells.
+OF_THE_MODEL = ("SkipDecode skips", "one phase only", "leaves no attention", "cannot be read as")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -113,13 +117,21 @@ def test_from_a_policy(checkpoint: Path, tmp_path: Path) -> None:
         (["--policy", "EE", "--skip_full_layer_num", "2", "--scope", "prefill"], "one phase only"),
         (["--policy", "EE", "--skip_full_layer_num", "4"], "leaves no attention"),
         (["--plan", "PLAN", "--format", "onnx"], "Unknown format 'onnx'"),
+        (["--plan", "PLAN", "--dtype", "q8_0"], "Unknown dtype of format 'hf' 'q8_0'"),
         (["--plan", "PLAN", "--tokenizer", "a.gguf"], "takes no tokenizer from a GGUF file"),
         (["--plan", "PLAN", "--format", "gguf", "--tokenizer", "a.gguf"], "cannot be read as GGUF"),
     ],
 )
 def test_bad_input(
-    options: list[str], said: str, checkpoint: Path, tmp_path: Path, capsys: Any
+    options: list[str],
+    said: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not said.startswith(OF_THE_MODEL):
+        monkeypatch.setattr(command_line, "load_model", lambda *_, **__: pytest.fail("loaded"))
     options = [str(tmp_path / "plan.safetensors") if o == "PLAN" else o for o in options]
     out = tmp_path / "out"
     assert EXPORT.main(["--model", str(checkpoint), "--device", "cpu", *options, str(out)]) == 2

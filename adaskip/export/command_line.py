@@ -68,6 +68,8 @@ def _act(given: argparse.Namespace) -> int:
         "start it in one process, without torchrun or accelerate",
     )
     refusing.check_folder(Path(given.out))
+    refusing.given_dtype(given.dtype, given.format)
+    refusing.check_tokenizer(given.format, given.tokenizer)
     model_source(given.model)  # refuses a name that is none before anything is read
     plan = _plan(given)
     # What a dtype is asked for is rounded to it once, when it is written.

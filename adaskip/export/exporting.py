@@ -70,7 +70,7 @@ def export_checkpoint(
             precision or tokenizer.
     """
     check_model(model)
-    name = refusing.short_dtype(dtype, model, format)
+    name = refusing.given_dtype(dtype, format) or refusing.model_dtype(model)
     target = Path(folder).expanduser()
     refusing.check_folder(target)
     refusing.check_model(model, format)
@@ -82,7 +82,7 @@ def export_checkpoint(
     left = surviving(wanted, n_layers)
     kind = KINDS[format](model, tokenizer, left, name, tokenizer_gguf)
     texts = comparing.texts_of(model, tokenizer)
-    tolerance = comparing.tolerance(name, refusing.short_dtype(None, model, "hf"))
+    tolerance = comparing.tolerance(name, refusing.model_dtype(model))
     # From here on, for a folder that cannot be written is refused before anything is computed.
     with _appearing(target) as work:
         expected = comparing.samples(model, wanted, texts)

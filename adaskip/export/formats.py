@@ -17,6 +17,7 @@ from adaskip.errors import AdaskipError
 from adaskip.export import comparing, gguf_file, gguf_reading, gguf_tokenizer, hf, llamacpp
 from adaskip.export.comparing import Found, Sample
 from adaskip.export.llama_form import LlamaForm
+from adaskip.export.refusing import check_tokenizer
 from adaskip.export.report import Written
 from adaskip.export.surviving import Surviving
 from adaskip.models.loading import load_model
@@ -71,8 +72,7 @@ class HfKind(Kind):
 
     def check(self) -> None:
         """Refuses a GGUF file as the source of a tokenizer."""
-        if self.tokenizer_gguf is not None:
-            raise AdaskipError("Format 'hf' takes no tokenizer from a GGUF file; give it its own.")
+        check_tokenizer("hf", self.tokenizer_gguf)
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> Written:
         """Weights, configuration, modelling file, tokenizer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -86,23 +87,47 @@ def _steps() -> Iterator[Step]:
             yield Step(Phase.DECODE, request, index=1 + decoded, tokens=1, decoded=decoded)
 
 
-def short_dtype(dtype: torch.dtype | str | None, model: PreTrainedModel, file_format: str) -> str:
-    """The name of a precision: "f32", "f16", "bf16" or "q8_0"; None stands for the model's.
+def given_dtype(dtype: torch.dtype | str | None, file_format: str) -> str | None:
+    """The name of a precision: "f32", "f16", "bf16" or "q8_0"; None if none is given.
 
     Raises:
         AdaskipError: there is no such format, or it has no such precision.
     """
     if file_format not in FORMATS:
         raise unknown_name("format", str(file_format), FORMATS)
-    given = str(model.dtype if dtype is None else dtype).removeprefix("torch.").lower()
+    if dtype is None:
+        return None
+    given = str(dtype).removeprefix("torch.").lower()
     name = _SHORT.get(given, given)
-    if dtype is None and name not in DTYPES[file_format]:
-        raise UnsupportedModelError(
-            f"The model is in {given}; load it in float32, float16 or bfloat16."
-        )
     if name not in DTYPES[file_format]:
         raise unknown_name(f"dtype of format {file_format!r}", given, DTYPES[file_format])
     return name
+
+
+def model_dtype(model: PreTrainedModel) -> str:
+    """The name of a model's precision, which every format has.
+
+    Raises:
+        UnsupportedModelError: none has it.
+    """
+    own = str(model.dtype).removeprefix("torch.")
+    if own not in _SHORT:
+        raise UnsupportedModelError(
+            f"The model is in {own}; load it in float32, float16 or bfloat16."
+        )
+    return _SHORT[own]
+
+
+def check_tokenizer(file_format: str, tokenizer_gguf: str | os.PathLike[str] | None) -> None:
+    """Refuses a GGUF file as the source of a tokenizer where no GGUF file is written.
+
+    Raises:
+        AdaskipError: it is given.
+    """
+    if file_format != "gguf" and tokenizer_gguf is not None:
+        raise AdaskipError(
+            f"Format {file_format!r} takes no tokenizer from a GGUF file; give it its own."
+        )
 
 
 def check_folder(folder: Path) -> None:
@@ -147,7 +172,7 @@ def check_model(model: PreTrainedModel, file_format: str) -> None:
     _refuse_windows(config)
     _refuse_weights(model)
     _refuse_names(model)
-    short_dtype(None, model, "hf")
+    model_dtype(model)
     if file_format == "hf" and model.generation_config is not None:
         _refuse_generation(model.generation_config)
 
