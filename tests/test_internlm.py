@@ -279,15 +279,16 @@ def test_tokenizer_survives_saving(pieces: Path, tmp_path: Path):
     assert again("Hello<eoh> 12").input_ids == tokenizer("Hello<eoh> 12").input_ids
 
 
-def test_an_export_says_that_its_tokenizer_is_ours(pieces: Path, tmp_path: Path):
+def test_an_export_says_its_limit_and_that_its_tokenizer_is_ours(pieces: Path, tmp_path: Path):
     vocab_size = json.loads((pieces / "config.json").read_text())["vocab_size"]
     sizes = {"vocab_size": vocab_size, "max_position_embeddings": 256}
     model = LlamaForCausalLM(internlm.llama_config(CONFIG | sizes)).eval()
     tokenizer, plan = load_tokenizer(pieces), SkipPlan({Sublayer(0, "attn"): None})
     report = export_checkpoint(model, tokenizer, plan, tmp_path / "out")
-    assert "token ids only, for its InternLMTokenizer" in report.engines["transformers"]
+    said = "; exact up to 256 tokens; with token ids only, for its InternLMTokenizer"
+    assert said in report.engines["transformers"]
     assert report.engines["vLLM"].startswith("no: its first layer needs an attention")
-    assert "token ids" not in report.engines["vLLM"]
+    assert "tokens" not in report.engines["vLLM"]
     assert type(load_tokenizer(tmp_path / "out")) is type(tokenizer)
 
 

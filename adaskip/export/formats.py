@@ -20,6 +20,7 @@ from adaskip.export.llama_form import LlamaForm
 from adaskip.export.refusing import check_tokenizer
 from adaskip.export.report import Written
 from adaskip.export.surviving import Surviving
+from adaskip.models.internlm import position_limit
 from adaskip.models.loading import load_model
 
 TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -82,14 +83,17 @@ class HfKind(Kind):
         return replace(written, engines=self._engines(written.engines))
 
     def _engines(self, engines: Mapping[str, str]) -> dict[str, str]:
-        """What loads the folder; with token ids only where the tokenizer is a class of ours."""
+        """What loads the folder, and how far it goes there: InternLM's lengths and tokenizer."""
+        only = ""
+        if (limit := position_limit(self.model.config)) is not None:
+            # Only the model that adaskip loads refuses more.
+            only += f"; exact up to {limit} tokens"
         kind = type(self.tokenizer)
-        if not kind.__module__.startswith("adaskip."):
-            return dict(engines)
-        # Of the same files, transformers makes another tokenizer, or none.
-        only = f"with token ids only, for its {kind.__name__} is adaskip.load_tokenizer's"
+        if kind.__module__.startswith("adaskip."):
+            # Of the same files, transformers makes another tokenizer, or none.
+            only += f"; with token ids only, for its {kind.__name__} is adaskip.load_tokenizer's"
         return {
-            name: said if said.startswith("no: ") else f"{said}; {only}"
+            name: said if said.startswith("no: ") else f"{said}{only}"
             for name, said in engines.items()
         }
 
