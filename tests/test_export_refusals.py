@@ -209,6 +209,10 @@ def test_a_folder_that_is_not_empty(model: PreTrainedModel, tmp_path: Path) -> N
         with pytest.raises(AdaskipError, match="give a folder that is empty or new"):
             export_checkpoint(model, None, PLAN, place)
     assert (tmp_path / "kept.txt").read_text() == "kept"
+    hidden = tmp_path / "prepared" / ".prepared.x1"
+    hidden.mkdir(parents=True)
+    with pytest.raises(AdaskipError, match=r"is there already and holds \.prepared\.x1; give a"):
+        export_checkpoint(model, None, PLAN, hidden.parent)
     empty = tmp_path / "empty"
     empty.mkdir()
     export_checkpoint(model, None, PLAN, empty)

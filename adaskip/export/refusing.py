@@ -136,8 +136,15 @@ def check_folder(folder: Path) -> None:
     Raises:
         AdaskipError: it is a file, or a folder that is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise AdaskipError(f"{folder} is there already; give a folder that is empty or new.")
+    if not folder.exists():
+        return
+    # Named, for what a killed export has left is hidden.
+    found = next(folder.iterdir(), None) if folder.is_dir() else folder
+    if found is not None:
+        raise AdaskipError(
+            f"{folder} is there already{'' if found == folder else f' and holds {found.name}'}; "
+            "give a folder that is empty or new."
+        )
 
 
 def check_model(model: PreTrainedModel, file_format: str) -> None:
