@@ -108,7 +108,7 @@ def _told(policy: SkipPolicy, plan: SkipPlan) -> SkipPlan:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A folder that becomes the target at the end, or is gone after a failure.
+    """A folder that becomes the target at the end, or is gone after a failure; its parents stay.
 
     A target that is there stays: it may be a link, a mount or the current folder. The folder is in
     it then, and its files move up.
