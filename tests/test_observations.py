@@ -557,9 +557,17 @@ def test_scripts_write_json_text_and_figure(
         assert all(part["tasks"].values())
         assert len(part["tasks"]) == len(tasks) - 1
         assert all("score" in each for task in part["tasks"].values() for each in task)
-    # Again: everything is there.
+    assert content["environment"]["torch"] == torch.__version__
+    # Again: everything is there, and stays where it was measured.
+    for path in tmp_path.glob("*/*.json"):
+        record = json.loads(path.read_text())
+        assert record["environment"] == content["environment"]
+        record["environment"]["torch"] = "2.9"
+        path.write_text(json.dumps(record))
     monkeypatch.setattr("adaskip.cli.observe.ModelSlot", lambda: SimpleNamespace(get=never))
     assert observation_main(name, [*arguments, *scores]) == 0
+    again = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert again["environment"] == content["environment"] | {"torch": "2.9"}
 
 
 @pytest.mark.parametrize(

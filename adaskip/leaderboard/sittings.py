@@ -16,7 +16,7 @@ from adaskip.plan import EMPTY_PLAN, SkipPlan
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import by_turns, per_round
 from adaskip.profiling.timing import RequestTimes, time_request
-from adaskip.runs.environment import environment, joined
+from adaskip.runs.environment import environment
 from adaskip.runs.runconfig import DENSE
 from adaskip.runs.store import Store
 
@@ -102,8 +102,7 @@ class Sittings:
         n_taken = min((len(row.ttft) for row in taken.values()), default=0)
         ids = random_prompt(self._model(), board.context)
         kinds = {name: partial(self._request, plan, ids) for name, plan in plans.items()}
-        here, before = environment(str(self._model().device)), store.record().get("environment")
-        store.note(environment=joined([before, here] if before else [here]))
+        store.note_environment(str(self._model().device))
         self._request(EMPTY_PLAN, ids)
         for each in by_turns(
             kinds,

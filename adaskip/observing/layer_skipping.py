@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,7 +16,7 @@ from adaskip.configuration import read_config
 from adaskip.entering import skipping
 from adaskip.metrics import score
 from adaskip.models.processes import team
-from adaskip.observing.recording import OpenModel, observe_tasks, opened
+from adaskip.observing.recording import OpenModel, observe_tasks, opened, record_path
 from adaskip.observing.similarities import layers
 from adaskip.plan import Phase, whole_layers
 from adaskip.policies import FixedSkipping
@@ -118,7 +117,7 @@ def measure(
         AdaskipError: the data, the model or an earlier record does not fit.
     """
     max_tokens = int(read_config("observations.yaml")["reference_tokens"])
-    path = Path(config.results_dir) / "layers" / f"{config.name}-{task}.json"
+    path = record_path(config, "layers", task)
     settings = {**config.settings(), "limit": config.limit, "reference_tokens": max_tokens}
     settings |= config.data_settings([task])
     about = {"model": config.name, "task": task}
@@ -128,6 +127,12 @@ def measure(
     @cache
     def ready() -> tuple[LoadedModel, Sequence[Row]]:
         return opened(config, open_model, lambda loaded: loaded.rows(config, task), store)
+
+    @cache
+    def measuring() -> tuple[LoadedModel, Sequence[Row]]:
+        loaded, rows = ready()
+        group.on_main(lambda: store.note_environment(str(loaded.model.device)))
+        return loaded, rows
 
     with locked(path.parent):
         kept = {row.id: row.as_dict() for row in group.on_main(store.rows)}
@@ -142,7 +147,7 @@ def measure(
             found.append(done)
             policy = FixedSkipping(whole_layers(choice.layers))
             if "nll" not in done:
-                loaded, rows = ready()
+                loaded, rows = measuring()
                 items = [(loaded.prompt(config, row), row.reference) for row in rows]
                 result = shared_perplexity(
                     loaded.model, loaded.tokenizer, policy, items, max_tokens=max_tokens
@@ -150,7 +155,7 @@ def measure(
                 done |= {"nll": result.nll, "tokens": result.tokens, "rows": len(rows)}
                 group.on_main(partial(store.append, [Measured.from_dict(done)]))
             if scores and "score" not in done:
-                loaded, rows = ready()
+                loaded, rows = measuring()
                 done["score"] = _score(config, loaded, rows, policy)
                 group.on_main(partial(store.append, [Measured.from_dict(done)]))
     # Scores that an earlier call was asked for may be those of a few choices.

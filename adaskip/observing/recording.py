@@ -45,6 +45,17 @@ class Observed(Stored):
 OpenModel = Callable[[RunConfig], LoadedModel]
 
 
+def record_path(config: RunConfig, kind: str, task: str) -> Path:
+    """What tells of a task's rows: their settings, and the environments they were measured in.
+
+    Args:
+        config: whose `results_dir` it is in.
+        kind: of what was measured: "similarity", "requests" or "layers".
+        task: one of its tasks.
+    """
+    return Path(config.results_dir) / kind / f"{config.name}-{task}.json"
+
+
 def observe_tasks(config: RunConfig, open_model: OpenModel) -> dict[str, pd.DataFrame]:
     """Records all tasks of a configuration; per task what `observe_task` returns."""
     return {task: observe_task(config, task, open_model) for task in config.tasks}
@@ -80,7 +91,7 @@ def observe_task(config: RunConfig, task: str, open_model: OpenModel) -> pd.Data
         return {"sums": {phase: _sums(recorder) for phase, recorder in recorders.items()}}
 
     rows = _recorded(
-        Path(config.results_dir) / "similarity" / f"{config.name}-{task}.jsonl",
+        record_path(config, "similarity", task),
         (config, task, {**config.settings(), "new_tokens": new_tokens}),
         task_spec(task).wanted(config.limit),
         open_model,
@@ -109,7 +120,7 @@ def observe_requests(
         return {"similarity": [round(x, 8) for x in means[0, :, 0].tolist()]}
 
     rows = _recorded(
-        Path(config.results_dir) / "requests" / f"{config.name}-{task}.jsonl",
+        record_path(config, "requests", task),
         (config, task, config.settings()),
         n_prompts,
         open_model,
@@ -120,7 +131,7 @@ def observe_requests(
 
 
 def _recorded(
-    path: Path,
+    record: Path,
     about: tuple[RunConfig, str, dict[str, Any]],
     limit: int | None,
     open_model: OpenModel,
@@ -130,7 +141,7 @@ def _recorded(
     """What was observed of each row; kept row by row, a later call goes on from there.
 
     Args:
-        path: the JSONL file; beside it, `.json` says what it is about.
+        record: what says what they are about; the rows lie beside it.
         about: configuration, task and settings.
         limit: rows asked for; None is all there are.
         open_model: loads the model; not called if nothing is missing.
@@ -140,13 +151,13 @@ def _recorded(
     config, task, settings = about
     group = team()
     store = Store(
-        path,
+        record.with_suffix(".jsonl"),
         Observed,
         settings | config.data_settings([task]),
         {"model": config.name, "task": task},
         lately=[DATA_DIR],
     )
-    with locked(path.parent):
+    with locked(record.parent):
         known = group.on_main(lambda: store.record().get("limit", 0))
         made = group.on_main(store.rows)
         # Rows count up to the limit of a call that came to its end, 0 if none did: those of an
@@ -157,6 +168,8 @@ def _recorded(
             loaded, rows = opened(config, open_model, rows_of, store)
         if whole:
             return [row.as_dict() for row in made[:limit]]
+        if not {row.id for row in rows} <= {row.id for row in made}:
+            group.on_main(lambda: store.note_environment(str(loaded.model.device)))
 
         def work(share: Share[Observed]) -> None:
             missing = [row for row in rows if row.id not in share.done]

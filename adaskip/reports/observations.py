@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from adaskip.observing.analysis import Numbers, stand_in
 from adaskip.observing.layer_skipping import DENSE, HIGHEST, LOWEST
+from adaskip.observing.recording import record_path
 from adaskip.plan import KINDS, Phase
 from adaskip.recorders import Span
 from adaskip.reports.observation_figures import Curve, Panel, draw
-from adaskip.runs.environment import environment
-from adaskip.runs.files import SCHEMA, write_json, write_text
+from adaskip.runs.environment import joined
+from adaskip.runs.files import SCHEMA, read_json, write_json, write_text
 from adaskip.runs.runconfig import RunConfig
 from adaskip.tables import MISSING, markdown_table, number
 
@@ -24,6 +26,8 @@ TITLES = {
     "ob3": "Observation 3: the IO similarity in prefill and in decode",
     "stability": "How stable the chosen sublayers are",
 }
+# What the others are computed from is similarities alone.
+_RECORDS = {"ob0": ("similarity", "layers"), "stability": ("requests",)}
 _NAMES: Mapping[Span, str] = {"attn": "attention", "ffn": "FFN", "layer": "layer"}
 _SIMILARITY = "IO similarity (cosine)"
 
@@ -51,7 +55,7 @@ def write_observation(
         "observation": TITLES[observation],
         "command": command,
         "settings": {config.run_name: config.settings() for config in configs},
-        "environment": environment(str(configs[0].device)),
+        "environment": joined(_environments(observation, configs)),
         "models": found,
     }
     write_json(stem.with_name(f"{stem.name}.json"), content)
@@ -65,6 +69,14 @@ def write_observation(
     rows, width = _grid(columns, wide=observation in ("ob0", "stability"))
     draw(rows, stem.with_name(f"{stem.name}.png"), width=width)
     return f"{text}\n\nWritten: {stem}.json, .md and .png."
+
+
+def _environments(observation: str, configs: Sequence[RunConfig]) -> Iterator[dict[str, Any]]:
+    """Where each task's numbers were measured; those of earlier versions do not tell."""
+    kinds = _RECORDS.get(observation, ("similarity",))
+    for config, kind in product(configs, kinds):
+        for task in config.tasks:
+            yield read_json(record_path(config, kind, task)).get("environment", {})
 
 
 def _stand_ins(observation: str, tasks: Iterable[str]) -> str:

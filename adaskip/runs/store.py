@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from adaskip.errors import RunError
 from adaskip.fingerprint import fingerprint_name, same_model
 from adaskip.models.processes import team
+from adaskip.runs.environment import environment, joined
 from adaskip.runs.files import (
     SCHEMA,
     Record,
@@ -105,6 +106,18 @@ class Store(Generic[R]):
             RunError: as `record`, or it cannot be written.
         """
         write_json(self._record_path, self.record() | facts)
+
+    def note_environment(self, device: str) -> None:
+        """Adds where rows are made from now on to where those before were made.
+
+        Args:
+            device: what computes them.
+
+        Raises:
+            RunError: as `note`.
+        """
+        before, here = self.record().get("environment"), environment(device)
+        self.note(environment=joined([before, here] if before else [here]))
 
     def hold(self, model: str, sources: Mapping[str, str]) -> None:
         """Refuses to go on with other weights, or other rows of the same ids, than before.
