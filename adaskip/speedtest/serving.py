@@ -86,13 +86,19 @@ class Serving(Study):
         if self.engine not in ENGINES:
             raise unknown_name("engine", self.engine, ENGINES)
         read_plans(self.plans, [DENSE, *self._labels])
-        if not Path(self.python or sys.executable).is_file():
+        if not Path(self._python).is_file():
             raise AdaskipError(f"There is no {self.python}; give the python that has the engine.")
 
     @override
     def path(self, device: torch.device) -> Path:
         name = self.name or f"{self.engine.replace('.', '').lower()}-{self.model}"
         return Path(self.results_dir) / f"{name}.json"
+
+    @override
+    def settings(self, device: torch.device) -> dict[str, Any]:
+        # By whichever python: times of two versions are none of one record.
+        version = engines.version(self._engine, self._python)
+        return super().settings(device) | {"engine_version": version}
 
     @override
     def points(self, missing: Sequence[Key]) -> Iterator[Point]:
@@ -106,6 +112,14 @@ class Serving(Study):
             for key in missing:
                 rows = self._measured(model, served, key["context"])
                 yield {"rows": [about[row["label"]] | row for row in rows]}
+
+    @property
+    def _engine(self) -> engines.Name:
+        return next(name for name in ENGINES if name == self.engine)
+
+    @property
+    def _python(self) -> str:
+        return self.python or sys.executable
 
     @property
     def _labels(self) -> dict[str, int]:
@@ -138,10 +152,14 @@ class Serving(Study):
         return export_checkpoint(model, tokenizer, plan, folder, format="gguf", dtype=self.dtype)
 
     def _settings(self, path: Path, context: int) -> Settings:
-        name = next(name for name in ENGINES if name == self.engine)
-        python = self.python or sys.executable
         return Settings(
-            name, path, context, python, self.threads, flash_attention=True, exact=False
+            self._engine,
+            path,
+            context,
+            self._python,
+            self.threads,
+            flash_attention=True,
+            exact=False,
         )
 
     def _about(
@@ -165,8 +183,7 @@ class Serving(Study):
                 equal, total = equal + same, total + len(answer["tokens"])
                 largest = max(largest, _largest(log_probs[:same], answer["log_probs"]))
         if kv_tokens is None:
-            python = self.python or sys.executable
-            kv = llamacpp.kv_mebibytes(case.path, KV_CONTEXT, python)
+            kv = llamacpp.kv_mebibytes(case.path, KV_CONTEXT, self._python)
         else:
             # It was given a gibibyte.
             kv = 1024 / kv_tokens * KV_CONTEXT
