@@ -15,7 +15,7 @@ from leaderboard_fixtures import filled, whole
 
 from adaskip.leaderboard.axes import same_axes
 from adaskip.leaderboard.collecting import collect, table_of
-from adaskip.leaderboard.comparing import at_equal_speed, at_speed, beside, unbeaten
+from adaskip.leaderboard.comparing import at_equal_speed, at_speed, beside, over_plan, unbeaten
 from adaskip.leaderboard.values import REPORT_FILE, read_report
 from adaskip.reports import leaderboard_figures
 from adaskip.reports.leaderboard_report import PAGE, render, write_report
@@ -91,6 +91,29 @@ def test_better_at_equal_time_is_said_at_both_ends_of_the_methods_times() -> Non
     # It may not be as fast at all.
     assert (told(0.2, 0.125, 1.1875), told(9.0, 0.125, 1.1875)) == ("", "worse")
     assert at_equal_speed([base], "M", "ADA", 1.125) is None
+
+
+def test_better_is_said_at_both_ends_of_the_other_methods_times() -> None:
+    plan = Plan("M", 1.25, 0.8)
+
+    def told(base: Plan, plan: Plan = plan) -> tuple[str, str]:
+        at_1_125 = at_equal_speed([base, plan], "M", "ADA", 1.125)
+        at_its_own = over_plan(plan, [base, plan], "ADA")
+        assert at_1_125 is not None
+        assert at_its_own is not None
+        return at_1_125.verdict, at_its_own.verdict
+
+    assert told(Plan("ADA", 1.25, 1.0)) == ("better", "better")
+    # At its fastest it loses 0.28 at 1.125, and 0.56 at 1.25.
+    assert told(Plan("ADA", 1.25, 1.0, 0.2)) == ("", "")
+    # At its slowest it is not as fast as the plan, so nothing speaks for it there.
+    assert told(Plan("ADA", 1.25, 0.1, 0.0625)) == ("worse", "")
+    assert told(Plan("ADA", 1.375, 0.9, 0.125)) == ("", "")
+    # Either's interval alone leaves no doubt, both together do.
+    near = Plan("M", 1.25, 0.8, 0.03125)
+    assert told(Plan("ADA", 1.25, 1.1, 0.0), near) == ("better", "better")
+    assert told(Plan("ADA", 1.25, 1.1, 0.0625)) == ("better", "better")
+    assert told(Plan("ADA", 1.25, 1.1, 0.0625), near) == ("", "")
 
 
 def test_a_plan_stands_beside_the_others_at_its_measured_time(tmp_path: Path) -> None:

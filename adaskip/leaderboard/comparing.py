@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from math import isfinite, nan
 from statistics import fmean
 from typing import Any, Protocol, TypeVar
@@ -87,41 +88,56 @@ def beside(own: Mapping[str, float], other: Mapping[str, float]) -> Beside:
     return Beside(theirs, mine - theirs, paired_interval(own, other), share, interval)
 
 
-def steadily(found: Beside, at_ends: Iterable[Verdict]) -> Beside:
-    """The same comparison, which says nothing unless all would say so at the ends of a time."""
-    return replace(found, steady=all(told == found.verdict for told in at_ends))
+def steadily(
+    found: Beside, at_ends: Iterable[tuple[Mapping[str, float] | None, Mapping[str, float] | None]]
+) -> Beside:
+    """The same comparison, which says nothing unless all would say so at the ends of times.
+
+    Args:
+        found: at the medians.
+        at_ends: gaps by row of the one and of the other there; None of what may not be as fast at
+            all, which has nothing that speaks for it.
+    """
+
+    def told(own: Mapping[str, float] | None, other: Mapping[str, float] | None) -> Verdict:
+        if own is None:
+            return "worse"
+        return "better" if other is None else beside(own, other).verdict
+
+    # Most say nothing at the medians, and need no bootstrap at the ends.
+    steady = not found.verdict or all(told(*pair) == found.verdict for pair in at_ends)
+    return replace(found, steady=steady)
 
 
 def over_plan(entry: Placed, among: Sequence[Placed], method: str) -> Beside | None:
     """A plan beside another method at the plan's measured acceleration; None beyond its fastest.
 
-    What is said of it holds at both ends of that acceleration's interval. Beyond the other method's
-    fastest plan nothing speaks for that one.
+    What is said of it holds at both ends of that acceleration's interval, with all of the other
+    method's plans at either end of theirs.
     """
     other = at_speed(among, method, entry.speed)
     if other is None:
         return None
-    theirs = [at_speed(among, method, speed) for speed in entry.ends]
+    ends = product(entry.ends, (_slowest, _fastest))
     return steadily(
         beside(entry.by_row, other),
-        ("better" if each is None else beside(entry.by_row, each).verdict for each in theirs),
+        ((entry.by_row, at_speed(among, method, speed, by=by)) for speed, by in ends),
     )
 
 
 def at_equal_speed(plans: Sequence[Placed], method: str, base: str, speed: float) -> Beside | None:
     """A method beside another one at an acceleration; None where either has no plan as fast.
 
-    What is said of it holds with all of the method's plans at either end of their intervals. One
-    that may not be as fast at all has nothing that speaks for it.
+    What is said of it holds with all plans of each at either end of their intervals.
     """
     own, other = (at_speed(plans, name, speed) for name in (method, base))
     if own is None or other is None:
         return None
-    ends = [at_speed(plans, method, speed, by=by) for by in (_slowest, _fastest)]
-    return steadily(
-        beside(own, other),
-        ("worse" if each is None else beside(each, other).verdict for each in ends),
+    owns, others = (
+        [at_speed(plans, name, speed, by=by) for by in (_slowest, _fastest)]
+        for name in (method, base)
     )
+    return steadily(beside(own, other), product(owns, others))
 
 
 def _slowest(plan: Placed) -> float:

@@ -42,7 +42,7 @@ class Beside:
         interval: of the difference, 95 %, paired bootstrap over rows.
         share: the plan's gap by the other's; None where that loses nothing.
         share_interval: likewise.
-        steady: whether the same would be said at both ends of the interval of the measured time.
+        steady: whether the same would be said at both ends of the intervals of either's measured times.
     """
 
     gap: float

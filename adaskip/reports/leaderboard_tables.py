@@ -33,8 +33,9 @@ def introduction(report: Report) -> str:
         f"{report.task} (the first {report.reference_tokens} tokens of each). Intervals are those "
         "of 95 %: a paired bootstrap over test rows for gaps and scores, the median's over rounds "
         "for times, in each of which dense and the plans of a sitting take turns. "
-        "Better and worse are said only where an interval excludes zero, at both ends of the "
-        "plan's measured acceleration. Collapsed: rows that lose more than one nat per token. "
+        "Better and worse are said only where the interval of a difference excludes zero, at both "
+        "ends of the measured accelerations of the plan and of what it stands beside. The interval "
+        "of a share is that of rows alone, at the medians of times. Collapsed: rows that lose more than one nat per token. "
         "Calibration rows come from other documents than test rows."
     )
 
