@@ -16,7 +16,7 @@ from leaderboard_fixtures import filled, whole
 from adaskip.leaderboard.axes import same_axes
 from adaskip.leaderboard.collecting import collect, table_of
 from adaskip.leaderboard.comparing import at_equal_speed, at_speed, beside, over_plan, unbeaten
-from adaskip.leaderboard.values import REPORT_FILE, read_report
+from adaskip.leaderboard.values import REPORT_FILE, read_report, verdict
 from adaskip.reports import leaderboard_figures
 from adaskip.reports.leaderboard_report import PAGE, render, write_report
 from adaskip.reports.leaderboard_tables import as_text, compared
@@ -141,6 +141,8 @@ def test_better_is_said_only_beyond_the_interval() -> None:
     assert beside(mixed, base).verdict == ""
     assert beside(mixed, base).difference < 0
     assert beside(base, less).verdict == "worse"
+    for unknown in ((math.nan, math.nan), (math.nan, -0.1), (0.1, math.nan), None):
+        assert verdict(unknown, higher_is_better=False) == ""
     assert (beside(less, dense).share, beside(less, dense).verdict) == (None, "worse")
 
 

@@ -148,6 +148,16 @@ def test_skipped_attention_equals_a_zeroed_projection(
     assert found.nll == pytest.approx(reference_perplexity(zeroed, tokenizer, None, items).nll)
 
 
+def test_a_loss_that_is_no_number_is_refused(
+    tokenizer: PreTrainedTokenizerFast, items: Items
+) -> None:
+    model = tiny_model("llama")
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    message = r"row 1 of 3 \(reference 'It is a stone\.'\) is not a number in torch\.float32"
+    with pytest.raises(RunError, match=message):
+        reference_perplexity(model, tokenizer, None, items)
+
+
 def test_skip_decode_sees_every_step(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ COLLAPSE = 1.0
 
 def verdict(interval: Interval | None, *, higher_is_better: bool) -> Verdict:
     """Says better or worse if a difference's interval excludes zero; otherwise nothing."""
-    if interval is None or interval[0] <= 0 <= interval[1]:
+    if interval is None or any(map(isnan, interval)) or interval[0] <= 0 <= interval[1]:
         return ""
     return "better" if (interval[0] > 0) == higher_is_better else "worse"
 

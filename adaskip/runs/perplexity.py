@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from adaskip.cache_name import CACHE
 from adaskip.entering import skipping
-from adaskip.errors import AdaskipError, DataError
+from adaskip.errors import AdaskipError, DataError, RunError
 from adaskip.models.internlm import check_prompt_length
 from adaskip.models.processes import team
 from adaskip.plan import EMPTY_PLAN, Scope
@@ -151,25 +151,33 @@ def reference_perplexity(
     Raises:
         AdaskipError: the budget does not fit the model, or there is nothing to score.
         DataError: a reference is empty.
-        RunError: what ran was not the plan.
+        RunError: what ran was not the plan, or a loss is not a number.
     """
     if max_tokens < 1:
         raise AdaskipError(f"max_tokens is {max_tokens}; score at least 1 reference token.")
     policy = FixedSkipping(EMPTY_PLAN) if policy is None else policy
-    rows = []
+    rows: list[RowLoss] = []
     with (
         torch.no_grad(),
         skipping(model, policy, scope=scope) as session,
         Audit(model, session) as audit,
     ):
         single = one_by_one or policy.stepwise
-        for prompt, reference in tqdm(list(items), desc="perplexity", disable=not progress):
+        listed = list(items)
+        for prompt, reference in tqdm(listed, desc="perplexity", disable=not progress):
             answer = reference_ids(tokenizer, prompt, reference, max_tokens)
             check_prompt_length(model, len(prompt.input_ids), len(answer))
             audit.start_request()
-            nll = _nll(model, session, prompt.input_ids, answer, single)
             # The row's only read from the device.
-            rows.append(RowLoss(nll.item(), len(answer), audit.counts()))
+            nll = _nll(model, session, prompt.input_ids, answer, single).item()
+            if math.isnan(nll):
+                raise RunError(
+                    f"The loss of row {len(rows) + 1} of {len(listed)} (reference "
+                    f"{reference.strip()[:40]!r}) is not a number in {model.dtype}: nothing can be "
+                    "compared with it. Load the model in bfloat16 or float32, or make the plan "
+                    "anew if it is the plan's gains or maps that are too large."
+                )
+            rows.append(RowLoss(nll, len(answer), audit.counts()))
     if not rows:
         raise AdaskipError("There is no reference answer to score; give at least one row.")
     return Perplexity(tuple(rows))
