@@ -78,8 +78,8 @@ def fill(
             TimesRow(
                 id=name,
                 plan_digest=digests[name],
-                ttft=[1 / s, 2 / s, 3 / s],
-                per_token=[0.1] * 3,
+                ttft=[1 / s, 1 / s, 2 / s, 3 / s, 3 / s],
+                per_token=[0.1] * 5,
                 kv_bytes=int(100 / s),
             )
             for name, s in ({"dense": 1.0} | dict(speeds)).items()

@@ -169,12 +169,13 @@ class _Kept:
 
     def _measured(self, name: str) -> dict[str, Any]:
         if name not in self.times:
-            return dict.fromkeys(("seconds", "ttft", "per_token", "kv_share"))
+            return {"rounds": 0, **dict.fromkeys(("seconds", "ttft", "per_token", "kv_share"))}
         own, dense = self.times[name]
         ttft = Ratio.paired(dense.ttft, own.ttft)
         return {
             # Its own sitting may have been a slower one.
             "seconds": median(self.sittings[0].ttft) / ttft.median,
+            "rounds": len(own.ttft),
             "ttft": ttft,
             "per_token": Ratio.paired(dense.per_token, own.per_token),
             "kv_share": own.kv_bytes / dense.kv_bytes,

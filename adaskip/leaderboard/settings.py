@@ -224,7 +224,7 @@ class LeaderboardFile(_Settings):
         calibration_tokens: of each of their contexts.
         phase: whose time counts.
         rounds: in which times are taken, every plan and the dense model in each; more of them go on
-            from those that were taken.
+            from those that were taken. Fewer than 5 show how plans are timed, and compare none.
         methods: names of `adaskip.methods`; SEARCH may be followed by its menu, in which "linear64"
             are linear maps of rank 64, and by "kv25", to hold 25 % of the keys and values; whatever
             comes before it, too, may be followed by "fit32" or "distill32".

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isnan
+from math import inf, isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ REPORT_FILE = "report.json"
 
 # What each method is compared with at equal measured time.
 BASE = "ADA"
+# Fewer rounds do not tell how far off the median of a plan's times may be.
+MIN_ROUNDS = 5
 # A gap above this is a collapse: a reference is e times less likely per token.
 COLLAPSE = 1.0
 
@@ -43,7 +45,7 @@ class Beside:
         interval: of the difference, 95 %, paired bootstrap over rows.
         share: the plan's gap by the other's; None where that loses nothing.
         share_interval: likewise.
-        steady: whether the same would be said at both ends of the intervals of either's measured times.
+        steady: whether the same would be said at both ends of the intervals of both measured times.
     """
 
     gap: float
@@ -107,6 +109,7 @@ class Entry:
         predicted: the acceleration that was predicted of the plan.
         seconds: to the first token: what dense takes in the table by the plan's measured ratio;
             None before times were taken.
+        rounds: in which times were taken; 0 before.
         ttft: measured ratio of dense to its time to first token.
         per_token: likewise of its time per token.
         kv_share: of the dense keys and values.
@@ -125,6 +128,7 @@ class Entry:
     calibration: str
     predicted: float
     seconds: float | None
+    rounds: int
     ttft: Ratio | None
     per_token: Ratio | None
     kv_share: float | None
@@ -143,9 +147,13 @@ class Entry:
 
     @property
     def ends(self) -> Interval:
-        """Those of the interval of `speed`; twice itself where it is predicted."""
-        own = self.ttft
-        return (self.predicted, self.predicted) if own is None else (own.low, own.high)
+        """Those of the interval of `speed`; twice itself where it is predicted.
+
+        After too few rounds it may be any acceleration.
+        """
+        if self.ttft is None:
+            return self.predicted, self.predicted
+        return (self.ttft.low, self.ttft.high) if self.rounds >= MIN_ROUNDS else (0.0, inf)
 
 
 @dataclass(frozen=True)

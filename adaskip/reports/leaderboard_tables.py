@@ -10,6 +10,7 @@ from adaskip.leaderboard.axes import Axis, same_axes
 from adaskip.leaderboard.comparing import at_equal_speed, at_speed
 from adaskip.leaderboard.values import (
     BASE,
+    MIN_ROUNDS,
     Beside,
     Interval,
     Report,
@@ -32,11 +33,13 @@ def introduction(report: Report) -> str:
         f"Gap: what a plan loses to the dense model, in nats per token of the references of "
         f"{report.task} (the first {report.reference_tokens} tokens of each). Intervals are those "
         "of 95 %: a paired bootstrap over test rows for gaps and scores, the median's over rounds "
-        "for times, in each of which dense and the plans of a sitting take turns. "
-        "Better and worse are said only where the interval of a difference excludes zero, at both "
-        "ends of the measured accelerations of the plan and of what it stands beside. The interval "
-        "of a share is that of rows alone, at the medians of times. Collapsed: rows that lose more than one nat per token. "
-        "Calibration rows come from other documents than test rows."
+        "for times (of fewer than 6 rounds the lowest and the highest), in each of which dense and "
+        "the plans of a sitting take turns. Better and worse are said only where the interval of a "
+        "difference excludes zero, at both ends of the measured accelerations of the plan and of "
+        f"what it stands beside, and not of plans with fewer than {MIN_ROUNDS} rounds of times. "
+        "The interval of a share is that of rows alone, at the medians of times. Collapsed: rows "
+        "that lose more than one nat per token. Calibration rows come from other documents than "
+        "test rows."
     )
 
 
@@ -105,8 +108,9 @@ def search_sentence(table: Table) -> str:
     worse = sum(e.beside[search].verdict == "worse" for e in rivals)
     told = ", ".join(better) or "none"
     return (
-        f"At the {_kind(table)} times of {len(rivals)} plans of other methods, {search} loses less "
-        f"than {worse} of them, beyond the intervals of losses and of times, and more than: {told}."
+        f"At the {_kind(table)} times of {len(rivals)} plans of other methods, {search} loses "
+        f"less than {worse} of them, beyond the intervals of losses and of times, and more than: "
+        f"{told}."
     )
 
 
