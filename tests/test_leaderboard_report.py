@@ -207,6 +207,23 @@ def test_the_text_says_what_exists(tmp_path: Path) -> None:
     assert "Tasks:" not in text
 
 
+def test_predicted_speeds_are_called_so(tmp_path: Path) -> None:
+    boards = whole(tmp_path)
+    said = write_report(boards[0].file, boards, tmp_path)
+    assert "time measured; hollow" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "predicted x TTFT" not in said
+    for board in boards:
+        board.sitting(1).path.unlink()
+    write_report(boards[0].file, boards, tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    headers = [line for line in text.splitlines() if line.startswith(("| method", "| calibration"))]
+    # Of plans, at equal time, of scores, of calibrations; one of the three has no calibrations.
+    n_predicted = sum("| predicted x TTFT |" in line for line in headers)
+    assert n_predicted == 3 + 1
+    assert "time predicted; hollow" in text
+    assert "time measured" not in text
+
+
 # Sorted by gap, falling; then the rows of one method in front only.
 USED = """(() => {
   const column = document.querySelectorAll('#quality thead button')[6];

@@ -1,4 +1,4 @@
-"""Figures of a leaderboard: quality lost against time measured."""
+"""Figures of a leaderboard: quality lost against time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STEPS = 40
 
 
 def draw_front(table: Table, methods: Sequence[str]) -> bytes:
-    """Gap against measured acceleration, a line per method, dense at 1 and 0; PNG.
+    """Gap against acceleration, a line per method, dense at 1 and 0; PNG.
 
     What no other plan beats is joined by a broad line.
 

@@ -118,8 +118,8 @@ def _draw(report: Report, folder: Path) -> list[Picture]:
     for table in report.tables:
         if table.entries:
             name = f"pareto-{PurePath(table.model).name}-{table.context}.png"
-            caption = f"{table.model}, {table.context:,} tokens: quality lost against time measured"
-            caption += "; hollow: beaten by another plan of the method"
+            caption = f"{table.model}, {table.context:,} tokens: quality lost against time "
+            caption += f"{tables.kind_of(table)}; hollow: beaten by another plan of the method"
             keep(name, draw_front(table, report.methods), caption)
     for context, axes in same_axes(report).items():
         caption = f"Models on the same axes, {context:,} tokens"

@@ -90,12 +90,16 @@ def dense_sentence(table: Table) -> str:
 
 def equal_time_title(table: Table) -> str:
     """What stands above the gaps at equal time."""
-    return f"At equal {_kind(table)} time: gap, its share of {NAMES[BASE]}'s, and what that shows"
+    return f"At equal {kind_of(table)} time: gap, its share of {NAMES[BASE]}'s, and what that shows"
 
 
-def _kind(table: Table) -> str:
+def kind_of(table: Table) -> str:
     """Of times: predicted ones until some were measured."""
     return "measured" if table.sittings else "predicted"
+
+
+def _speed_header(table: Table) -> str:
+    return "x TTFT" if table.sittings else "predicted x TTFT"
 
 
 def search_sentence(table: Table) -> str:
@@ -108,7 +112,7 @@ def search_sentence(table: Table) -> str:
     worse = sum(e.beside[search].verdict == "worse" for e in rivals)
     told = ", ".join(better) or "none"
     return (
-        f"At the {_kind(table)} times of {len(rivals)} plans of other methods, {search} loses "
+        f"At the {kind_of(table)} times of {len(rivals)} plans of other methods, {search} loses "
         f"less than {worse} of them, beyond the intervals of losses and of times, and more than: "
         f"{told}."
     )
@@ -197,7 +201,7 @@ def _scores(table: Table) -> Shown:
         for entry in table.entries
         if entry.scores
     ]
-    return ["method", "asked", "x TTFT", *table.tasks], rows
+    return ["method", "asked", _speed_header(table), *table.tasks], rows
 
 
 def _score(score: Score | None, facts: TaskFacts) -> str:
@@ -226,7 +230,7 @@ def calibrations(table: Table) -> Shown:
         ]
         for e in table.calibrations
     ]
-    header = ["calibration", "plan", "x TTFT", "gap", "interval"]
+    header = ["calibration", "plan", _speed_header(table), "gap", "interval"]
     return [*header, f"of {NAMES[BASE]}'s gap"], rows
 
 
