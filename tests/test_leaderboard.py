@@ -472,6 +472,45 @@ def test_times_of_another_machine_are_taken_anew(
         assert told == record | ({"commit": f"another / {record['commit']}"} if same else {})
 
 
+def test_times_that_are_taken_anew_stay_until_there_are_new_ones(
+    make: Callable[..., tuple[Board, Maker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, maker = make()
+    maker.make("plans")
+    maker.make("times")
+    store = board.sitting(1)
+    store.note(environment=store.record()["environment"] | {"transformers": "5.0"})
+    before = store.path.read_bytes()
+    board, maker = make(rounds=4)
+
+    def killed(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sittings, "time_request", killed)
+        with pytest.raises(KeyboardInterrupt):
+            maker.make("times")
+    assert store.path.read_bytes() == before
+    maker.make("times")
+    assert {len(row.ttft) for row in board.sitting(1).rows()} == {4}
+    assert board.sitting(1).record()["environment"]["transformers"] != "5.0"
+    assert store.path.with_suffix(".old.json").read_bytes() == before
+    assert [each.path for each in board.sittings] == [store.path]
+
+
+def test_times_without_their_plans_are_not_deleted(
+    make: Callable[..., tuple[Board, Maker]],
+) -> None:
+    board, maker = make()
+    maker.make("plans")
+    maker.make("times")
+    before = board.sitting(1).path.read_bytes()
+    board.plans.path.unlink()
+    with pytest.raises(RunError, match="has no plans, and times say nothing without"):
+        maker.make("times")
+    assert board.sitting(1).path.read_bytes() == before
+
+
 def test_losses_of_other_weights_precision_or_prompts_are_not_set_beside(
     make: Callable[..., tuple[Board, Maker]],
 ) -> None:

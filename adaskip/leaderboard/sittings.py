@@ -17,6 +17,7 @@ from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import by_turns, per_round
 from adaskip.profiling.timing import RequestTimes, time_request
 from adaskip.runs.environment import environment
+from adaskip.runs.files import put_aside
 from adaskip.runs.runconfig import DENSE
 from adaskip.runs.store import Store
 
@@ -50,8 +51,17 @@ class Sittings:
         self._progress = progress
 
     def take(self) -> None:
-        """Goes on with the sittings there are, then times what has no times in one of its own."""
+        """Goes on with the sittings there are, then times what has no times in one of its own.
+
+        Raises:
+            RunError: there are no plans, or times of another machine.
+        """
         board = self._board
+        if not board.plans.rows():
+            raise RunError(
+                f"{board.plans.path} has no plans, and times say nothing without those that they "
+                "were taken of: give --parts plans first, or put the file back."
+            )
         if board.untimed:
             self._refuse_elsewhere()
         for store in board.sittings:
@@ -62,7 +72,10 @@ class Sittings:
             self._take_turns(store, names)
 
     def _go_on(self, store: Store[TimesRow]) -> None:
-        """Finishes a sitting; what plans had that were made anew since is not kept."""
+        """Finishes a sitting; what plans had that were made anew since is not kept.
+
+        One that lacks rounds, but was taken in other versions, is taken anew.
+        """
         known = self._board.current(store)
         if not known.keys() <= {DENSE, *self._board.made}:
             # Of another file, too, which goes on with it.
@@ -70,15 +83,13 @@ class Sittings:
         taken = len(known[DENSE].ttft) if DENSE in known else 0
         unfinished = taken < self._board.n_rounds
         here = environment(str(self._model().device)) if unfinished else {}
-        elsewhere = unfinished and not _same(
-            _SITTING, store.record().get("environment", here), here
-        )
-        if not taken or known.keys() == {DENSE} or elsewhere:
+        if not taken or known.keys() == {DENSE}:
             store.path.unlink()
             return
         store.keep(known)
         if unfinished:
-            self._take_turns(store, [name for name in known if name != DENSE])
+            anew = not _same(_SITTING, store.record().get("environment", here), here)
+            self._take_turns(store, [name for name in known if name != DENSE], anew=anew)
 
     def _refuse_elsewhere(self) -> None:
         """Refuses to time on another machine than before, as methods would not compare."""
@@ -93,24 +104,26 @@ class Sittings:
                     "of times to time all plans here."
                 )
 
-    def _take_turns(self, store: Store[TimesRow], names: Sequence[str]) -> None:
-        """Times the rounds that a sitting lacks."""
+    def _take_turns(
+        self, store: Store[TimesRow], names: Sequence[str], *, anew: bool = False
+    ) -> None:
+        """Times the rounds that a sitting lacks; all, if anew, and what is there goes for them."""
         board = self._board
         plans = {name: self._plan_of(name) for name in [DENSE, *names]}
         digests = {DENSE: DENSE_DIGEST} | {n: row.plan_digest for n, row in board.made.items()}
-        taken = {row.id: row for row in store.rows()}
+        taken = {} if anew else {row.id: row for row in store.rows()}
         n_taken = min((len(row.ttft) for row in taken.values()), default=0)
         ids = random_prompt(self._model(), board.context)
         kinds = {name: partial(self._request, plan, ids) for name, plan in plans.items()}
-        store.note_environment(str(self._model().device))
         self._request(EMPTY_PLAN, ids)
-        for each in by_turns(
+        rounds = by_turns(
             kinds,
             rounds=board.n_rounds - n_taken,
             baselines=[DENSE],
             title=f"{board.name} times",
             progress=self._progress,
-        ):
+        )
+        for number, each in enumerate(rounds):
             for name in plans:
                 (ttft,) = per_round([each], name, lambda request: request.ttft)
                 (per_token,) = per_round([each], name, lambda request: request.per_token)
@@ -122,6 +135,11 @@ class Sittings:
                     per_token=[*(before.per_token if before else []), per_token],
                     kv_bytes=each[name][0].kv_bytes,
                 )
+            if number == 0:
+                # Not before there is a round to stand for what was taken.
+                if anew:
+                    put_aside(store.path)
+                store.note_environment(str(self._model().device))
             store.append([*taken.values()])
 
     def _request(self, plan: SkipPlan, ids: torch.Tensor) -> RequestTimes:

@@ -9,13 +9,17 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from adaskip.errors import RunError
 from adaskip.whole_files import write_whole
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
@@ -86,6 +90,19 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     with writing(path):
         write_whole(path, data)
+
+
+def put_aside(path: Path) -> None:
+    """Moves a record out of the way of one that is measured anew, over no other one.
+
+    Raises:
+        RunError: it cannot be moved.
+    """
+    names = (f".{number}.old.json" if number else ".old.json" for number in count())
+    aside = next(other for other in map(path.with_suffix, names) if not other.exists())
+    with writing(aside):
+        path.replace(aside)
+    logger.info("Measuring anew; the record that was there is now %s", aside)
 
 
 def read_json(path: Path) -> Record:

@@ -5,10 +5,8 @@ Everything that speed measurements read from disk or write to it goes through he
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,8 @@ import torch
 
 from adaskip.profiling.calibration import hardware
 from adaskip.runs.environment import environment
-from adaskip.runs.files import read_json, write_bytes, writing
+from adaskip.runs.files import put_aside, read_json, write_bytes
 from adaskip.runs.store import Store
-
-logger = logging.getLogger(__name__)
 
 # What tells a point from the others of its record, e.g. {"batch": 1, "context": 512}.
 Key = Mapping[str, int]
@@ -128,20 +124,11 @@ class SpeedRecord:
             RunError: it cannot be written.
         """
         if self.is_anew:
-            self._put_aside()
+            put_aside(self.path)
+            self.is_anew = False
         self.store.append([StoredPoint({**key, **point})])
         rows = sorted(self.store.rows(), key=lambda row: [row.content[name] for name in key])
         self.store.merge([row.id for row in rows])
-
-    def _put_aside(self) -> None:
-        """Moves the record that is there out of the way, over no other one."""
-        names = (f".{number}.old.json" if number else ".old.json" for number in count())
-        asides = (self.path.with_suffix(name) for name in names)
-        aside = next(path for path in asides if not path.exists())
-        with writing(aside):
-            self.path.replace(aside)
-        self.is_anew = False
-        logger.info("Measuring anew; the record that was there is now %s", aside)
 
     def write_beside(self, suffix: str, data: bytes) -> None:
         """Writes another file of the same name.
