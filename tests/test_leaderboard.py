@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -429,9 +430,11 @@ def test_a_new_plan_is_timed_beside_dense_and_no_other_anew(
         # Against the dense requests of its own sitting.
         assert by_method[method] == Ratio(4.0, 4.0, 4.0)
     assert by_method["EE"] != Ratio(4.0, 4.0, 4.0)
-    assert (table.sittings, table.rounds) == (2, 3)
+    assert table.rounds == (3, 3)
     assert table.environment["device"].endswith(" / abacus")
-    assert "3 rounds in each of 2 sittings" in dense_sentence(table)
+    assert "; 3 rounds in each of 2 sittings" in dense_sentence(table)
+    several = replace(table, rounds=(6, 5, 7))
+    assert "; 5 to 7 rounds in each of 3 sittings" in dense_sentence(several)
     # No sitting is added to that of another machine.
     board.sitting(1).append(
         [

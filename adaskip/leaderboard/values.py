@@ -182,8 +182,8 @@ class Table:
         context: prompt tokens.
         headline: the acceleration at which README tells of it.
         perplexity: of the references under the dense model.
-        sittings: in which times were taken, each with dense requests of its own.
-        rounds: of each.
+        rounds: of each sitting in which times were taken, each with dense requests of its own; that
+            of most plans first.
         seconds: its time to first token, median of the sitting of most plans, as other sittings may
             have been slower; None before times were taken.
         per_token: its time per token, likewise.
@@ -199,8 +199,7 @@ class Table:
     context: int
     headline: float
     perplexity: float
-    sittings: int
-    rounds: int
+    rounds: tuple[int, ...]
     seconds: float | None
     per_token: float | None
     references: Mapping[str, Reference]

@@ -80,9 +80,10 @@ def dense_sentence(table: Table) -> str:
         text += ". Times: predicted ones, none were measured yet."
     else:
         text += f"; {table.seconds:.3f} s to the first token, {1e3 * table.per_token:.1f} ms per "
-        text += f"token ({table.hardware}; {table.rounds} rounds"
-        if table.sittings > 1:
-            text += f" in each of {table.sittings} sittings, these times in that of most plans"
+        ends = sorted({min(table.rounds), max(table.rounds)})
+        text += f"token ({table.hardware}; {' to '.join(map(str, ends))} rounds"
+        if len(table.rounds) > 1:
+            text += f" in each of {len(table.rounds)} sittings, these times in that of most plans"
         text += ")."
     used = dict.fromkeys(entry.calibration for entry in table.entries)
     return f"{text} Calibration: {'; '.join(used)}." if used else text
@@ -95,11 +96,11 @@ def equal_time_title(table: Table) -> str:
 
 def kind_of(table: Table) -> str:
     """Of times: predicted ones until some were measured."""
-    return "measured" if table.sittings else "predicted"
+    return "measured" if table.rounds else "predicted"
 
 
 def _speed_header(table: Table) -> str:
-    return "x TTFT" if table.sittings else "predicted x TTFT"
+    return "x TTFT" if table.rounds else "predicted x TTFT"
 
 
 def search_sentence(table: Table) -> str:
