@@ -13,7 +13,7 @@ import pytest
 from chromium import Window, browser, opened
 from leaderboard_fixtures import filled, whole
 
-from adaskip.leaderboard.axes import same_axes
+from adaskip.leaderboard.axes import Axis, same_axes
 from adaskip.leaderboard.collecting import collect, table_of
 from adaskip.leaderboard.comparing import at_equal_speed, at_speed, beside, over_plan, unbeaten
 from adaskip.leaderboard.values import REPORT_FILE, read_report, verdict
@@ -180,6 +180,20 @@ def test_models_share_axes_where_they_share_rows(results: Path) -> None:
     # The rows lose 0.9 and 1.8 nats per token more, of two tokens each.
     (plan,) = (a for a in axes[1000] if (a.model, a.plan) == ("smollm2", "ADA 1.2"))
     assert plan.nats == pytest.approx((8 + 1.8 + 3.6) / 20)
+
+
+def test_plans_of_models_on_the_same_axes_are_joined_by_their_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = []
+    monkeypatch.setattr(leaderboard_figures, "as_png", lambda figure: drawn.append(figure) or b"")
+    # The plan that was asked for more is the slower one.
+    places = [("dense", 2.0), ("ADA", 1.0), ("ADA", 1.5)]
+    axes = [Axis("smollm2", name, name, seconds, 3 - seconds, None) for name, seconds in places]
+    leaderboard_figures.draw_axes(axes, ["ADA"])
+    (line,) = drawn[0].axes[0].get_lines()
+    assert [*line.get_xdata()] == [1.0, 1.5, 2.0]
+    assert [*line.get_ydata()] == [2.0, 1.5, 1.0]
 
 
 def test_the_report_is_made_of_its_json_alone(results: Path) -> None:

@@ -59,7 +59,7 @@ def draw_axes(axes: Sequence[Axis], methods: Sequence[str]) -> bytes:
     for model in models:
         own = [axis for axis in axes if axis.model == model]
         for method in dict.fromkeys(axis.method for axis in own if axis.method != DENSE):
-            at = [(a.seconds, a.nats) for a in own if a.method in (DENSE, method)]
+            at = sorted((a.seconds, a.nats) for a in own if a.method in (DENSE, method))
             panel.plot(
                 *zip(*at, strict=True),
                 color=COLOURS[models.index(model)],

@@ -122,6 +122,7 @@ def _draw(report: Report, folder: Path) -> list[Picture]:
             caption += f"{tables.kind_of(table)}; hollow: beaten by another plan of the method"
             keep(name, draw_front(table, report.methods), caption)
     for context, axes in same_axes(report).items():
-        caption = f"Models on the same axes, {context:,} tokens"
+        caption = f"Models on the same axes, {context:,} tokens; seconds of each are of its own "
+        caption += "sitting, and days differ in speed"
         keep(f"pareto-models-{context}.png", draw_axes(axes, report.methods), caption)
     return drawn

@@ -67,9 +67,10 @@ def as_text(report: Report) -> str:
 
 CALIBRATIONS = "The same point from other calibration rows:"
 AXES = (
-    "Absolute values: seconds to the first token, and nats per character of the references that "
-    "all models have, because two models do not have the same tokens. A context, and what counts "
-    "of a reference, is so many tokens of the model's own: the texts are of different lengths."
+    "Absolute values: seconds to the first token, of each model in a sitting of its own, though a "
+    "machine's speed differs from day to day; nats per character of the references that all models "
+    "have, because two models do not have the same tokens. A context, and what counts of a "
+    "reference, is so many tokens of the model's own: the texts are of different lengths."
 )
 
 
