@@ -824,6 +824,10 @@ def test_files_that_cannot_be(
     [
         (["--contexts", "3"], "3 is no context of the file; it has 1000"),
         (["--models", "gpt"], "gpt is no model of the file; it has smollm2"),
+        (
+            ["--models", "qwen", "gemma3", "--contexts", "7000"],
+            "compares qwen and gemma3 at no context of 7000 tokens; it has smollm2 1000, smollm2",
+        ),
         (["--parts", "times", "--contexts", "4000", "--ship", "x"], "has no plan yet"),
     ],
 )

@@ -90,7 +90,7 @@ def _asked(
     """The boards of some models and context lengths; None for all.
 
     Raises:
-        AdaskipError: the file has no such one.
+        AdaskipError: the file has no such one, or none of these models at these lengths.
     """
     for what, given, known in (
         ("model", models, [board.model for board in boards]),
@@ -100,12 +100,19 @@ def _asked(
             if one not in known:
                 listed = ", ".join(map(str, dict.fromkeys(known)))
                 raise AdaskipError(f"{one} is no {what} of the file; it has {listed}.")
-    return [
+    asked = [
         board
         for board in boards
         if board.model in (models or [board.model])
         and board.context in (contexts or [board.context])
     ]
+    if not asked:
+        there = ", ".join(f"{board.model} {board.context}" for board in boards)
+        raise AdaskipError(
+            f"The file compares {' and '.join(models or ())} at no context of "
+            f"{' and '.join(map(str, contexts or ()))} tokens; it has {there}."
+        )
+    return asked
 
 
 def _make(board: Board, parts: Sequence[str], models: _Models) -> None:
