@@ -795,6 +795,29 @@ def test_shipped_plans_tell_what_was_measured(
             json.dumps(FILE | {"scores": {"sample_qa": {"rows": 1, "methods": ["NBL"]}}}),
             "names the method 'NBL', which it compares nowhere; it compares ",
         ),
+        (json.dumps(FILE | {"methods": ["ADA", "ADA"]}), "'ADA 1.05' of smollm2 at 40 tokens"),
+        (json.dumps(FILE | {"models": ["smollm2", "smollm2"]}), "40 tokens 2 times; name each"),
+        (
+            json.dumps(FILE | {"contexts": {"40": {"accelerations": [1.1, 1.2, 1.2]}}}),
+            "'ADA 1.2' of smollm2 at 40 tokens 2 times",
+        ),
+        (
+            json.dumps(
+                FILE
+                | {
+                    "other_calibrations": [
+                        {
+                            "model": "smollm2",
+                            "context": 40,
+                            "method": "ADA",
+                            "acceleration": 1.1,
+                            "seeds": [1, 2, 1],
+                        }
+                    ]
+                }
+            ),
+            "'ADA 1.1 seed 1' of smollm2 at 40 tokens 2 times",
+        ),
         (json.dumps(FILE | {"task": "gov_report"}), "be calibrated on what they are tested on"),
         (json.dumps(FILE | {"scores": {"trec": {"rows": 1}}}), "'trec' has no rows apart from"),
         (

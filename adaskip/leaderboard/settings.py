@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -251,7 +252,7 @@ class LeaderboardFile(_Settings):
     shipped: list[Shipped] = []
 
     def check(self) -> None:
-        """Refuses names that nothing has.
+        """Refuses names that nothing has, and what is there twice.
 
         Raises:
             AdaskipError: the first of them, with what there is.
@@ -287,6 +288,7 @@ class LeaderboardFile(_Settings):
         self._check_compared("model", self.models, (m for part in parts for m in part.models or ()))
         compared = [m for part in parts for m in part.methods or self.methods]
         self._check_compared("method", compared, chain(*scored))
+        self._check_once()
         for one in others:
             self._check_point(one)
         for plan in self.shipped:
@@ -299,6 +301,20 @@ class LeaderboardFile(_Settings):
                 raise AdaskipError(
                     f"The file names the {what} {name!r}, which it compares nowhere; it compares "
                     f"{', '.join(dict.fromkeys(compared))}."
+                )
+
+    def _check_once(self) -> None:
+        """Refuses a point that is there twice: it would be compared and counted twice."""
+        points = Counter(
+            (point.name, model, context)
+            for model, context in self.boards()
+            for point in (*self.main(context), *self.others(model, context))
+        )
+        for (name, model, context), times in points.items():
+            if times > 1:
+                raise AdaskipError(
+                    f"The file has {name!r} of {model} at {context} tokens {times} times; name "
+                    "each model, method, acceleration and calibration once."
                 )
 
     def _check_point(self, one: OtherCalibrations | Shipped) -> None:
