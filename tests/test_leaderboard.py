@@ -796,6 +796,7 @@ def test_shipped_plans_tell_what_was_measured(
             "names the method 'NBL', which it compares nowhere; it compares ",
         ),
         (json.dumps(FILE | {"methods": ["ADA", "ADA"]}), "'ADA 1.05' of smollm2 at 40 tokens"),
+        (json.dumps(FILE | {"models": ["a/m", "b/m"]}), "'a/m' and 'b/m' end in the same name"),
         (json.dumps(FILE | {"models": ["smollm2", "smollm2"]}), "40 tokens 2 times; name each"),
         (
             json.dumps(FILE | {"contexts": {"40": {"accelerations": [1.1, 1.2, 1.2]}}}),

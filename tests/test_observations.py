@@ -575,6 +575,7 @@ def test_scripts_write_json_text_and_figure(
     [
         (["--model", "smollm3"], "smollm2"),
         (["--model", "smollm2", "llama", "--model_path", "x"], "one --model"),
+        (["--model", "a/m", "b/m"], "'a/m' and 'b/m' end in the same name"),
         (["--model", "smollm2", "--tasks", "nothing"], "nothing"),
         (["--model", "smollm2", "--policy", "EE"], "unrecognized"),
         ([], "--model"),

@@ -13,7 +13,7 @@ from adaskip.command import Command, say
 from adaskip.configuration import read_config
 from adaskip.errors import AdaskipError
 from adaskip.models.processes import team
-from adaskip.models.spec import model_names, model_spec
+from adaskip.models.spec import model_names, model_spec, refuse_namesakes
 from adaskip.observing.analysis import Numbers, observed
 from adaskip.observing.layer_skipping import skip_layers
 from adaskip.observing.recording import OpenModel
@@ -81,6 +81,7 @@ def observation_main(observation: str, argv: Sequence[str] | None = None) -> int
 def _observe(observation: str, given: dict[str, Any], command: str) -> int:
     """Measures the models that are asked for, and writes what was found."""
     models: list[str] = list(dict.fromkeys(given.pop("model")))
+    refuse_namesakes(models)
     if given["model_path"] and len(models) > 1:
         raise AdaskipError("--model_path replaces the weights of one model; give one --model.")
     scores = given.pop("scores", False)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.methods import method_names
-from adaskip.models.spec import model_spec
+from adaskip.models.spec import model_spec, refuse_namesakes
 from adaskip.plan import Phase
 from adaskip.search import MENU, SEARCH
 from adaskip.tasks.spec import task_names, task_spec
@@ -262,6 +262,8 @@ class LeaderboardFile(_Settings):
                 f"The file's phase is {self.phase}, but plans are compared by the time to the "
                 "first token: give phase: prefill."
             )
+        # Not after the hours that the first of two would take.
+        refuse_namesakes(self.models)
         parts = [*self.contexts.values()]
         others = self.other_calibrations
         for model in (*self.models, *(m for part in parts for m in part.models or ())):

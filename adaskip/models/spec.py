@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,22 @@ def model_spec(name_or_path: str | Path) -> ModelSpec:
     limit = int(limit)
     room = min(limit // 8, _ANSWER_ROOM)
     return ModelSpec(name=name, hub_id=name, prompt_limit=limit - room)
+
+
+def refuse_namesakes(models: Iterable[str]) -> None:
+    """Refuses different models that end in the same name, by which files and figures call them.
+
+    Raises:
+        AdaskipError: the first two of them.
+    """
+    found: dict[str, str] = {}
+    for model in models:
+        before = found.setdefault(Path(model).name, model)
+        if before != model:
+            raise AdaskipError(
+                f"The models {before!r} and {model!r} end in the same name, by which their files "
+                "are called: give them to two commands with a --results_dir each, or rename one."
+            )
 
 
 def _known(name: str, row: Mapping[str, Any]) -> ModelSpec:
