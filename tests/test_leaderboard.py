@@ -684,7 +684,8 @@ def test_what_is_committed_is_what_the_report_says() -> None:
     given = read_yaml(config_path("leaderboard.yaml"), LeaderboardFile)
     given.check()
     boards = [Board(given, model, context, RESULTS) for model, context in given.boards()]
-    assert collect(given, boards) == read_report(RESULTS / REPORT_FILE)
+    found = replace(collect(given, boards), config="leaderboard.yaml")
+    assert found == read_report(RESULTS / REPORT_FILE)
 
 
 def test_readme_has_the_table_of_what_is_committed() -> None:
@@ -710,6 +711,8 @@ def test_readme_is_written_between_its_marks(
     assert text.startswith("# A\n<!-- leaderboard -->\n\n| model ")
     assert text.endswith(" |\n\n<!-- /leaderboard -->\nB\n")
     assert "old" not in text
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "<code>python eval/leaderboard.py --config board.yaml</code>" in page
     # At 1.1, between plans: 0.2 to 0.6 at 1.0625 to 1.125; the second row loses twice as much.
     assert "0.660 [0.440, 0.880]" in text
 

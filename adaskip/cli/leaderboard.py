@@ -58,7 +58,7 @@ def _act(given: argparse.Namespace) -> int:
     for board in _asked(boards, given.models, given.contexts):
         _make(board, given.parts, models)
     if REPORT in given.parts:
-        say(write_report(file, boards, folder))
+        say(write_report(file, boards, folder, config=path.name))
     if given.readme is not None:
         text = with_table(_text_of(given.readme), _report_in(folder))
         write_text(given.readme, text)

@@ -236,12 +236,14 @@ class Report:
         reference_tokens: of each reference.
         phase: whose time plans were asked for.
         tables: by model and context length.
+        config: the name of the file that says what is compared.
     """
 
     task: str
     reference_tokens: int
     phase: str
     tables: tuple[Table, ...]
+    config: str = ""
 
     @property
     def models(self) -> tuple[str, ...]:

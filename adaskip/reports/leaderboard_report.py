@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -37,13 +37,21 @@ class Picture:
     caption: str
 
 
-def write_report(file: LeaderboardFile, boards: Iterable[Board], folder: Path) -> str:
+def write_report(
+    file: LeaderboardFile, boards: Iterable[Board], folder: Path, *, config: str
+) -> str:
     """Writes `report.json` of what exists, and all that is made from it; returns the text.
+
+    Args:
+        file: what is compared.
+        boards: of the file.
+        folder: gets the report.
+        config: the name of the file.
 
     Raises:
         RunError: a file is damaged or cannot be written.
     """
-    collect(file, boards).save(folder / REPORT_FILE)
+    replace(collect(file, boards), config=config).save(folder / REPORT_FILE)
     return render(folder)
 
 
