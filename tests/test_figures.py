@@ -8,8 +8,10 @@ import pytest
 from report_fixtures import line, table
 
 from adaskip.errors import RunError
+from adaskip.plan import Phase
 from adaskip.policies import POLICIES
-from adaskip.reports.figures import as_data_uri, policy_colour, policy_marker
+from adaskip.reports import speed, sweep_figures
+from adaskip.reports.figures import as_data_uri, canvas, policy_colour, policy_marker
 from adaskip.reports.sweep_figures import bar_styles, draw_quality, draw_scores
 
 
@@ -26,6 +28,41 @@ def test_a_policy_keeps_its_colour(others: tuple[tuple[str, int], ...]) -> None:
     assert set(colours) == {policy_colour("ADA")}
     assert len(set(hatches)) == 2
     assert "dense" not in styles
+
+
+def test_bars_of_policies_are_told_apart_without_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(sweep_figures, "as_png", lambda figure: drawn.append(figure) or b"")
+    lines = [line(policy, n) for policy, n in (("dense", 0), ("ADA", 8), ("ADA", 16), ("EE", 4))]
+    draw_scores([table(*lines)])
+    panel = drawn[0].axes[0]
+    bars = {c.get_label(): c for c in panel.containers if hasattr(c, "patches")}
+    points = {c.get_label(): c for c in panel.containers if c not in bars.values()}
+    looks = {
+        label: (points[label].lines[0].get_marker(), bar.patches[0].get_hatch())
+        for label, bar in bars.items()
+    }
+    assert {*looks} == {"ADA 8", "ADA 16", "EE 4"}
+    assert len({*looks.values()}) == 3
+    assert looks["ADA 8"][0] == looks["ADA 16"][0] == policy_marker("ADA")
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()].count("ADA 8") == 1
+
+
+def test_speedups_of_policies_are_told_apart_without_colours() -> None:
+    speedup = {"median": 1.1, "low": 1.0, "high": 1.2}
+    case = {"prefill": {"speedup": speedup, "ideal_speedup": 1.2}}
+    labels = ["ADA 8", "ADA 16", "EE 4"]
+    point = {"context": 8, "cases": [case | {"label": label} for label in labels]}
+    panel = canvas(1, 1, width=4, height=4)[1][0][0]
+    speed._panel(panel, [point], labels, Phase.PREFILL)
+    looks = [
+        (line.get_marker(), line.get_fillstyle())
+        for line in (container.lines[0] for container in panel.containers)
+    ]
+    assert looks == [
+        *((policy_marker("ADA"), "full"), (policy_marker("ADA"), "none")),
+        (policy_marker("EE"), "full"),
+    ]
 
 
 def test_there_is_no_figure_without_anything_to_show() -> None:

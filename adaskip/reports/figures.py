@@ -61,13 +61,14 @@ def canvas(
 
 
 def add_legend(figure: Any, axes: Any) -> None:
-    """One legend below all axes, in which every label stands once."""
-    found: dict[str, Any] = {}
+    """One legend below all axes, in which every label stands once, with all that is drawn of it."""
+    found: dict[str, dict[type, Any]] = {}
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+            found.setdefault(label, {}).setdefault(type(handle), handle)
+    handles = [tuple(own.values()) for own in found.values()]
     figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=len(found), frameon=False
+        handles, found.keys(), loc="outside lower center", ncols=len(found), frameon=False
     )
 
 

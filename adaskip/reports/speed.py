@@ -11,10 +11,11 @@ from typing import Any
 from adaskip.plan import KINDS, Phase
 from adaskip.policies import POLICIES
 from adaskip.profiling.interleaving import Ratio
-from adaskip.reports.figures import policy_colour
+from adaskip.reports.figures import policy_colour, policy_marker
 from adaskip.tables import MISSING, markdown_table, number
 
-MARKERS = ("o", "s", "^", "D", "v")
+# How the marker of a policy is filled, by the number of its budget.
+FILLS = ("full", "none", "left", "bottom", "right", "top")
 _APART = 0.03  # of a doubling of the context
 FRACTION = "fraction of the ideal saving"
 CAPTION = (
@@ -293,7 +294,7 @@ def _panel(
         # Side by side, so that bars do not hide each other.
         places = [context * 2 ** (_APART * (index - len(labels) / 2)) for context in contexts]
         policy = label.split()[0]
-        colour, marker = policy_colour(policy), MARKERS[seen[policy] % len(MARKERS)]
+        colour, fill = policy_colour(policy), FILLS[seen[policy] % len(FILLS)]
         seen[policy] += 1
         cases = [next(c for c in point["cases"] if c["label"] == label) for point in points]
         found = [Ratio(**case[phase]["speedup"]) for case in cases]
@@ -303,8 +304,9 @@ def _panel(
             [[r.median - r.low for r in found], [r.high - r.median for r in found]],
             label=label,
             color=colour,
-            marker=marker,
-            markersize=4,
+            marker=policy_marker(policy),
+            fillstyle=fill,
+            markersize=5,
             elinewidth=0.8,
             capsize=2,
         )

@@ -116,7 +116,7 @@ def mean_perplexity(line: Line, tasks: Sequence[str]) -> float | None:
 
 
 def bar_styles(tables: Sequence[Table]) -> dict[str, tuple[str, str]]:
-    """Colour by policy and hatch by budget, the same in every panel."""
+    """Colour by policy and hatch by budget, the same in every panel; markers tell policies, too."""
     budgets: dict[str, dict[str, None]] = {}
     for line in (line for table in tables for line in table.lines if line.policy != DENSE):
         budgets.setdefault(line.policy, {})[line.label] = None
@@ -139,16 +139,28 @@ def _bars(panel: Any, table: Table, styles: dict[str, tuple[str, str]], value: V
         colour, hatch = styles[line.label]
         found = [(place, value(line, task)) for place, task in enumerate(table.tasks)]
         shown = [(place, pair) for place, pair in found if pair is not None]
+        places = [place - 0.4 + (index + 0.5) * width for place, _ in shown]
+        heights = [mean for _, (mean, _) in shown]
         panel.bar(
-            [place - 0.4 + (index + 0.5) * width for place, _ in shown],
-            [mean for _, (mean, _) in shown],
+            places,
+            heights,
             width,
-            yerr=[error for _, (_, error) in shown],
             color=colour,
             hatch=hatch,
             edgecolor="black",
             linewidth=0.6,
-            error_kw={"elinewidth": 0.8, "capsize": 2},
+            label=line.label,
+        )
+        panel.errorbar(
+            places,
+            heights,
+            [error for _, (_, error) in shown],
+            fmt=policy_marker(line.policy),
+            color="black",
+            markerfacecolor="white",
+            markersize=4,
+            elinewidth=0.8,
+            capsize=2,
             label=line.label,
         )
     for place, task in enumerate(table.tasks):
