@@ -60,6 +60,14 @@ def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> AdaskipError:
     return AdaskipError(f"Unknown {kind} {given!r}.{hint} Choose one of: {', '.join(names)}.")
 
 
+def no_numbers(dtype: object) -> AdaskipError:
+    """The error for predictions that are not finite in the precision that a model computes in."""
+    return AdaskipError(
+        f"The predictions of the model or the plan are no numbers in {dtype}; load the model in "
+        "bfloat16 or float32, and see whether the plan's gains are right."
+    )
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """A sentence that names the nearest allowed name, after a space; empty if none is near."""
     # `str`: an enumeration of texts would show itself.

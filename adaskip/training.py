@@ -14,7 +14,7 @@ from torch.optim import Adam
 from tqdm import tqdm
 
 from adaskip.divergence import Course, Prompt
-from adaskip.errors import AdaskipError
+from adaskip.errors import no_numbers
 from adaskip.plan import Sublayer
 from adaskip.replacements import Replacement
 from adaskip.training_record import TrainingRecord
@@ -78,11 +78,7 @@ class Training:
         """
         self.before = self.least = self._course.divergence()
         if not math.isfinite(self.before):
-            model = self._trained.sublayers_of.model
-            raise AdaskipError(
-                f"The predictions of the model or the plan are no numbers in {model.dtype}; load "
-                "the model in bfloat16 or float32, and see whether the plan's gains are right."
-            )
+            raise no_numbers(self._trained.sublayers_of.model.dtype)
         # Whether it can be kept is told before hours of it.
         self._keep()
 

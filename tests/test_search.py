@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
 from typing import Any, cast
 
@@ -341,6 +342,16 @@ def test_exchange_finds_what_greedy_missed() -> None:
     assert chosen(lost, 1.5, 10)[0] == {"attn0 window 16", "ffn0 gain"}
 
 
+def test_what_overflows_is_never_chosen_and_looked_at_once() -> None:
+    lost = {"attn1 window 16": 0.1, "attn1 window 8": 0.12, "attn1 gain": inf, "ffn2 gain": 0.9}
+    plan, rows = chosen(lost | {f"ffn{i} gain": inf for i in (0, 1)}, 1.5, 10)
+    assert plan == {"attn1 window 16", "ffn2 gain"}
+    for name in ("attn1 gain", "ffn0 gain", "ffn1 gain"):
+        assert [each for each in rows.looked if each.startswith(name)] == [f"{name} few"]
+    with pytest.raises(AdaskipError, match="under which predictions are numbers"):
+        chosen({f"ffn{i} gain": inf for i in range(4)}, 11.9, 0)
+
+
 def test_what_nobody_looked_at_is_guessed_from_other_sublayers() -> None:
     lost = {f"attn{i} window {size}": 0.1 for i in range(N_LAYERS) for size in (8, 16)}
     plan, rows = chosen(lost, 1.6, 0)
@@ -437,12 +448,13 @@ def test_exchange_may_leave_what_nobody_looked_at() -> None:
     assert set(rows.plan.values()) == {"attn0 window 16", "ffn1 gain"}
 
 
-def test_a_move_that_all_rows_refuse_promises_nothing_afterwards() -> None:
+@pytest.mark.parametrize("hidden", [5.0, inf])
+def test_a_move_that_all_rows_refuse_promises_nothing_afterwards(hidden: float) -> None:
     menu = Menu(tiny_model("llama"), Dishes(["gain"], (), None), PlanTimes(times()), no_heads)
     gains = {str(option.sublayer): option for option in menu}
     lost = {"ffn0": 1.0, "ffn1": 0.9, "ffn2": 0.2, "ffn3": 0.7}
     told = {str(option): lost.get(s, 9.0) for s, option in gains.items()}
-    rows = Additive(told, {"ffn2 gain": 5.0})
+    rows = Additive(told, {"ffn2 gain": hidden})
     choice = Choice(cast(Any, rows), menu, Budget(2.0))
     choice.lost = {option: told[str(option)] for option in menu}
     choice.accept([gains["ffn0"], gains["ffn1"]])

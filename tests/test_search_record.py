@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import prompt, tiny_model
 from test_search import LONG, MENU_TIMES, times
 from transformers import PreTrainedModel
 
-from adaskip import Linear, RunError, SkipPlan, Sublayer, Window, search_plan
+from adaskip import AdaskipError, Linear, RunError, SkipPlan, Sublayer, Window, search_plan
+from adaskip.methods import make_plan
 from adaskip.profiling import calibration
 from adaskip.search import searching
 from adaskip.search.journal import VERSION, Journal
@@ -25,6 +27,7 @@ from adaskip.sublayer_times import PlanTimes
 
 RANK_8 = PlanTimes(times(), {"linear 8": 0.5})
 ELSEWHERE = PlanTimes(replace(times(4, 1), context=999), MENU_TIMES.replaced)
+WHOLE_MENU = PlanTimes(times(), {"linear": 0.5} | {f"window {n}": 1.5 for n in (64, 128, 256)})
 OPTIONS: dict[str, Any] = {
     "acceleration": 1.7,
     "times": MENU_TIMES,
@@ -36,6 +39,12 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture
 def model() -> PreTrainedModel:
     return tiny_model("llama")
+
+
+@pytest.fixture
+def wide() -> PreTrainedModel:
+    """With positions for the usual windows."""
+    return tiny_model("llama", max_position_embeddings=1024)
 
 
 @pytest.fixture
@@ -223,6 +232,46 @@ def test_a_record_of_another_model_or_other_rows_is_refused(
     with pytest.raises(RunError, match=message):
         search_plan(given.pop("model"), given.pop("calibration"), record=record, **given)
     assert record.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["SEARCH", "SLEB"])
+def test_a_model_whose_predictions_are_no_numbers_is_refused(
+    wide: PreTrainedModel, tmp_path: Path, name: str
+) -> None:
+    record = tmp_path / "record.jsonl"
+    with torch.no_grad():
+        wide.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(AdaskipError, match=r"are no numbers in torch\.float32; load the model in"):
+        make_plan(wide, LONG, name, times=WHOLE_MENU, record=record)
+    assert not record.exists() or len(record.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["SEARCH", "BLOCKPRUNER"])
+def test_a_candidate_that_overflows_is_not_chosen_and_leaves_the_record_readable(
+    wide: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    worst, behind = Sublayer(1, "ffn"), Losses._behind
+
+    def overflowing(self: Losses, stream: Any, first: int, plan: Any) -> list[torch.Tensor]:
+        *before, last = behind(self, stream, first, plan)
+        return [*before, last * torch.nan if worst in plan else last]
+
+    def made(acceleration: float) -> SkipPlan:
+        options: dict[str, Any] = {"times": WHOLE_MENU, "record": tmp_path / "record.jsonl"}
+        return make_plan(wide, LONG, name, acceleration=acceleration, **options)
+
+    assert worst in made(4.5)
+    (tmp_path / "record.jsonl").unlink()
+    monkeypatch.setattr(Losses, "_behind", overflowing)
+    plan = made(3.7)
+    assert worst not in plan
+    assert contents(made(3.7)) == contents(plan)
+    told = (tmp_path / "record.jsonl").read_text()
+    assert "NaN" not in told
+    assert "Infinity" not in told
+    assert "Infinity" not in str(plan.about)
+    with pytest.raises(AdaskipError, match="numbers"):
+        made(4.5)
 
 
 def test_a_damaged_record_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:

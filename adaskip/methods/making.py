@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -136,7 +137,7 @@ def make_plan(
                 course.add(named(plan), *reached(described(model, plan, times, acceleration)), lost)
         cost = trials.forwards
         losses.accept(learned)
-        loss = losses.loss({}, measure="kl")
+        loss = losses.of_the_plan()
         facts = described(model, plan, times, acceleration)
         course.alone = trials.alone
         course.add(named(plan), *reached(facts), loss)
@@ -173,14 +174,14 @@ def _loss_of(plan: Mapping[Sublayer, Learned], losses: Losses, *, compute: bool)
     """The loss of a plan on the way; None if it is neither at hand nor to be computed."""
     if losses.plan == for_all(plan):
         # The streams are those of the plan.
-        return losses.loss({}, measure="kl")
+        return losses.of_the_plan()
     if not compute:
         return None
     before = losses.n_run
     loss = losses.loss(plan, measure="kl")
     # No part of what the method takes.
     losses.n_run = before
-    return loss
+    return loss if math.isfinite(loss) else None
 
 
 def _of_policy(

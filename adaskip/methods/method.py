@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import ParamSpec
 
+from adaskip.errors import no_numbers
 from adaskip.plan import Sublayer
 from adaskip.search.cross_fitting import Learned
 from adaskip.search.losses import Measure
@@ -69,6 +71,9 @@ def least_lost(rows: Trials, parts: Sequence[tuple[Sublayer, ...]], *, exact: bo
         parts: sublayers that are taken away together.
         exact: whether to look at all parts in every round; otherwise losses of earlier rounds are
             looked at anew only when their part comes to the top.
+
+    Raises:
+        AdaskipError: without any part that is left predictions are no numbers.
     """
     # What a part adds to the loss, and how many were gone when that was seen.
     seen: dict[tuple[Sublayer, ...], tuple[float, int]] = {}
@@ -77,7 +82,7 @@ def least_lost(rows: Trials, parts: Sequence[tuple[Sublayer, ...]], *, exact: bo
     def look(part: tuple[Sublayer, ...]) -> None:
         lost = rows.loss(_without(part)) - base
         seen[part] = lost, n_gone
-        if n_gone == 0:
+        if n_gone == 0 and isfinite(lost):
             name = NOTHING if len(part) == 1 else f"{NOTHING}, nor of its layer"
             rows.alone |= dict.fromkeys(part, (name, lost))
 
@@ -91,6 +96,8 @@ def least_lost(rows: Trials, parts: Sequence[tuple[Sublayer, ...]], *, exact: bo
         if best in stale and not exact:
             look(best)
             continue
+        if not isfinite(seen[best][0]):
+            raise no_numbers(rows.losses.sublayers.model.dtype)
         base, n_gone = base + seen.pop(best)[0], n_gone + 1
         rows.accept(_without(best))
         rows.say(f"{n_gone} gone, loss {base:.4f}")

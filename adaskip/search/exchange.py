@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 
 from adaskip.plan import Sublayer
 from adaskip.search.greedy import Choice
@@ -74,7 +75,9 @@ def _refresh(choice: Choice, base: float) -> None:
     """Looks on few rows at what each chosen option loses now, and lets the others grow with it."""
     before = sum(max(choice.lost[option], 0.0) for option in choice.chosen.values())
     for sublayer, option in choice.chosen.items():
-        choice.lost[option] = base - choice.trials.loss(dropped=sublayer, few=True)
+        without = choice.trials.loss(dropped=sublayer, few=True)
+        if isfinite(without):
+            choice.lost[option] = base - without
     after = sum(max(choice.lost[option], 0.0) for option in choice.chosen.values())
     chosen = set(choice.chosen.values())
     for option in choice.lost:
@@ -84,6 +87,10 @@ def _refresh(choice: Choice, base: float) -> None:
 
 def _correct(choice: Choice, move: _Move, added: float) -> None:
     """Notes what a move was seen to add to the loss: on what it replaces more, else less."""
+    if not isfinite(added):
+        if move.options:
+            choice.menu.leave_out(move.options[-1])
+        return
     relief = choice.seen_now(move.sublayer)
     relief -= 0.0 if move.less is None else choice.seen(move.less)
     if move.more is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 
 from adaskip.errors import AdaskipError
 from adaskip.plan import Sublayer
@@ -116,6 +117,9 @@ class _Lazy:
         if few and n_accepted:
             base = choice.trials.loss(few=True)
         loss = choice.trials.loss([option], few=few)
+        if not isfinite(loss):
+            choice.menu.leave_out(option)
+            return
         lost = loss - base + choice.seen_now(option.sublayer)
         if few:
             self._few.add(option)
@@ -164,8 +168,8 @@ def _best(choice: Choice, lazy: _Lazy) -> Option:
     found = [option for option in choice.menu if _is_open(choice, option)]
     if not found:
         raise AdaskipError(
-            "The acceleration and the kv_share cannot be reached together with these replacements; "
-            "give less, or allow gains."
+            "The acceleration and the kv_share cannot be reached together with the replacements "
+            "under which predictions are numbers; give less, or allow gains."
         )
     return min(found, key=score)
 

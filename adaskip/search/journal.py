@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -67,10 +68,10 @@ class Journal:
         Args:
             kind: of value.
             of: what it was measured of, with all that it depends on besides the header.
-            value: finite, if a number.
+            value: a number that is not finite is kept for this search alone: JSON has none.
         """
         self._known[kind, of] = value
-        if self._path is not None:
+        if self._path is not None and value != math.inf:
             self._write({kind: value, "of": of})
 
     def _write(self, line: Line) -> None:

@@ -6,6 +6,7 @@ computed again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax, nll_loss
 
-from adaskip.errors import AdaskipError, unknown_name
+from adaskip.errors import AdaskipError, no_numbers, unknown_name
 from adaskip.fitting import Moments
 from adaskip.plan import Sublayer, all_sublayers
 from adaskip.recorders import median
@@ -122,7 +123,8 @@ class Losses:
         measure: "kl", the divergence from the dense model, or "nll", that of the answer.
 
     Raises:
-        AdaskipError: there is no row, or one without prompt or answer tokens.
+        AdaskipError: there is no row, or one without prompt or answer tokens; or the model's
+            predictions are no numbers.
 
     Attributes:
         measure: "kl" or "nll".
@@ -224,6 +226,8 @@ class Losses:
     ) -> float:
         """Nats per answer token of the plan with some sublayers replaced in addition.
 
+        Where predictions are no numbers it is infinite: a NaN would compare as no worse than
+        anything, and one candidate that overflows need not end a search that can go without it.
         Rows that the same change was just looked at under, as one of few, are not computed again.
 
         Args:
@@ -247,7 +251,19 @@ class Losses:
             self._few = looked
         else:
             self._latest, self._few = looked, _Looked()
-        return float(torch.stack(losses).sum()) / sum(len(s.answer) for s in streams)
+        lost = float(torch.stack(losses).sum()) / sum(len(s.answer) for s in streams)
+        return lost if math.isfinite(lost) else math.inf
+
+    def of_the_plan(self) -> float:
+        """KL(dense || plan) of the plan as it is, in nats per answer token.
+
+        Raises:
+            AdaskipError: its predictions are no numbers.
+        """
+        lost = self.loss({}, measure="kl")
+        if lost == math.inf:
+            raise no_numbers(self.sublayers.model.dtype)
+        return lost
 
     def accept(
         self, changed: Mapping[Sublayer, Learned], *, dropped: Sublayer | None = None
@@ -328,6 +344,8 @@ class Losses:
         stream = _Stream(number, ids.to(x.device), answer_ids.to(x.device), calls, [x])
         stream.before += self._behind(stream, 0, {})
         stream.dense = self._log_probabilities(stream, stream.before[-1])
+        if not (stream.before[-1].isfinite().all() and stream.dense.isfinite().all()):
+            raise no_numbers(self.sublayers.model.dtype)
         return stream
 
     def _behind(

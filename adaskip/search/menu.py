@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -15,6 +16,8 @@ from adaskip.profiling.plan_times import linear_like, windowable
 from adaskip.replacements import Linear, Replacement, Window
 from adaskip.sublayer_times import GAIN, PlanTimes, replacement_name, timed_as
 from adaskip.summary import key_value_heads
+
+logger = logging.getLogger(__name__)
 
 # "window" is one of a whole attention, "heads" one of some of its key-value heads.
 Name = Literal["gain", "linear", "window", "heads"]
@@ -211,10 +214,16 @@ class Menu:
                 spared = (dense[sublayer.layer] - window.held(context)) / sum(dense)
                 options.append(Option(sublayer, name, window, saved, spared))
             found[sublayer] = tuple(sorted(options, key=lambda o: (o.saved, o.freed)))
-        self.options: Mapping[Sublayer, tuple[Option, ...]] = found
+        self.options = found
 
     def __iter__(self) -> Iterator[Option]:
         return (option for options in self.options.values() for option in options)
+
+    def leave_out(self, option: Option) -> None:
+        """Takes an option off the menu, under which predictions are no numbers."""
+        logger.warning("%s is left out: with it the predictions are no numbers", option)
+        own = self.options[option.sublayer]
+        self.options[option.sublayer] = tuple(other for other in own if other != option)
 
     def most(self, sublayer: Sublayer) -> float:
         """The most seconds that can be saved on a sublayer."""

@@ -133,7 +133,7 @@ def search_plan(
         with closing(trials):
             course = Course.begun(losses, plan_times)
             choice = _choose(trials, menu, asked, plan_times)
-        loss = losses.loss({})
+        loss = losses.of_the_plan()
         course.alone = trials.alone
         _tell(course, choice, plan_times)
         replaced = losses.plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from math import isfinite
 
 from tqdm import tqdm
 
@@ -58,7 +59,7 @@ class Trials:
     def loss(
         self, options: Iterable[Option] = (), *, dropped: Sublayer | None = None, few: bool = False
     ) -> float:
-        """Nats per answer token of the plan with a change; few: of every fourth row.
+        """Nats per answer token of the plan with a change, infinite where it overflows.
 
         Args:
             options: what is replaced in addition, or otherwise.
@@ -84,7 +85,7 @@ class Trials:
         else:
             self._latest = (asked, changed) if counts else ("", None)
             self._few = ("", None)
-        if not self._plan and len(options) == 1:
+        if not self._plan and len(options) == 1 and isfinite(loss):
             [option] = options
             first, _ = self.alone.get(option.sublayer, (option.sort, loss))
             if first == option.sort:
