@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isfinite
 from numbers import Integral, Real
 from typing import TypeGuard
+
+from adaskip.errors import AdaskipError
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -20,3 +23,10 @@ def is_finite(value: object) -> TypeGuard[float]:
         return isfinite(value)
     except OverflowError:  # an integer beyond all floats
         return False
+
+
+def check_counts(counts: Mapping[str, object]) -> None:
+    """Raises an `AdaskipError` for the first count, by its name, that is no whole number from 1."""
+    for name, count in counts.items():
+        if not (is_whole(count) and count >= 1):
+            raise AdaskipError(f"{name} is {count!r}; give a whole number, 1 or more.")

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaskip.errors import AdaskipError
+from adaskip.errors import AdaskipError, unknown_name
+from adaskip.numbers import check_counts
 from adaskip.plan import Phase, Sublayer, all_sublayers
 from adaskip.replacements import Linear, Replacement, Window
 
@@ -126,13 +127,16 @@ class PlanTimes:
         Raises:
             AdaskipError: it was not.
         """
-        if name == GAIN:
-            return self.dense.seconds[sublayer]
-        if name not in self.replaced:
+        self.check_measured(name)
+        return self.dense.seconds[sublayer] - (0.0 if name == GAIN else self.replaced[name])
+
+    def check_measured(self, name: str) -> None:
+        """Raises an `AdaskipError` unless there is a time of a replacement of this name."""
+        if name != GAIN and name not in self.replaced:
             raise AdaskipError(
-                f"No time of {name!r} was measured; there is one of {', '.join(self.replaced)}."
+                f"No time of {name!r} was measured; there is one of "
+                f"{', '.join([GAIN, *self.replaced])}."
             )
-        return self.dense.seconds[sublayer] - self.replaced[name]
 
     def speedup(self, plan: Mapping[Sublayer, Replacement]) -> float:
         """The predicted ratio of dense time to that of a plan."""
@@ -223,6 +227,19 @@ def combined(
         groups.setdefault(group_of[sublayer], []).append(value)
     seconds = {s: scale * statistics.mean(groups[group_of[s]]) for s in medians}
     return SublayerTimes(total, seconds, phase, context, batch)
+
+
+def check_place(phase: object, context: object, batch: object) -> None:
+    """Raises an `AdaskipError` unless times may be of this phase, context and batch.
+
+    Args:
+        phase: one of `Phase`.
+        context: prompt tokens; None for some that are not known yet.
+        batch: sequences.
+    """
+    if phase not in list(Phase):
+        raise unknown_name("phase", str(phase), list(Phase))
+    check_counts({"batch": batch} | ({} if context is None else {"context": context}))
 
 
 def times_given(

@@ -356,7 +356,7 @@ def test_plans_are_explored_when_made_and_later(
 ) -> None:
     # Measured ones would let the number of steps depend on the machine.
     times = PlanTimes(SublayerTimes(10.0, dict.fromkeys(all_sublayers(4), 1.0), Phase.PREFILL, 24))
-    monkeypatch.setattr("adaskip.methods.making.measured_plan_times", lambda *_, **__: times)
+    monkeypatch.setattr("adaskip.search.journal.measured_plan_times", lambda *_, **__: times)
     made, later = tmp_path / "made.html", tmp_path / "later.html"
     given = options(tmp_path / "plans", "--method", "SLEB", "LLMDROP", "--acceleration", "1.3")
     assert plan_main([*given, "--html", str(made)]) == 0

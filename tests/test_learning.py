@@ -21,13 +21,16 @@ from adaskip import (
 )
 
 
+def must_not_run(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, which fails a test in which any part of its decoder runs."""
+    for module in model.model.modules():
+        module.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    return model
+
+
 @pytest.fixture
 def unused() -> PreTrainedModel:
-    """A model that must not run."""
-    model = tiny_model("llama")
-    for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    return model
+    return must_not_run(tiny_model("llama"))
 
 
 def masked(mask: Any, ids: torch.Tensor | None = None) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import N_LAYERS, prompt, tiny_model
+from conftest import N_LAYERS, VOCAB, prompt, tiny_model
+from test_learning import must_not_run
 from test_search import loss_of, times
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedModel
@@ -46,6 +47,12 @@ PROMPTS = [prompt(21, seed=5), prompt(14, seed=6)]
 @pytest.fixture
 def model() -> PreTrainedModel:
     return tiny_model("llama")
+
+
+@pytest.fixture
+def unused() -> PreTrainedModel:
+    """A model that must not run, with positions for the usual windows."""
+    return must_not_run(tiny_model("llama", max_position_embeddings=1024))
 
 
 @pytest.fixture
@@ -355,6 +362,48 @@ def test_a_method_goes_on_from_its_record_towards_any_acceleration(
     assert looked[0] == 1 + len(other) == 3
     with pytest.raises(RunError, match=r"calibration: .* then, .* now"):
         make_plan(model, ROWS[:1], "SLEB", acceleration=1.2, record=record, **options)
+
+
+@pytest.mark.parametrize("method", ["SEARCH", "NBL", "ADA"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": [("a", "b")]}, "A calibration row is of texts"),
+        ({"calibration": [*ROWS, (prompt(5), [])]}, "no prompt or no answer tokens"),
+        ({"calibration": [(prompt(5)[:, :0], [3])]}, "no prompt or no answer tokens"),
+        ({"calibration": [(prompt(5, batch=2), [3, 4])]}, r"torch.int64 of shape \[2, 5\]"),
+        ({"calibration": [(prompt(5), [5.7, 2.0])]}, r"torch.float32 of shape \[2\]"),
+        ({"calibration": [(prompt(5), [True, False])]}, r"torch.bool of shape \[2\]"),
+        ({"calibration": [(prompt(5)[None], [3])]}, r"of shape \[1, 1, 5\]; give whole ids"),
+        ({"calibration": [*ROWS, (prompt(5), [VOCAB])]}, f"but the model knows 0 to {VOCAB - 1}"),
+        ({"calibration": 0 * ROWS}, "No calibration row"),
+        ({"batch": 0}, "batch is 0; give a whole number"),
+        ({"context": 0}, "context is 0; give a whole number"),
+        ({"context": 9.5}, r"context is 9\.5"),
+        ({"phase": "both"}, "Unknown phase 'both'"),
+        ({"times": PlanTimes(TIMES.dense)}, "No time of '.*' was measured; there is one of gain"),
+    ],
+)
+def test_what_no_method_takes_is_refused_before_the_model_runs(
+    unused: PreTrainedModel, tmp_path: Path, method: str, options: dict[str, Any], message: str
+) -> None:
+    if method == "ADA" and "times" in options:
+        pytest.skip("It needs times of nothing but sublayers.")
+    record = tmp_path / "record.jsonl"
+    given: dict[str, Any] = {"calibration": ROWS, "record": record} | options
+    with pytest.raises(AdaskipError, match=message):
+        make_plan(unused, given.pop("calibration"), method, **given)
+    assert not record.exists()
+
+
+@pytest.mark.parametrize("method", ["SEARCH", "SLEB", "ADA"])
+def test_a_record_of_something_else_is_refused_before_the_model_runs(
+    unused: PreTrainedModel, tmp_path: Path, method: str
+) -> None:
+    record = tmp_path / "record.jsonl"
+    Journal(record, {"model": "another"})
+    with pytest.raises(RunError, match="is of another search"):
+        make_plan(unused, ROWS, method, record=record)
 
 
 @pytest.mark.parametrize(

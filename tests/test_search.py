@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from adaskip import AdaskipError, Linear, SkipPlan, Sublayer, Window, search_plan, skipping
 from adaskip.fitting import fit_linears
 from adaskip.plan import Phase, all_sublayers
-from adaskip.search import searching
+from adaskip.search import journal
 from adaskip.search.exchange import exchange
 from adaskip.search.greedy import Choice, fill
 from adaskip.search.losses import Losses, Row
@@ -518,7 +518,7 @@ def test_windows_of_some_heads_are_timed_where_they_are_looked_at(
         asked.append(samples)
         return PlanTimes(times(), {timed_as(w): known[timed_as(w)] for w in samples})
 
-    monkeypatch.setattr(searching, "measured_plan_times", measure)
+    monkeypatch.setattr(journal, "measured_plan_times", measure)
     # Two of three heads save 5 % of an attention, not two thirds of what all of them save.
     options: dict[str, Any] = {"replacements": ["window", "heads"], "windows": [8]}
     options |= {"acceleration": 1.02, "record": tmp_path / "record.jsonl"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel
 from adaskip import AdaskipError, Linear, RunError, SkipPlan, Sublayer, Window, search_plan
 from adaskip.methods import make_plan
 from adaskip.profiling import calibration
-from adaskip.search import searching
+from adaskip.search import journal
 from adaskip.search.journal import VERSION, Journal
 from adaskip.search.losses import Losses
 from adaskip.search.menu import Option
@@ -79,7 +81,7 @@ def test_times_of_another_machine_are_measured_anew(
         measured.append(args)
         return MENU_TIMES
 
-    monkeypatch.setattr(searching, "measured_plan_times", measure)
+    monkeypatch.setattr(journal, "measured_plan_times", measure)
     options = OPTIONS | {"times": None, "record": tmp_path / "record.jsonl"}
     options["replacements"] = ["gain", "linear", "window"]
     for machine, n_measured in (("one", 1), ("one", 1), ("another", 2)):
@@ -200,17 +202,23 @@ def test_a_loss_is_known_by_what_was_learned_in_front_of_it(model: PreTrainedMod
         assert asked(gain, wide) == ["kl of all rows: attn0 window 16 4, ffn1 gain"]
 
 
+@pytest.mark.parametrize(
+    "made", [partial(search_plan, replacements=["gain"]), partial(make_plan, method="SLEB")]
+)
 def test_measured_times_are_in_the_record(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    made: Callable[..., SkipPlan],
 ) -> None:
     monkeypatch.setenv("ADASKIP_CACHE", str(tmp_path / "cache"))
-    options: dict[str, Any] = {"acceleration": 1.05, "replacements": ["gain"]}
-    record = tmp_path / "search.jsonl"
-    first = search_plan(model, LONG, record=record, **options)
+    options: dict[str, Any] = {"acceleration": 1.05, "record": tmp_path / "search.jsonl"}
+    made = partial(made, model, LONG, **options)
+    first = made()
     for path in (tmp_path / "cache").rglob("*.json"):
         path.unlink()
-    monkeypatch.setattr("adaskip.search.searching.measured_plan_times", None)
-    assert search_plan(model, LONG, record=record, **options).about == first.about
+    monkeypatch.setattr(journal, "measured_plan_times", None)
+    assert made().about == first.about
 
 
 @pytest.mark.parametrize(

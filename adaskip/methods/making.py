@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
-import torch
 from transformers import PreTrainedModel
 
 from adaskip.budget import check_acceleration, reaches
@@ -20,17 +19,17 @@ from adaskip.methods.method import METHODS, Growth, Method
 from adaskip.plan import COURSE, Phase, SkipPlan, Step, Sublayer
 from adaskip.policies import POLICIES
 from adaskip.policies.factory import LEARNED, build_policy, takes
-from adaskip.profiling.plan_times import linear_like, measured_plan_times
+from adaskip.profiling.plan_times import linear_like
 from adaskip.replacements import Replacement
 from adaskip.search import SEARCH, search_plan
 from adaskip.search.course import Course, named
 from adaskip.search.cross_fitting import Learned, for_all
 from adaskip.search.describing import described, identity, reached, with_measured
-from adaskip.search.journal import Journal
-from adaskip.search.losses import Losses, Row
+from adaskip.search.journal import Journal, known_times
+from adaskip.search.losses import Losses, Row, checked_rows, row_ids
 from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
-from adaskip.sublayer_times import PlanTimes, SublayerTimes, times_given
+from adaskip.sublayer_times import PlanTimes, SublayerTimes, check_place, timed_as, times_given
 
 
 def method_names() -> tuple[str, ...]:
@@ -96,11 +95,10 @@ def make_plan(
     if exact and not (method in METHODS and METHODS[method].lazy):
         lazy = ", ".join(name for name in METHODS if METHODS[name].lazy)
         raise AdaskipError(f"exact=True is for {lazy}; {method} is always exact: leave it out.")
-    rows = list(calibration)
     if method == SEARCH:
         return search_plan(
             model,
-            rows,
+            calibration,
             acceleration=acceleration,
             phase=phase,
             context=context,
@@ -111,21 +109,25 @@ def make_plan(
             source=source,
             progress=progress,
         )
-    if phase not in list(Phase):
-        raise unknown_name("phase", str(phase), list(Phase))
-    if times is not None:
-        n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-        times = times_given(times, n_layers, phase=str(phase), context=context, batch=batch)
-    # What cannot be taken through sublayer by sublayer is refused before anything is learned.
+    check_place(phase, context, batch)
+    # What cannot be taken through sublayer by sublayer, and a record of something else, is refused
+    # before anything is learned.
     sublayers_of = Sublayers(model)
+    config = model.config.get_text_config(decoder=True)
+    sorts = [linear_like(model, None)] if method in METHODS and METHODS[method].linear else []
+    if times is not None:
+        place = {"phase": str(phase), "context": context, "batch": batch}
+        times = times_given(times, config.num_hidden_layers, **place)
+        for each in sorts:
+            times.check_measured(timed_as(each))
+    rows = checked_rows(calibration, config.vocab_size)
+    journal = Journal(record, identity(model, rows))
     chosen = METHODS.get(method) or _of_policy(method, model, rows, importance)
     with measuring(model):
         losses = Losses(sublayers_of, rows, chosen.measure)
-        journal = Journal(record, identity(model, rows))
         if times is None:
-            sorts = [linear_like(model, None)] if chosen.linear else []
-            place = context or losses.longest_prompt
-            times = measured_plan_times(model, phase, place, sorts, batch=batch)
+            context = losses.longest_prompt if context is None else context
+            times = known_times(journal, model, phase, context, sorts, batch=batch)
         trials = Trials(losses, None, journal, progress=progress)
         grow = partial(chosen.grow, exact=True) if exact else chosen.grow
         with closing(trials):
@@ -189,8 +191,8 @@ def _of_policy(
 ) -> Method:
     """A policy as a method: by the plan it has in the prefill experiment, at every step."""
     if importance is None and takes(name, LEARNED):
-        prompts = [torch.as_tensor(prompt, dtype=torch.long).reshape(1, -1) for prompt, _ in rows]
-        importance = learn_importance(model, prompts)
+        parts = map(row_ids, rows)
+        importance = learn_importance(model, [both[:, : -len(answer)] for both, answer in parts])
     elif importance is not None:
         importance.check_model(model)
 

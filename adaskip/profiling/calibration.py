@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 from adaskip.blocks import execution_device
 from adaskip.chance import SEED
 from adaskip.configuration import cache_root
-from adaskip.errors import AdaskipError, unknown_name
-from adaskip.numbers import is_whole
+from adaskip.numbers import check_counts
 from adaskip.plan import Phase
 from adaskip.profiling.clock import ClockedRequests
 from adaskip.profiling.interleaving import by_turns
@@ -32,7 +31,7 @@ from adaskip.profiling.timing import (
     dynamic_cache,
     time_request,
 )
-from adaskip.sublayer_times import VERSION, SublayerTimes
+from adaskip.sublayer_times import VERSION, SublayerTimes, check_place
 from adaskip.supported import check_model, refuse_inside
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def measure_sublayers(
         UnsupportedModelError: the model is not supported, or on several devices.
     """
     check_model(model)
-    _check_counts({"context": context, "batch": batch, "repeats": repeats, "n_steps": n_steps})
+    check_counts({"context": context, "batch": batch, "repeats": repeats, "n_steps": n_steps})
     # Its times would be kept as the model's own.
     refuse_inside(model.base_model)
     ids = random_prompt(model, context, batch)
@@ -114,10 +113,8 @@ def measured_times(
         AdaskipError: unknown phase, or a number is not positive.
         UnsupportedModelError: the model is not supported, or on several devices.
     """
-    if phase not in list(Phase):
-        raise unknown_name("phase", str(phase), list(Phase))
+    check_place(phase, context, batch)
     check_model(model)
-    _check_counts({"context": context, "batch": batch})
     target = cache_root() / "times" if folder is None else Path(folder)
     paths = _paths(model, target, context, batch, make_cache)
     with suppress(OSError, ValueError):  # AdaskipError and damaged JSON are ValueErrors
@@ -129,13 +126,6 @@ def measured_times(
         for p, path in paths.items():
             path.write_text(json.dumps(times[p].as_dict()), encoding="utf-8")
     return times[Phase(phase)]
-
-
-def _check_counts(counts: Mapping[str, object]) -> None:
-    """Raises an `AdaskipError` unless each is a whole number from 1 on."""
-    for name, count in counts.items():
-        if not (is_whole(count) and count >= 1):
-            raise AdaskipError(f"{name} is {count!r}; give a whole number, 1 or more.")
 
 
 def _paths(

@@ -6,15 +6,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from adaskip.errors import RunError
 from adaskip.numbers import is_finite
+from adaskip.plan import Phase
+from adaskip.profiling.calibration import identity as place
+from adaskip.profiling.plan_times import measured_plan_times
+from adaskip.replacements import Replacement
 from adaskip.search.losses import Row
+from adaskip.sublayer_times import GAIN, PlanTimes, timed_as
 
 # Of what was measured, and of how it is called: a loss means nothing to a search that learns what
 # takes a sublayer's place in another way.
@@ -84,6 +90,27 @@ class Journal:
                 f"The record {self._path} cannot be written: {error}. What it has is kept, and "
                 "the same call goes on from there."
             ) from error
+
+
+def known_times(
+    journal: Journal,
+    model: PreTrainedModel,
+    phase: Phase | str,
+    context: int,
+    samples: Sequence[Replacement],
+    *,
+    batch: int,
+) -> PlanTimes:
+    """Times as `measured_plan_times` measures them, those of the record where it has them."""
+    names = ", ".join(map(timed_as, samples)) or GAIN
+    # A record may be taken to another machine.
+    of = f"{phase} of {batch} x {context} tokens on {short_hash(place(model))}: {names}"
+    known = journal.known("times", of)
+    if known is not None:
+        return PlanTimes.from_dict(known)
+    times = measured_plan_times(model, phase, context, samples, batch=batch)
+    journal.add("times", of, times.as_dict())
+    return times
 
 
 def digest_of(rows: Iterable[Row]) -> str:

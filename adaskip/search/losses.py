@@ -34,6 +34,8 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 _STRIDE = 4
 # Streams behind a change are kept until the next one, as it may be accepted; if they fit in this.
 _KEPT_BYTES = 2**30
+# Of ids.
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # First tokens of a row that no linear map is fitted on, attention sinks.
 _SINKS, _RIDGE = 4, 1e-3
 
@@ -87,12 +89,13 @@ def row_ids(row: Row) -> tuple[Tensor, Tensor]:
     The last of them is only predicted: what the model reads ends before it.
 
     Raises:
-        AdaskipError: it is no pair, not of ids, or has no prompt or no answer tokens.
+        AdaskipError: it is no pair, not of ids of one prompt and its answer, or has no prompt or no
+            answer tokens.
     """
     parts: list[Tensor] = []
     if isinstance(row, tuple | list) and len(row) == 2:
         with suppress(TypeError, ValueError, RuntimeError):
-            parts = [torch.as_tensor(part, dtype=torch.long).flatten() for part in row]
+            parts = [torch.as_tensor(part) for part in row]
     if not parts:
         parted = row if isinstance(row, tuple | list) else [row]
         texts = any(isinstance(part, str) for part in parted)
@@ -101,12 +104,37 @@ def row_ids(row: Row) -> tuple[Tensor, Tensor]:
             f"A calibration row is {what}; give the ids of prompt and answer, e.g. "
             "(tokenizer(prompt).input_ids, tokenizer(answer).input_ids)."
         )
-    if not all(map(len, parts)):
+    if not all(part.numel() for part in parts):
         raise AdaskipError(
             "A calibration row has no prompt or no answer tokens; the loss is taken over the "
             "answer's. Give (prompt ids, answer ids) with one token or more each."
         )
-    return torch.cat(parts)[None], parts[1]
+    for ids in parts:
+        if ids.dtype not in _WHOLE or ids.ndim not in (1, 2) or ids.numel() != ids.shape[-1]:
+            raise AdaskipError(
+                f"A calibration row has {ids.dtype} of shape {list(ids.shape)}; give whole ids "
+                "[tokens] or [1, tokens] of a prompt, and of its answer, each prompt a row of its "
+                "own."
+            )
+    prompt, answer = (ids.flatten().long() for ids in parts)
+    return torch.cat([prompt, answer])[None], answer
+
+
+def checked_rows(rows: Iterable[Row], vocab_size: int) -> list[Row]:
+    """Calibration rows, all of them looked at before the model runs on the first.
+
+    Args:
+        rows: `(prompt ids, answer ids)` each.
+        vocab_size: ids the model knows.
+
+    Raises:
+        AdaskipError: there is none, or one that `row_ids` refuses or has other ids.
+    """
+    found = list(rows)
+    if not found:
+        raise AdaskipError("No calibration row was given; a search needs at least one.")
+    checked_prompts([row_ids(row)[0] for row in found], vocab_size)
+    return found
 
 
 def reads(rows: Iterable[Row]) -> list[Tensor]:
@@ -123,8 +151,8 @@ class Losses:
         measure: "kl", the divergence from the dense model, or "nll", that of the answer.
 
     Raises:
-        AdaskipError: there is no row, or one without prompt or answer tokens; or the model's
-            predictions are no numbers.
+        AdaskipError: there is no row, or one that is none; or the model's predictions are no
+            numbers.
 
     Attributes:
         measure: "kl" or "nll".
@@ -141,9 +169,9 @@ class Losses:
         self.measure: Measure = measure
         # The latest changes that all rows, and that few, were looked at under.
         self._latest, self._few = _Looked(), _Looked()
-        self._streams = [self._stream(number, row) for number, row in enumerate(rows)]
-        if not self._streams:
-            raise AdaskipError("No calibration row was given; a search needs at least one.")
+        config = sublayers.model.config.get_text_config(decoder=True)
+        checked = checked_rows(rows, config.vocab_size)
+        self._streams = [self._stream(number, row) for number, row in enumerate(checked)]
 
     @property
     def forwards(self) -> float:
@@ -336,10 +364,8 @@ class Losses:
         return plan, min((s.position for s in touched), default=len(self.order))
 
     def _stream(self, number: int, row: Row) -> _Stream:
-        vocab_size = self.sublayers.model.config.get_text_config(decoder=True).vocab_size
         both, answer_ids = row_ids(row)
-        [inputs] = checked_prompts([both], vocab_size)
-        ids = inputs["input_ids"][:, :-1]
+        ids = both[:, :-1]
         x, calls = self.sublayers.begin({"input_ids": ids})
         stream = _Stream(number, ids.to(x.device), answer_ids.to(x.device), calls, [x])
         stream.before += self._behind(stream, 0, {})

@@ -131,6 +131,13 @@ class Dishes:
                 windowable(model, window)
         return made
 
+    def check_timed(self, model: PreTrainedModel, times: PlanTimes) -> None:
+        """Raises an `AdaskipError` unless there are times of all that may be chosen."""
+        for sample in self.samples(model):
+            # Of some heads only the largest is.
+            if "window" in self.names or isinstance(sample, Linear) or sample == self.largest:
+                times.check_measured(timed_as(sample))
+
     @property
     def largest(self) -> Window:
         """The largest window, which some heads may have."""

@@ -6,34 +6,26 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 from transformers import PreTrainedModel
 
 from adaskip.budget import check_acceleration
-from adaskip.errors import AdaskipError, unknown_name
+from adaskip.errors import AdaskipError
 from adaskip.fingerprint import model_fingerprint
 from adaskip.fitting import check_rank
 from adaskip.numbers import is_finite, is_whole
 from adaskip.plan import COURSE, Phase, SkipPlan
-from adaskip.profiling.calibration import identity as place
-from adaskip.profiling.plan_times import measured_plan_times
-from adaskip.replacements import Replacement
 from adaskip.search.course import Course, named
 from adaskip.search.describing import described, identity, reached, with_measured
 from adaskip.search.exchange import exchange
 from adaskip.search.greedy import Choice, fill
-from adaskip.search.journal import Journal, short_hash
-from adaskip.search.losses import Losses, Row
+from adaskip.search.journal import Journal, known_times
+from adaskip.search.losses import Losses, Row, checked_rows
 from adaskip.search.menu import MENU, Budget, Dishes, Menu, Name, check_reach
 from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
-from adaskip.sublayer_times import (
-    GAIN,
-    PlanTimes,
-    SublayerTimes,
-    timed_as,
-    times_given,
-)
+from adaskip.sublayer_times import PlanTimes, SublayerTimes, check_place, times_given
 from adaskip.supported import check_model
 
 NAME = "SEARCH"
@@ -117,14 +109,18 @@ def search_plan(
         n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         given = times_given(times, n_layers, phase=asked.phase, context=context, batch=batch)
         asked = replace(asked, context=given.dense.context)
-    check_rank(rank, model.config.get_text_config(decoder=True).hidden_size)
-    # What does not fit the model is refused before anything is computed.
+    config = model.config.get_text_config(decoder=True)
+    check_rank(rank, config.hidden_size)
+    # What does not fit the model, and a record of another, is refused before anything is computed.
     dishes.samples(model)
-    rows = list(calibration)
+    if given is not None:
+        dishes.check_timed(model, given)
+    rows, sublayers_of = checked_rows(calibration, config.vocab_size), Sublayers(model)
+    journal = Journal(record, identity(model, rows))
     with measuring(model):
-        losses = Losses(Sublayers(model), rows)
-        asked = replace(asked, context=asked.context or losses.longest_prompt)
-        journal = Journal(record, identity(model, rows))
+        losses = Losses(sublayers_of, rows)
+        if asked.context is None:
+            asked = replace(asked, context=losses.longest_prompt)
         frees = asked.kv_share is not None
         plan_times = given or _times(model, asked, dishes, journal, frees=frees)
         by_harm = losses.heads_by_harm
@@ -167,8 +163,7 @@ class _Asked:
     def check(self) -> None:
         """Raises an `AdaskipError` if something cannot be asked for."""
         check_acceleration(self.acceleration)
-        if self.phase not in list(Phase):
-            raise unknown_name("phase", self.phase, list(Phase))
+        check_place(self.phase, self.context, self.batch)
         if self.kv_share is not None and not (is_finite(self.kv_share) and 0 < self.kv_share <= 1):
             raise AdaskipError(
                 f"A kv_share of {self.kv_share!r} is none; give a number above 0, up to 1."
@@ -181,27 +176,12 @@ def _times(
     model: PreTrainedModel, asked: _Asked, dishes: Dishes, journal: Journal, *, frees: bool
 ) -> PlanTimes:
     """Measured times of what may be chosen, of some heads where they are looked at."""
-    samples = dishes.samples(model)
-    times = _known_times(model, asked, samples, journal)
-    some = dishes.samples_of_some_heads(model, times, frees=frees)
-    return _known_times(model, asked, [*samples, *some], journal) if some else times
-
-
-def _known_times(
-    model: PreTrainedModel, asked: _Asked, samples: Sequence[Replacement], journal: Journal
-) -> PlanTimes:
-    """Measured times, those of the record where it has them."""
     assert asked.context is not None  # noqa: S101 - the longest prompt took its place
-    names = ", ".join(map(timed_as, samples)) or GAIN
-    # A record may be taken to another machine.
-    here = short_hash(place(model))
-    of = f"{asked.phase} of {asked.batch} x {asked.context} tokens on {here}: {names}"
-    known = journal.known("times", of)
-    if known is not None:
-        return PlanTimes.from_dict(known)
-    times = measured_plan_times(model, asked.phase, asked.context, samples, batch=asked.batch)
-    journal.add("times", of, times.as_dict())
-    return times
+    times_of = partial(known_times, journal, model, asked.phase, asked.context, batch=asked.batch)
+    samples = dishes.samples(model)
+    times = times_of(samples)
+    some = dishes.samples_of_some_heads(model, times, frees=frees)
+    return times_of([*samples, *some]) if some else times
 
 
 def _choose(trials: Trials, menu: Menu, asked: _Asked, times: PlanTimes) -> Choice:
