@@ -87,6 +87,13 @@ def test_a_search_goes_on_where_it_was(
     assert "| SEARCH-gain-1.1 " in capsys.readouterr().out
 
 
+def test_ratios_that_are_nearly_the_same_have_files_of_their_own(tmp_path: Path) -> None:
+    given = options(tmp_path, "--method", "EE", "--acceleration", "1.05", "1.0500001", "1")
+    assert plan_main(given) == 0
+    names = {"EE-1.05", "EE-1.0500001", "EE-1"}
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} == names
+
+
 def test_what_fails_does_not_stop_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +111,7 @@ def test_what_fails_does_not_stop_the_others(
         (["--method", "SLEP"], "Unknown method 'SLEP'. Did you mean 'SLEB'"),
         (["--context", "0"], "--context is 0; it must be at least 1"),
         (["--rows", "0"], "--rows is 0"),
+        (["--acceleration", "1.2", "nan", "nan"], "An acceleration of nan is none; give a ratio"),
         (["--context", "7500"], "--context is 7500; the longest prompt of smollm2 is 7500"),
         (["--phase", "both"], "invalid choice: 'both'"),
         (["--tasks", "sample_q"], "Did you mean 'sample_qa'"),
@@ -209,6 +217,20 @@ def test_gains_and_maps_are_distilled_when_that_is_asked_for(
         (["--method", "EE", "--windows", "8"], "--windows is of SEARCH"),
         (["--method", "EE", "--replacements", "gain"], "--replacements is of SEARCH"),
         (["--exact"], "--exact is of BLOCKPRUNER and SLEB, none of which is asked for"),
+        (
+            ["--method", "SLEB", "--distill", "2"],
+            "--distill is of ADA and NBL and",
+        ),
+        (
+            ["--replacements", "window", "--distill", "2"],
+            "--distill is of ADA and NBL and PRUNECOMP, ",
+        ),
+        (["--method", "SLEB", "ADA", "--fit_rows", "64"], "--fit_rows is of NBL and SEARCH, none"),
+        (["--replacements", "gain", "--fit_rows", "64"], "--fit_rows is of NBL, none of which"),
+        (
+            ["--method", "EE", "--fit_rows", "64", "--distill", "2"],
+            "--distill is of ADA and NBL and PRUNECOMP and SEARCH, none of which",
+        ),
     ],
 )
 def test_what_no_method_takes_is_refused(
@@ -328,7 +350,10 @@ def test_texts_of_the_users_calibrate(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     for more, message in (
         (["--rows", "2"], "leave --rows out"),
-        (["--fit_rows", "9", "--tasks", "sample_qa"], "leave --fit_rows, --tasks out"),
+        (
+            ["--fit_rows", "9", "--tasks", "sample_qa", "--method", "NBL"],
+            "leave --fit_rows, --tasks out",
+        ),
         (
             ["--seed", "9", "--data_dir", "d", "--min_length", "9"],
             "leave --data_dir, --min_length, --seed out",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
@@ -29,6 +30,7 @@ from adaskip import (
     search_plan,
     skipping,
 )
+from adaskip.cli.kept_plans import may_hold
 from adaskip.fitting import fit_linears
 from adaskip.methods import METHODS, make_plan, method, method_names
 from adaskip.plan import Phase, Step, all_sublayers, whole_layers
@@ -323,6 +325,9 @@ def test_every_method_makes_the_least_plan_that_is_fast_enough(
     else:
         assert about["loss"] == in_sample
     plan.check_model(model)
+    kinds = {"gain": float, "linear": Linear}
+    found = {k: any(isinstance(r, kind) for r in plan.values()) for k, kind in kinds.items()}
+    assert may_hold(Namespace(), name) == found
     # One step less is too slow.
     step = 2 if name in {"EE", "SD", "US", "SHORTGPT", "SLEB", "PRUNECOMP"} else 1
     assert len(plan) % step == 0

@@ -12,6 +12,7 @@ from adaskip.fitting import EPOCHS
 from adaskip.methods import METHODS
 from adaskip.models.devices import resolve_device, resolve_dtype
 from adaskip.plan import SkipPlan
+from adaskip.policies.factory import takes
 from adaskip.search import MENU, SEARCH
 from adaskip.search.menu import Dishes
 from adaskip.tasks.spec import task_spec
@@ -31,12 +32,22 @@ def plan_path(folder: Path, given: argparse.Namespace, method: str, ratio: float
         parts.append(f"rank{given.rank}")
     if method == SEARCH and given.kv_share is not None:
         parts.append(f"kv{given.kv_share:g}")
-    return folder / f"{'-'.join(parts)}-{ratio:g}.safetensors"
+    # All digits: each ratio has a file of its own.
+    return folder / f"{'-'.join(parts)}-{str(ratio).removesuffix('.0')}.safetensors"
 
 
 def training_of(path: Path) -> Path:
     """Where the training of a plan stands until its file is there."""
     return path.with_suffix(".distilling")
+
+
+def may_hold(given: argparse.Namespace, method: str) -> dict[str, bool]:
+    """Whether a method's plans may hold gains, and linear maps: what can be fitted or trained."""
+    if method == SEARCH:
+        return {name: name in given.replacements for name in ("gain", "linear")}
+    if method in METHODS:
+        return {"gain": METHODS[method].gain, "linear": METHODS[method].linear}
+    return {"gain": takes(method, "gain"), "linear": False}
 
 
 def made_of(given: argparse.Namespace, method: str) -> dict[str, Any]:
@@ -45,17 +56,12 @@ def made_of(given: argparse.Namespace, method: str) -> dict[str, Any]:
     Raises:
         AdaskipError: there is no such device or dtype.
     """
-    fits = (
-        "linear" in given.replacements
-        if method == SEARCH
-        else method in METHODS and METHODS[method].linear
-    )
     device = resolve_device(given.device)
     made = {"model": given.model_path or given.model, "exact": given.exact, "device": device.type}
     made["dtype"] = str(resolve_dtype(given.dtype, device)).removeprefix("torch.")
     if not all(task_spec(task).offline for task in given.tasks):
         made |= {"min length": given.min_length, "data dir": str(PurePath(given.data_dir))}
-    return made | ({FIT_ROWS: given.fit_rows} if fits else {})
+    return made | ({FIT_ROWS: given.fit_rows} if may_hold(given, method)["linear"] else {})
 
 
 def is_ready(plan: SkipPlan | None, given: argparse.Namespace) -> bool:

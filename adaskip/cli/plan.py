@@ -13,7 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaskip.cli.kept_plans import FIT_ROWS, is_ready, kept_plan, made_of, plan_path, training_of
+from adaskip.budget import check_acceleration
+from adaskip.cli.kept_plans import (
+    FIT_ROWS,
+    is_ready,
+    kept_plan,
+    made_of,
+    may_hold,
+    plan_path,
+    training_of,
+)
 from adaskip.cli.run import add_run_options
 from adaskip.command import Command, say
 from adaskip.distilling import LEAST_PROMPTS, TWICE, can_learn, check_distills, distill_plan
@@ -148,6 +157,8 @@ def _make(given: argparse.Namespace) -> int:
             raise unknown_name("method", method, [*method_names(), ALL])
     Dishes(given.replacements, given.windows, given.rank).check()
     _refuse_unused(given, methods)
+    for ratio in given.acceleration:
+        check_acceleration(ratio)
     texts = _read(given)
     counts = ("context", "batch", "rows", "reference_tokens")
     refuse_below_one({name: getattr(given, name) for name in counts})
@@ -206,6 +217,10 @@ def _refuse_unused(given: argparse.Namespace, methods: Sequence[str]) -> None:
     """
     of_search = {"replacements": [*MENU], "windows": [*WINDOWS], "rank": None, "kv_share": None}
     owners = [({SEARCH}, name, default) for name, default in of_search.items()]
+    held = {name: may_hold(given, name) for name in method_names()}
+    fitted = {name for name, may in held.items() if may["linear"]}
+    trained = fitted | {name for name, may in held.items() if may["gain"]}
+    owners += [(trained, "distill", 0), (trained if given.distill else fitted, "fit_rows", None)]
     for takers, name, default in [*owners, (_lazy(), "exact", False)]:
         if getattr(given, name) != default and not takers & {*methods}:
             raise AdaskipError(

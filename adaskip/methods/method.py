@@ -26,13 +26,15 @@ class Method:
         name: what commands call it.
         grow: yields plans that replace more and more; of most, each extends the one before.
         measure: of its losses, "nll" or "kl".
-        linear: whether its plans hold full linear maps, whose time counts.
+        gain: whether its plans hold gains.
+        linear: whether they hold full linear maps, whose time counts.
         lazy: whether it looks only at what comes to the top, unless told `exact=True`.
     """
 
     name: str
     grow: Callable[..., Growth]
     measure: Measure = "nll"
+    gain: bool = False
     linear: bool = False
     lazy: bool = False
 
@@ -41,13 +43,14 @@ METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, *, linear: bool = False, lazy: bool = False
+    name: str, *, gain: bool = False, linear: bool = False, lazy: bool = False
 ) -> Callable[[Callable[P, Growth]], Callable[P, Growth]]:
     """Decorator: makes a function that grows plans on `Trials` known to commands under `name`.
 
     Args:
         name: in capitals, as policies have it.
-        linear: whether its plans hold full linear maps.
+        gain: whether its plans hold gains.
+        linear: whether they hold full linear maps.
         lazy: whether it takes `exact`.
 
     Raises:
@@ -57,7 +60,7 @@ def method(
     def add(grow: Callable[P, Growth]) -> Callable[P, Growth]:
         if name in METHODS:
             raise TypeError(f"Method name {name!r} already belongs to {METHODS[name].grow!r}.")
-        METHODS[name] = Method(name, grow, linear=linear, lazy=lazy)
+        METHODS[name] = Method(name, grow, gain=gain, linear=linear, lazy=lazy)
         return grow
 
     return add

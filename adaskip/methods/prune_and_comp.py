@@ -8,7 +8,7 @@ from adaskip.search.losses import stream_similarity, token_gain
 from adaskip.search.trials import Trials
 
 
-@method("PRUNECOMP")
+@method("PRUNECOMP", gain=True)
 def prune_and_comp(rows: Trials) -> Growth:
     """Takes away the layer of least block influence, with a gain in its place, again and again.
 
