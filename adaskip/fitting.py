@@ -244,14 +244,16 @@ class Moments:
 
     def add(self, x: Tensor, delta: Tensor) -> None:
         """Takes in tokens: [tokens, hidden] each."""
-        # Products in float32, sums of prompts in float64: bfloat16 would lose the small directions.
-        n = rms_norm(x.float(), (x.shape[-1],), eps=TINY)
-        delta = delta.float()
-        self._count += len(n)
-        self._n += n.sum(dim=0)
-        self._delta += delta.sum(dim=0)
-        self._nn += n.T @ n
-        self._n_delta += n.T @ delta
+        # Products in float32, sums of prompts in float64: bfloat16 would lose the small directions,
+        # also where autocast is on around the model.
+        with torch.autocast(x.device.type, enabled=False):
+            n = rms_norm(x.float(), (x.shape[-1],), eps=TINY)
+            delta = delta.float()
+            self._count += len(n)
+            self._n += n.sum(dim=0)
+            self._delta += delta.sum(dim=0)
+            self._nn += n.T @ n
+            self._n_delta += n.T @ delta
 
     @classmethod
     def joined(cls, parts: Sequence[Moments]) -> Moments:

@@ -38,6 +38,7 @@ from adaskip import (
 )
 from adaskip.blocks import BLOCKS
 from adaskip.fingerprint import model_fingerprint
+from adaskip.fitting import Moments
 from adaskip.plan import KINDS
 from adaskip.replacements import scaled
 from adaskip.switchboard import Switchboard
@@ -492,6 +493,16 @@ def test_a_fit_is_its_definition_on_the_stream_of_the_plan(model: PreTrainedMode
         seen = around_ffn(model, 3)
     weight, _ = by_hand(*seen)
     torch.testing.assert_close(plan[second].weight.double(), weight, rtol=1e-3, atol=1e-4)
+
+
+def test_moments_are_the_same_where_autocast_is_on() -> None:
+    x, delta = torch.randn(2, 50, HIDDEN, generator=torch.Generator().manual_seed(0))
+    plain, within = Moments(x), Moments(x)
+    plain.add(x, delta)
+    with torch.autocast("cpu", torch.bfloat16):
+        within.add(x, delta)
+    for one, other in zip(vars(plain).values(), vars(within).values(), strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=0)
 
 
 def test_a_rank_keeps_what_matters_most(model: PreTrainedModel) -> None:
