@@ -101,13 +101,22 @@ class Linear:
         changed in place it is made anew.
         """
         if self.learns:
-            return self.to(device, dtype)
+            # Made in every step of a training, where whether it is finite would be waited for.
+            return self._moved(device, dtype)
         # Inference tensors count no versions.
         versions = tuple(0 if t.is_inference() else t._version for t in self.tensors)
         if self._copies.get((device, dtype), ((), self))[0] != versions:
             with torch.inference_mode(False):
                 self._copies[device, dtype] = versions, self.to(device, dtype)
         return self._copies[device, dtype][1]
+
+    def _moved(self, device: torch.device, dtype: torch.dtype) -> Linear:
+        """`to`, but not looked at again."""
+        made = object.__new__(Linear)
+        *factors, bias = (t.to(device, dtype).contiguous() for t in self.tensors)
+        weight = factors[0] if self.rank is None else tuple(factors)
+        vars(made).update(weight=weight, bias=bias)
+        return made
 
     @property
     def learns(self) -> bool:

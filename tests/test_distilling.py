@@ -69,6 +69,36 @@ def numbers(plan: SkipPlan) -> list[Tensor]:
     return found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_reads_the_device_as_often_whatever_the_number_of_maps(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    reads = [0]
+
+    def counted(name: str) -> Any:
+        stock = getattr(Tensor, name)
+
+        def method(tensor: Tensor, *args: Any) -> Any:
+            reads[0] += 1
+            return stock(tensor, *args)
+
+        return method
+
+    found = []
+    for n_maps in (1, 4):
+        maps = {Sublayer(i, "attn"): Linear(torch.eye(32), torch.zeros(32)) for i in range(n_maps)}
+        learns = Trained(Sublayers(model.to(dtype)), SkipPlan(maps))
+        course = Course(learns, [{"input_ids": ids} for ids in PROMPTS[:2]], progress=False)
+        [given] = course.learned
+        with monkeypatch.context() as patched:
+            for name in ("__bool__", "item", "__float__", "tolist"):
+                patched.setattr(Tensor, name, counted(name))
+            reads[0] = 0
+            torch.autograd.backward(course.by_token(given, given.spread()).sum())
+            found.append(reads[0])
+    assert found[0] == found[1]
+
+
 def trained_by_hand(
     model: PreTrainedModel, plan: SkipPlan, epochs: int, rate: float, n_positions: int
 ) -> list[Tensor]:
