@@ -170,6 +170,7 @@ def test_no_row_is_judged_by_a_map_that_was_fitted_on_it(model: PreTrainedModel)
         assert losses.loss({sublayer: made}) < 0.7 * honest
     n_answer = sum(row[1].shape[1] for row in LONG)  # type: ignore[union-attr]
     assert honest == pytest.approx(total / n_answer, rel=1e-3)
+    assert fitted._moments == ()
     # A row alone has nothing else to be judged by.
     with measuring(model):
         only = Losses(Sublayers(model), LONG[:1]).linear(sublayer, None)

@@ -42,7 +42,7 @@ def nbl(rows: Trials) -> Growth:
     # Fitted on the dense stream, as nothing has become part of the plan yet.
     plan: dict[Sublayer, Learned] = {}
     for sublayer in sorted(attentions, key=lambda s: (bounds[s], s.position)):
-        plan[sublayer] = losses.linear(sublayer, None)
+        plan[sublayer] = losses.linear(sublayer, None).settled()
         yield dict(plan)
 
 

@@ -21,7 +21,7 @@ from adaskip.fitting import Moments
 from adaskip.plan import Sublayer, all_sublayers
 from adaskip.recorders import median
 from adaskip.replacements import Replacement, Window
-from adaskip.search.cross_fitting import CrossFitted, Learned, for_all, for_row
+from adaskip.search.cross_fitting import CrossFitted, Learned, for_all, for_row, settled
 from adaskip.streams import Calls, Sublayers
 from adaskip.warmup import checked_prompts
 
@@ -297,8 +297,8 @@ class Losses:
         self, changed: Mapping[Sublayer, Learned], *, dropped: Sublayer | None = None
     ) -> None:
         """Makes a change part of the plan; what was just looked at is not computed again."""
-        self._plan, first = self._changed(changed, dropped)
         known = self._latest.under(changed, dropped)
+        self._plan, first = self._changed(settled(changed), dropped)
         self._latest, self._few = _Looked(), _Looked()
         for stream in self._streams:
             behind = known.get(stream.number) or self._behind(stream, first, self._plan)
@@ -319,7 +319,7 @@ class Losses:
         self._plan = dict(plan)
         for sublayer in self.order:
             if sublayer in plan:
-                self._plan[sublayer] = learn(sublayer)
+                self._plan |= settled({sublayer: learn(sublayer)})
             position = sublayer.position
             for stream in self._streams:
                 x, own = stream.before[position], for_row(self._plan, stream.number)
