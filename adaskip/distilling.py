@@ -21,7 +21,7 @@ from adaskip.calls import check_fits
 from adaskip.divergence import Course, Trained
 from adaskip.errors import AdaskipError
 from adaskip.evaluating import evaluating
-from adaskip.fingerprint import fingerprint_name, model_fingerprint
+from adaskip.fingerprint import model_fingerprint, model_identity
 from adaskip.fitting import (
     DISTILLED_ON,
     DIVERGED,
@@ -104,13 +104,10 @@ def distill_plan(
             f"Distilling takes at least {LEAST_PROMPTS} prompts, as one is held out to judge by; "
             f"{len(given)} given."
         )
-    fingerprint = model_fingerprint(model)
     kept = TrainingRecord(
         record,
         {
-            "model": fingerprint_name(fingerprint),
-            "dtype": str(model.dtype),
-            "device": model.device.type,
+            **model_identity(model),
             "plan": plan.digest,
             "prompts": _digest(given),
             "epochs": int(epochs),
@@ -130,7 +127,7 @@ def distill_plan(
         training.run(progress=progress)
     about = about_other_maps(plan) | {DISTILLED_ON: source or UNNAMED, EPOCHS: int(epochs)}
     about |= {DIVERGED: training.before, DIVERGES: training.least}
-    return SkipPlan(training.best or plan, fingerprint=fingerprint, about=about)
+    return SkipPlan(training.best or plan, fingerprint=model_fingerprint(model), about=about)
 
 
 def check_distills(model: PreTrainedModel) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from adaskip.blocks import execution_device
 
 _FACTS = (
     "model_type",
@@ -27,6 +29,9 @@ _FACTS = (
     "num_key_value_heads",
     "vocab_size",
 )
+# What a configuration says besides what is computed.
+_OF_NO_ACCOUNT = ("architectures", "transformers_version", "dtype", "use_cache")
+CONFIGURATION = "configuration"
 _SAMPLES = 8
 # bfloat16 keeps 8 bits: a rounding on either way is at most one unit of the last of them.
 _RELATIVE = 2**-7
@@ -72,6 +77,43 @@ def same_model(one: str, other: str) -> bool:
     return bool((close | a.isnan() | b.isnan()).all())
 
 
+def model_identity(model: PreTrainedModel) -> dict[str, str]:
+    """What the numbers that a model computes depend on, ready for the head of a record.
+
+    The fingerprint knows weights of the decoder alone, and nothing of those that are quantized: the
+    configuration beside it is a hash of settings, of head and biases, and of autocast.
+    """
+    device = execution_device(model.get_input_embeddings()).type
+    settings: dict[str, Any] = model.config.get_text_config(decoder=True).to_diff_dict()
+    head: Any = model.get_output_embeddings()
+    biased = [m for m in model.modules() if isinstance(getattr(m, "bias", None), Tensor)]
+    samples = [_samples(each, "bias") for each in biased]
+    samples += [] if head is None else [_samples(head)]
+    facts = [
+        {key: value for key, value in settings.items() if key not in _OF_NO_ACCOUNT},
+        str(getattr(model.config, "quantization_config", None)),
+        [sample.tolist() for sample in samples],
+        str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
+    ]
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return {
+        "model": fingerprint_name(model_fingerprint(model)),
+        "dtype": str(model.dtype),
+        "device": device,
+        CONFIGURATION: hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+
+
+def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """What tells a record's head from the one that is wanted; None if nothing does."""
+    for key in {**found, **wanted}:
+        # Records of earlier versions have none.
+        untold = key == CONFIGURATION and key not in found
+        if not untold and found.get(key) != wanted.get(key):
+            return key
+    return None
+
+
 def _leaves(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The modules that are sampled, in a fixed order, which quantizing them does not change."""
     decoder: Any = model.base_model
@@ -81,10 +123,10 @@ def _leaves(model: PreTrainedModel) -> Iterator[nn.Module]:
         yield from (module for module in layer.modules() if not any(module.children()))
 
 
-def _samples(module: Any) -> Tensor:
+def _samples(module: Any, name: str = "weight") -> Tensor:
     """Eight numbers of a module's weight, from all over it: bfloat16 [8], on the CPU."""
     with _fetched(module):
-        weight = getattr(module, "weight", None)
+        weight = getattr(module, name, None)
         if isinstance(weight, Tensor):
             weight = weight.detach()
             # Shared out over ranks, which all come by here.

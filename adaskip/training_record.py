@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from adaskip.errors import RunError
+from adaskip.fingerprint import first_difference
 from adaskip.whole_files import write_whole
 
 # Of what is kept, and of the training itself: half of one means nothing to another.
@@ -51,13 +52,12 @@ class TrainingRecord:
                 f"{self._path} is no record of a training, or a damaged one ({error}); remove it, "
                 "or give another file."
             ) from error
-        for key in {**self._header, **found}:
-            if found.get(key) != self._header.get(key):
-                raise RunError(
-                    f"The record {self._path} is of another training ({key}: "
-                    f"{found.get(key)!s:.60} then, {self._header.get(key)!s:.60} now); remove it, "
-                    "or give another file."
-                )
+        key = first_difference(found, self._header)
+        if key is not None:
+            raise RunError(
+                f"The record {self._path} is of another training ({key}: {found.get(key)!s:.60} "
+                f"then, {self._header.get(key)!s:.60} now); remove it, or give another file."
+            )
         return tensors, numbers
 
     def write(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:

@@ -256,6 +256,9 @@ def test_a_record_of_something_else_is_refused(model: PreTrainedModel, tmp_path:
         given: dict[str, Any] = {"plan": plan, "prompts": PROMPTS, "epochs": 1, **changes}
         with pytest.raises(RunError, match=message):
             distill_plan(model, **given, record=record)
+    model.config.rms_norm_eps = 1e-3
+    with pytest.raises(RunError, match=r"\(configuration: \w{16} then"):
+        distill_plan(model, plan, PROMPTS, epochs=1, record=record)
     plan.save(tmp_path / "plan.safetensors")
     for wrong in ("plan.safetensors", "text"):
         (tmp_path / "text").write_text("no tensors")

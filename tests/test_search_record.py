@@ -20,7 +20,8 @@ from adaskip import AdaskipError, Linear, RunError, SkipPlan, Sublayer, Window, 
 from adaskip.methods import make_plan
 from adaskip.profiling import calibration
 from adaskip.search import journal
-from adaskip.search.journal import VERSION, Journal
+from adaskip.search.describing import identity, record_name
+from adaskip.search.journal import VERSION, Journal, short_hash
 from adaskip.search.losses import Losses
 from adaskip.search.menu import Option
 from adaskip.search.trials import Trials
@@ -280,6 +281,42 @@ def test_a_candidate_that_overflows_is_not_chosen_and_leaves_the_record_readable
     assert "Infinity" not in str(plan.about)
     with pytest.raises(AdaskipError, match="numbers"):
         made(4.5)
+
+
+def other_head(model: PreTrainedModel) -> None:
+    model.lm_head.weight.data[0] += 1.0
+
+
+def other_positions(model: PreTrainedModel) -> None:
+    model.config.rope_parameters["rope_theta"] = 500.0
+
+
+def other_bits(model: PreTrainedModel) -> None:
+    model.config.quantization_config = {"quant_method": "hqq", "nbits": 4}
+
+
+def other_bias(model: PreTrainedModel) -> None:
+    model.model.layers[2].mlp.up_proj.bias = torch.nn.Parameter(torch.ones(64))
+
+
+@pytest.mark.parametrize("change", [other_head, other_positions, other_bits, other_bias])
+def test_a_record_of_other_settings_of_the_same_weights_is_refused(
+    model: PreTrainedModel, tmp_path: Path, change: Callable[[PreTrainedModel], None]
+) -> None:
+    record = tmp_path / "search.jsonl"
+    head = identity(model, LONG)
+    Journal(record, head)
+    name = record_name(model, LONG)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RunError, match="configuration: "):
+        Journal(record, identity(model, LONG))
+    change(model)
+    with pytest.raises(RunError, match=r"configuration: \w{16} then, \w{16} now"):
+        search_plan(model, LONG, record=record, **OPTIONS)
+    # Those of earlier versions do not tell, and are called as they were.
+    del head["configuration"]
+    record.write_text(json.dumps({"version": VERSION, **head}) + "\n")
+    Journal(record, identity(model, LONG))
+    assert record_name(model, LONG) == name == f"record-{short_hash(head)}.jsonl"
 
 
 def test_a_damaged_record_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:

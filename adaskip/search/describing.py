@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from adaskip.budget import kv_share
-from adaskip.fingerprint import fingerprint_name, model_fingerprint
+from adaskip.fingerprint import CONFIGURATION, model_identity
 from adaskip.plan import SkipPlan, Sublayer
 from adaskip.profiling.plan_times import measured_acceleration
 from adaskip.replacements import Replacement
@@ -74,14 +74,11 @@ def with_measured(model: PreTrainedModel, plan: SkipPlan, *, progress: bool = Fa
 
 def record_name(model: PreTrainedModel, rows: Sequence[Row]) -> str:
     """A name for the record in a folder that may hold those of other models and rows, too."""
-    return f"record-{short_hash(identity(model, rows))}.jsonl"
+    # Records of earlier versions, which do not tell the configuration, are found by it, too.
+    told = {k: v for k, v in identity(model, rows).items() if k != CONFIGURATION}
+    return f"record-{short_hash(told)}.jsonl"
 
 
 def identity(model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, Any]:
     """What all that is measured of calibration rows depends on."""
-    return {
-        "model": fingerprint_name(model_fingerprint(model)),
-        "dtype": str(model.dtype),
-        "device": model.device.type,
-        "calibration": digest_of(rows),
-    }
+    return {**model_identity(model), "calibration": digest_of(rows)}

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from adaskip.errors import RunError
+from adaskip.fingerprint import first_difference
 from adaskip.numbers import is_finite
 from adaskip.plan import Phase
 from adaskip.profiling.calibration import identity as place
@@ -157,9 +158,9 @@ def _damaged(number: int, path: Path) -> RunError:
 
 
 def _compare(found: Line, header: Line, path: Path) -> None:
-    for key in {**found, **header}:
-        if found.get(key) != header.get(key):
-            raise RunError(
-                f"The record {path} is of another search ({key}: {found.get(key)!s:.60} then, "
-                f"{header.get(key)!s:.60} now); give another file."
-            )
+    key = first_difference(found, header)
+    if key is not None:
+        raise RunError(
+            f"The record {path} is of another search ({key}: {found.get(key)!s:.60} then, "
+            f"{header.get(key)!s:.60} now); give another file."
+        )
