@@ -19,7 +19,7 @@ from adaskip import AdaSkip, AdaskipError, Importance, Sublayer, learn_importanc
 from adaskip.budget import sublayers_for
 from adaskip.plan import Phase, all_sublayers
 from adaskip.profiling.calibration import identity, measured_times
-from adaskip.profiling.clock import sublayer_types
+from adaskip.profiling.clock import SublayerClock, sublayer_types
 from adaskip.speedtest.budget_check import check_budgets
 from adaskip.sublayer_times import SublayerTimes, combined
 
@@ -221,6 +221,14 @@ def test_adaskip_takes_one_budget() -> None:
     with pytest.raises(AdaskipError, match="Unknown select 'best'"):
         AdaSkip(SIMILARITY, acceleration=1.1, select="best")  # type: ignore[arg-type]
     assert AdaSkip(SIMILARITY, 3).threshold == 0.90
+
+
+def test_a_model_whose_weights_lie_elsewhere_is_timed_where_it_computes(tmp_path: Path) -> None:
+    offloaded = cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu"))
+    assert offloaded.device.type == "meta"
+    assert SublayerClock(offloaded)._device.type == "cpu"
+    assert identity(offloaded)[0] == identity(tiny_model("llama"))[0]
+    assert measured_times(offloaded, "prefill", 24, folder=tmp_path).total > 0
 
 
 def test_times_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,11 +46,11 @@ STEPS = 16
 
 
 def random_prompt(model: PreTrainedModel, tokens: int, batch: int = 1, seed: int = SEED) -> Tensor:
-    """Random token ids on the model's device: [batch, tokens]."""
+    """Random token ids where the model takes them: [batch, tokens]."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(0, vocabulary, (batch, tokens), generator=generator)
-    return ids.to(model.device)
+    return ids.to(execution_device(model.get_input_embeddings()))
 
 
 def measure_sublayers(
@@ -165,7 +165,8 @@ def identity(model: PreTrainedModel) -> list[str]:
     attention = str(getattr(model.config, "_attn_implementation", ""))
     config = model.config.get_text_config(decoder=True)
     work = json.dumps([getattr(config, name, None) for name in _WORK])
-    plain = [hardware(model.device), shape, work, str(model.dtype), attention, torch.__version__]
+    device = execution_device(model.get_input_embeddings())
+    plain = [hardware(device), shape, work, str(model.dtype), attention, torch.__version__]
     return [*plain, *_placement(model)]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adaskip.blocks import block_spec, bound_parts
+from adaskip.blocks import block_spec, bound_parts, execution_device
 from adaskip.plan import Phase, Sublayer, all_sublayers
 from adaskip.profiling.timing import (
     MakeCache,
@@ -61,7 +61,7 @@ class SublayerClock:
         refuse_several_devices(decoder.layers)
         self._decoder = decoder
         self._block = block_spec(model.config.model_type)
-        self._device = model.device
+        self._device = execution_device(decoder.layers[0])
         self._marks: list[Any] = []
 
     @contextmanager
