@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from adaskip.policies import POLICIES, SkipPolicy
 from adaskip.search.cross_fitting import for_all
 from adaskip.search.journal import Journal
 from adaskip.search.losses import Losses
+from adaskip.search.menu import Option
 from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
 from adaskip.sublayer_times import PlanTimes, SublayerTimes
@@ -186,6 +188,55 @@ def test_lazily_the_first_is_the_same_and_the_others_are_near(
     assert lazy[0] == exact[0]
     for one, other in zip(exact, lazy, strict=True):
         assert answer_nll(model, other) <= 1.2 * answer_nll(model, one)
+
+
+class Interacting:
+    """Calibration rows under which B makes up for A, and D is needed by nothing but A.
+
+    Attributes:
+        looked: parts that were looked at, under which plan.
+    """
+
+    names: ClassVar = dict(zip(all_sublayers(2), "ABCD", strict=True))
+
+    def __init__(self) -> None:
+        self.losses = SimpleNamespace(order=[*self.names], plan={})
+        self.alone: dict[Sublayer, tuple[str, float]] = {}
+        self.looked: list[str] = []
+
+    def gone(self, options: Iterable[Option] = ()) -> str:
+        return "".join(self.names[s] for s in [*self.losses.plan, *(o.sublayer for o in options)])
+
+    def loss(self, options: Iterable[Option] = ()) -> float:
+        gone = self.gone(options)
+        self.looked += [gone] if options else []
+        lost = sum({"A": 1.0, "B": 2.0, "C": 3.0, "D": 4.0}[name] for name in gone)
+        return lost + 8.0 * ({*"AB"} <= {*gone}) - 3.5 * ({*"AD"} <= {*gone})
+
+    def accept(self, options: Iterable[Option]) -> None:
+        self.losses.plan |= {option.sublayer: None for option in options}
+
+    def say(self, text: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("exact", "order", "looked"),
+    [
+        # By what each loses alone, B would be second. That D loses little without A, nobody saw.
+        (False, "ACDB", ["A", "B", "C", "D", "AB", "AC", "ACD", "ACDB"]),
+        (True, "ADCB", ["A", "B", "C", "D", "AB", "AC", "AD", "ADB", "ADC", "ADCB"]),
+    ],
+)
+def test_what_comes_to_the_top_is_looked_at_anew(
+    order: str, looked: list[str], *, exact: bool
+) -> None:
+    rows = Interacting()
+    taken = [*METHODS["BLOCKPRUNER"].grow(rows, exact=exact)]
+    assert [len(plan) for plan in taken] == [1, 2, 3, 4]
+    assert rows.gone() == order
+    assert rows.looked == looked
+    assert [lost for _, lost in rows.alone.values()] == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_prune_and_comp_looks_again_at_what_is_left(model: PreTrainedModel) -> None:
