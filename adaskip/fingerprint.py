@@ -124,7 +124,7 @@ def _leaves(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 
 def _samples(module: Any, name: str = "weight") -> Tensor:
-    """Eight numbers of a module's weight, from all over it: bfloat16 [8], on the CPU."""
+    """Eight numbers of a module's weight or bias, from all over it: bfloat16 [8], on the CPU."""
     with _fetched(module):
         weight = getattr(module, name, None)
         if isinstance(weight, Tensor):

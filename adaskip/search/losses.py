@@ -409,7 +409,11 @@ def stream_similarity(before: Sequence[Tensor], behind: Sequence[Tensor]) -> flo
 
 
 def token_gain(before: Sequence[Tensor], behind: Sequence[Tensor]) -> float:
-    """Median over the tokens of all rows of the ratio of two streams' norms: METHOD, "Gain"."""
+    """Median over the tokens of all rows together of the ratio of two streams' norms.
+
+    An importance profile has the mean over requests of the median of each. Rows of equal length
+    weigh the same in both; a longer one weighs more here: METHOD, "Gain".
+    """
     ratios = torch.cat(
         [
             y.float().norm(dim=-1) / x.float().norm(dim=-1)
