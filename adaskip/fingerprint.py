@@ -85,7 +85,7 @@ def model_identity(model: PreTrainedModel) -> dict[str, str]:
     """
     device = execution_device(model.get_input_embeddings()).type
     settings: dict[str, Any] = model.config.get_text_config(decoder=True).to_diff_dict()
-    head: Any = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     biased = [m for m in model.modules() if isinstance(getattr(m, "bias", None), Tensor)]
     samples = [_samples(each, "bias") for each in biased]
     samples += [] if head is None else [_samples(head)]

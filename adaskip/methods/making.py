@@ -116,8 +116,8 @@ def make_plan(
     config = model.config.get_text_config(decoder=True)
     sorts = [linear_like(model, None)] if method in METHODS and METHODS[method].linear else []
     if times is not None:
-        place = {"phase": str(phase), "context": context, "batch": batch}
-        times = times_given(times, config.num_hidden_layers, **place)
+        n_layers = config.num_hidden_layers
+        times = times_given(times, n_layers, phase=str(phase), context=context, batch=batch)
         for each in sorts:
             times.check_measured(timed_as(each))
     rows = checked_rows(calibration, config.vocab_size)
