@@ -45,6 +45,9 @@ def test_plans_are_made_once(
     out = capsys.readouterr().out
     assert "\n| SLEB-1.05 " in out
     assert "\n| LLMDROP-1.05 " in out
+    path = tmp_path / "plans" / "SLEB-1.05.safetensors"
+    assert f"adaskip chat --model smollm2 --plan {path}\n" in out
+    assert f"In experiments: --policy PLAN --plan {path}\n" in out
     plan = SkipPlan.load(tmp_path / "plans" / "SLEB-1.05.safetensors")
     about: Any = plan.about
     assert (about["method"], about["context"], about["batch"]) == ("SLEB", 24, 1)

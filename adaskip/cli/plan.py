@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from adaskip.cli.kept_plans import (
     plan_path,
     training_of,
 )
-from adaskip.cli.run import add_run_options
+from adaskip.cli.run import LOADING, add_run_options, as_words
 from adaskip.command import Command, say
 from adaskip.distilling import LEAST_PROMPTS, TWICE, can_learn, check_distills, distill_plan
 from adaskip.errors import AdaskipError, DataError, refuse_below_one, unknown_name
@@ -203,7 +204,10 @@ def _make(given: argparse.Namespace) -> int:
     found = {path: plan for path, plan in plans.items() if plan is not None}
     if found:
         _tell({path.stem: plan for path, plan in found.items()}, given.html)
-        say(f"\nWritten: {folder}. Apply one: --policy PLAN --plan {next(iter(found))}")
+        loading = as_words({name: getattr(given, name, None) for name in LOADING})
+        words = ["--model", given.model, *loading, "--plan", str(next(iter(found)))]
+        say(f"\nWritten: {folder}. Talk under one: adaskip chat {shlex.join(words)}")
+        say(f"In experiments: --policy PLAN --plan {next(iter(found))}")
     for name, reason in failures.items():
         say(f"{name}: {reason}")
     return 1 if failures else 0
