@@ -303,7 +303,7 @@ def test_a_shipped_profile_is_of_the_model_by_name_alone() -> None:
     asked = ["--model", "smollm2", "--policy", "ADA", "--skip_sub_layer_num", "8"]
     for path, profile in (([], "smollm2"), (["--model_path", "mine"], None)):
         options = vars(command("chat").parser("adaskip chat").parse_args([*asked, *path]))
-        for own in ("plan", "compare", "prompt"):
+        for own in ("plan", "compare", "prompt", "document"):
             del options[own]
         assert _configured(options, None).importance == profile
 
