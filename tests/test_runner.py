@@ -454,7 +454,7 @@ def test_a_task_that_cannot_be_is_refused_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"tasks": ("hotpotqa",)}, "^No hotpotqa_e.jsonl or hotpotqa.jsonl in "),
+        ({"tasks": ("hotpotqa",)}, "^No hotpotqa_e.jsonl or hotpotqa.jsonl in .*no hub here"),
         (
             {**budget("ADA"), "warmup_task": "hotpotqa"},
             "warm-up prompts of ADA are to be those of hotpotqa, but: No hotpotqa_e.* --importance",
@@ -465,6 +465,10 @@ def test_a_task_that_cannot_be_is_refused_before_a_model_is_loaded(
 def test_what_is_missing_is_refused_before_a_model_is_loaded(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], message: str
 ) -> None:
+    def no_hub(*_: object) -> None:
+        raise DataError("no hub here")
+
+    monkeypatch.setattr("adaskip.tasks.longbench._load_hub", no_hub)
     monkeypatch.setattr(LoadedModel, "open", lambda config: pytest.fail("loaded"))
     with pytest.raises(DataError, match=message):
         run(place.config(**config))
