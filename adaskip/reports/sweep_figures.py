@@ -158,7 +158,7 @@ def _bars(panel: Any, table: Table, styles: dict[str, tuple[str, str]], value: V
             fmt=policy_marker(line.policy),
             color="black",
             markerfacecolor="white",
-            markersize=4,
+            markersize=6,
             elinewidth=0.8,
             capsize=2,
             label=line.label,
