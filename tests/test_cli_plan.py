@@ -270,7 +270,7 @@ def test_rows_that_are_scored_too_are_told_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "adaskip.runs.loaded.load_rows", lambda task, limit, **_: tiny_rows(task, limit)
+        "adaskip.runs.data.load_rows", lambda task, limit, **_: tiny_rows(task, limit)
     )
     given = options(tmp_path, "--method", "EE", "--acceleration", "1.05")
     given += ["--tasks", "trec", "qasper"]

@@ -45,7 +45,7 @@ from adaskip.reports.leaderboard_readme import readme_table
 from adaskip.reports.leaderboard_tables import as_text, dense_sentence, equal_time_title
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.yamlfile import read_yaml
-from adaskip.search.losses import reads
+from adaskip.search.rows import reads
 from adaskip.sublayer_times import PlanTimes, SublayerTimes, timed_as
 from adaskip.tasks.spec import Row
 

@@ -277,7 +277,7 @@ def test_prompts_of_other_files_are_not_taken_for_these(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(
-        "adaskip.runs.loaded.load_rows", lambda task, limit, **_: tiny_rows(task, limit)
+        "adaskip.runs.data.load_rows", lambda task, limit, **_: tiny_rows(task, limit)
     )
     observe_task(make_config(tasks=("qasper",), limit=1), "qasper", lambda _: loaded)
     elsewhere = make_config(tasks=("qasper",), data_dir="elsewhere", limit=1)
@@ -321,7 +321,7 @@ def test_requests_of_every_task_are_recorded(
 
     monkeypatch.setattr("adaskip.runs.loaded.retrieval_rows", rows)
     monkeypatch.setattr(
-        "adaskip.runs.loaded.load_rows", lambda task, limit, **_: tiny_rows(task, min(limit, 2))
+        "adaskip.runs.data.load_rows", lambda task, limit, **_: tiny_rows(task, min(limit, 2))
     )
     config = make_config(tasks=("needle_single", "qasper"))
     assert len(observe_requests(config, "needle_single", lambda _: loaded, 2)) == 2

@@ -20,8 +20,9 @@ from adaskip.plan import Phase, all_sublayers
 from adaskip.search import journal
 from adaskip.search.exchange import exchange
 from adaskip.search.greedy import Choice, fill
-from adaskip.search.losses import Losses, Row
+from adaskip.search.losses import Losses
 from adaskip.search.menu import Budget, Dishes, Menu, Option
+from adaskip.search.rows import Row
 from adaskip.streams import Sublayers, measuring
 from adaskip.sublayer_times import PlanTimes, SublayerTimes, timed_as
 

@@ -41,8 +41,8 @@ from adaskip.runs.runconfig import DENSE, RunConfig
 from adaskip.runs.runner import resolve
 from adaskip.search import MENU, SEARCH, WINDOWS, search_plan
 from adaskip.search.describing import record_name, with_measured
-from adaskip.search.losses import Row, reads
 from adaskip.search.menu import Dishes
+from adaskip.search.rows import Row, reads
 from adaskip.tables import markdown_table, number, percent
 from adaskip.tasks.spec import task_spec
 

@@ -36,7 +36,7 @@ from adaskip.runs.runner import resolve, run
 from adaskip.runs.scoring import score_run
 from adaskip.runs.store import Store
 from adaskip.search import SEARCH, search_plan
-from adaskip.search.losses import Row as CalibrationRow, reads
+from adaskip.search.rows import Row as CalibrationRow, reads
 from adaskip.tasks.prompts import Prompt
 from adaskip.tasks.spec import Row
 

@@ -19,8 +19,8 @@ from adaskip.plan import SkipPlan, all_sublayers
 from adaskip.profiling.plan_times import linear_like
 from adaskip.replacements import Linear, Replacement, Window
 from adaskip.search import SEARCH
-from adaskip.search.losses import Row, reads
 from adaskip.search.menu import NOTHING
+from adaskip.search.rows import Row, reads
 from adaskip.sublayer_times import replacement_name
 from adaskip.summary import key_value_heads
 

@@ -26,7 +26,8 @@ from adaskip.search.course import Course, named
 from adaskip.search.cross_fitting import Learned, for_all
 from adaskip.search.describing import described, identity, reached, with_measured
 from adaskip.search.journal import Journal, known_times
-from adaskip.search.losses import Losses, Row, checked_rows, row_ids
+from adaskip.search.losses import Losses
+from adaskip.search.rows import Row, checked_rows, row_ids
 from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
 from adaskip.sublayer_times import PlanTimes, SublayerTimes, check_place, timed_as, times_given

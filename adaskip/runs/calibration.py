@@ -13,7 +13,7 @@ from adaskip.errors import DataError
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import reference_ids
 from adaskip.runs.runconfig import RunConfig
-from adaskip.search.losses import Row
+from adaskip.search.rows import Row
 
 logger = logging.getLogger(__name__)
 

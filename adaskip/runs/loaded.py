@@ -6,10 +6,10 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,25 +21,23 @@ from adaskip.learning import learn_importance
 from adaskip.models.internlm import check_prompt_length
 from adaskip.models.loading import ModelSpec, load_model, load_tokenizer, model_spec
 from adaskip.models.processes import team
-from adaskip.models.spec import model_source
 from adaskip.policies import SkipPolicy, policy_class
-from adaskip.policies.factory import LEARNED, build_policy, takes
+from adaskip.policies.factory import build_policy
 from adaskip.policies.made_plan import MadePlan, PlanFile
 from adaskip.positions import positions
+from adaskip.runs.data import from_files, source_of_warm_up, tokens_of_warm_up, told_as_warm_up
 from adaskip.runs.files import writing
 from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.ledger import answer_length, rewritten, stamp
 from adaskip.runs.runconfig import DENSE, HORIZON, RunConfig
 from adaskip.runs.store import Store
 from adaskip.tasks.documents import Split
-from adaskip.tasks.longbench import load_rows
-from adaskip.tasks.prompts import Prompt, build_prompt, prompt_template, stop_token_ids
+from adaskip.tasks.prompts import Prompt, build_prompt, stop_token_ids
 from adaskip.tasks.retrieval import retrieval_rows
 from adaskip.tasks.sample import sample_rows
 from adaskip.tasks.spec import Row, task_spec
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 # Tokens by which a cut prompt may grow when its text is tokenized again.
 _RETOKENIZED = 16
 # How a learned profile tells of its rows.
@@ -212,8 +210,8 @@ class LoadedModel:
 
     def _learned(self, config: RunConfig) -> Importance:
         """The profile of the warm-up prompts, kept from before or learned now."""
-        task = _warmup_of(config)
-        rows = _told_as_warm_up(config, lambda: self.warmup_rows(config, task, config.warmup))
+        task = source_of_warm_up(config)
+        rows = told_as_warm_up(config, lambda: self.warmup_rows(config, task, config.warmup))
         if len(rows) < config.warmup:
             raise DataError(
                 f"{task} has {len(rows)} warm-up rows, {config.warmup} were asked for: use a lower "
@@ -259,14 +257,14 @@ class LoadedModel:
         """Where the profile is that these prompts, ids each, give of this model."""
         recipe = [self.source, model_fingerprint(self.model), prompts]
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
-        task = _warmup_of(config)
-        size = f"-{_warmup_tokens(config)}tokens" if task_spec(task).offline else ""
+        task = source_of_warm_up(config)
+        size = f"-{tokens_of_warm_up(config)}tokens" if task_spec(task).offline else ""
         name = f"{Path(config.model_name).name}-{task}-{config.warmup}rows{size}-{digest}.json"
         return Path(config.results_dir) / "importance" / name
 
     def _load(self, config: RunConfig, task: str, *, warmup: bool, limit: int | None) -> list[Row]:
         offline = task_spec(task).offline
-        tokens = _warmup_tokens(config) if warmup else config.sample_tokens
+        tokens = tokens_of_warm_up(config) if warmup else config.sample_tokens
         # What is learned does not depend on where a run's needle is.
         depth = None if warmup else config.needle_depth
         key = json.dumps(
@@ -279,7 +277,7 @@ class LoadedModel:
             if offline and n is not None:
                 rows = self._made(config, task, warmup, n, tokens, depth)
             else:
-                rows = _from_files(config, task, n)
+                rows = from_files(config, task, n)
             if not rows:
                 raise DataError(f"{task} has no row longer than --min_length {config.min_length}.")
             self._rows[key] = rows
@@ -305,63 +303,6 @@ class LoadedModel:
                     " positions."
                 )
         return rows
-
-
-def check_data(config: RunConfig) -> None:
-    """Refuses what is missing of the files of a run, before a model is loaded for it.
-
-    Raises:
-        DataError: a file, or the package that has the prompts.
-        AdaskipError: there is no such model.
-    """
-    model_source(config.model_path or config.model_name)
-    for task in config.tasks:
-        prompt_template(task)
-        if not task_spec(task).offline:
-            _from_files(config, task, 1)
-    warmup = _warmup_of(config)
-    learns = takes(config.policy, LEARNED) and config.importance is None
-    if learns and not task_spec(warmup).offline:
-        _told_as_warm_up(config, lambda: (prompt_template(warmup), _from_files(config, warmup, 1)))
-
-
-def _from_files(config: RunConfig, task: str, n: int | None) -> list[Row]:
-    return load_rows(
-        task,
-        data_dir=config.data_dir,
-        min_length=config.min_length,
-        limit=n,
-        long_bench_e=config.longbench_e,
-    )
-
-
-def _told_as_warm_up(config: RunConfig, load: Callable[[], T]) -> T:
-    """Says of rows that nobody has named what they are for.
-
-    Raises:
-        DataError: whatever was wrong with them.
-    """
-    try:
-        return load()
-    except DataError as error:
-        raise DataError(
-            f"The warm-up prompts of {config.policy} are to be those of {_warmup_of(config)}, but: "
-            f"{error} Others are --warmup_task's; --importance FILE needs none."
-        ) from error
-
-
-def warmup_task(tasks: Iterable[str]) -> str:
-    """Where warm-up prompts come from: LongBench's qasper; the offline sample for our own tasks."""
-    offline = all(task_spec(task).offline for task in tasks)
-    return "sample_qa" if offline else "qasper"
-
-
-def _warmup_tokens(config: RunConfig) -> int:
-    return config.warmup_tokens or config.sample_tokens
-
-
-def _warmup_of(config: RunConfig) -> str:
-    return config.warmup_task or warmup_task(config.tasks)
 
 
 def _source(config: RunConfig) -> tuple[str | None, ...]:

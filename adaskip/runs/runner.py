@@ -25,6 +25,7 @@ from adaskip.policies.factory import LEARNED, takers, takes
 from adaskip.profiling.calibration import measured_times
 from adaskip.profiling.timing import growing_cache
 from adaskip.runs.batches import make_batches, run_batches
+from adaskip.runs.data import check_data, warmup_task
 from adaskip.runs.files import lock
 from adaskip.runs.ledger import (
     begin,
@@ -35,7 +36,7 @@ from adaskip.runs.ledger import (
     task_rows,
     update,
 )
-from adaskip.runs.loaded import LoadedModel, check_data, warmup_task
+from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.rows import GeneratedRow
 from adaskip.runs.runconfig import RunConfig
 from adaskip.runs.scoring import phase_shares

@@ -14,9 +14,9 @@ from adaskip.errors import AdaskipError, did_you_mean, unknown_name
 from adaskip.models.spec import model_names
 from adaskip.plan import SCOPES, Scope
 from adaskip.policies.factory import takes
+from adaskip.runs.data import warmup_task
 from adaskip.runs.files import check_file_name, differences
 from adaskip.runs.ledger import run_folder
-from adaskip.runs.loaded import warmup_task
 from adaskip.runs.reference_quality import PerplexitySettings
 from adaskip.runs.runconfig import DENSE, RunConfig, budget_flag, refuse_unused
 from adaskip.runs.yamlfile import read_yaml, shipped_or_given

@@ -13,7 +13,7 @@ from adaskip.plan import SkipPlan, Sublayer
 from adaskip.profiling.plan_times import measured_acceleration
 from adaskip.replacements import Replacement
 from adaskip.search.journal import digest_of, short_hash
-from adaskip.search.losses import Row
+from adaskip.search.rows import Row
 from adaskip.sublayer_times import PlanTimes
 
 

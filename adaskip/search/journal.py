@@ -20,7 +20,7 @@ from adaskip.plan import Phase
 from adaskip.profiling.calibration import identity as place
 from adaskip.profiling.plan_times import measured_plan_times
 from adaskip.replacements import Replacement
-from adaskip.search.losses import Row
+from adaskip.search.rows import Row
 from adaskip.sublayer_times import GAIN, PlanTimes, timed_as
 
 # Of what was measured, and of how it is called: a loss means nothing to a search that learns what

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -16,17 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax, nll_loss
 
-from adaskip.errors import AdaskipError, no_numbers, unknown_name
+from adaskip.errors import no_numbers, unknown_name
 from adaskip.fitting import Moments
 from adaskip.plan import Sublayer, all_sublayers
 from adaskip.recorders import median
 from adaskip.replacements import Replacement, Window
 from adaskip.search.cross_fitting import CrossFitted, Learned, for_all, for_row, settled
+from adaskip.search.rows import Row, checked_rows, row_ids
 from adaskip.streams import Calls, Sublayers
-from adaskip.warmup import checked_prompts
 
-Ids = Tensor | Sequence[int]
-Row = tuple[Ids, Ids]
 # "kl": KL(dense || plan); "nll": negative log-likelihood of the answer itself.
 Measure = Literal["kl", "nll"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
@@ -34,8 +31,6 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 _STRIDE = 4
 # Streams behind a change are kept until the next one, as it may be accepted; if they fit in this.
 _KEPT_BYTES = 2**30
-# Of ids.
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # First tokens of a row that no linear map is fitted on, attention sinks.
 _SINKS, _RIDGE = 4, 1e-3
 
@@ -81,65 +76,6 @@ class _Looked:
             return {}
         own, runs = self.change
         return self.behind if own is changed and runs == dropped else {}
-
-
-def row_ids(row: Row) -> tuple[Tensor, Tensor]:
-    """Ids of a calibration row: prompt and answer together, [1, tokens], and the answer's, [n].
-
-    The last of them is only predicted: what the model reads ends before it.
-
-    Raises:
-        AdaskipError: it is no pair, not of ids of one prompt and its answer, or has no prompt or no
-            answer tokens.
-    """
-    parts: list[Tensor] = []
-    if isinstance(row, tuple | list) and len(row) == 2:
-        with suppress(TypeError, ValueError, RuntimeError):
-            parts = [torch.as_tensor(part) for part in row]
-    if not parts:
-        parted = row if isinstance(row, tuple | list) else [row]
-        texts = any(isinstance(part, str) for part in parted)
-        what = "of texts" if texts else f"a {type(row).__name__} that is no pair of ids"
-        raise AdaskipError(
-            f"A calibration row is {what}; give the ids of prompt and answer, e.g. "
-            "(tokenizer(prompt).input_ids, tokenizer(answer).input_ids)."
-        )
-    if not all(part.numel() for part in parts):
-        raise AdaskipError(
-            "A calibration row has no prompt or no answer tokens; the loss is taken over the "
-            "answer's. Give (prompt ids, answer ids) with one token or more each."
-        )
-    for ids in parts:
-        if ids.dtype not in _WHOLE or ids.ndim not in (1, 2) or ids.numel() != ids.shape[-1]:
-            raise AdaskipError(
-                f"A calibration row has {ids.dtype} of shape {list(ids.shape)}; give whole ids "
-                "[tokens] or [1, tokens] of a prompt, and of its answer, each prompt a row of its "
-                "own."
-            )
-    prompt, answer = (ids.flatten().long() for ids in parts)
-    return torch.cat([prompt, answer])[None], answer
-
-
-def checked_rows(rows: Iterable[Row], vocab_size: int) -> list[Row]:
-    """Calibration rows, all of them looked at before the model runs on the first.
-
-    Args:
-        rows: `(prompt ids, answer ids)` each.
-        vocab_size: ids the model knows.
-
-    Raises:
-        AdaskipError: there is none, or one that `row_ids` refuses or has other ids.
-    """
-    found = list(rows)
-    if not found:
-        raise AdaskipError("No calibration row was given; a search needs at least one.")
-    checked_prompts([row_ids(row)[0] for row in found], vocab_size)
-    return found
-
-
-def reads(rows: Iterable[Row]) -> list[Tensor]:
-    """What the model reads of calibration rows: [1, tokens] each."""
-    return [row_ids(each)[0][:, :-1] for each in rows]
 
 
 class Losses:

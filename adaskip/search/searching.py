@@ -21,8 +21,9 @@ from adaskip.search.describing import described, identity, reached, with_measure
 from adaskip.search.exchange import exchange
 from adaskip.search.greedy import Choice, fill
 from adaskip.search.journal import Journal, known_times
-from adaskip.search.losses import Losses, Row, checked_rows
+from adaskip.search.losses import Losses
 from adaskip.search.menu import MENU, Budget, Dishes, Menu, Name, check_reach
+from adaskip.search.rows import Row, checked_rows
 from adaskip.search.trials import Trials
 from adaskip.streams import Sublayers, measuring
 from adaskip.sublayer_times import PlanTimes, SublayerTimes, check_place, times_given
