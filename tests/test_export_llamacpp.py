@@ -46,6 +46,15 @@ pytestmark = pytest.mark.skipif(not llamacpp.is_installed(), reason="xllamacpp i
 
 # Dense models deviate by as much: llama.cpp rounds otherwise.
 TOLERANCE = 1e-3
+# Every edge in one family, and three of them, by turns, in each other one: layers, what an edge is
+# of, are written down alike in all families.
+_OTHERS = [
+    (name, edge)
+    for number, name in enumerate(GGUF)
+    for at, edge in enumerate(EDGES)
+    if name != "llama" and (edge == "nothing" or at % 3 == number % 3)
+]
+PLACES = [("llama", edge) for edge in EDGES] + _OTHERS
 
 
 def checked(model: PreTrainedModel, plan: SkipPlan, folder: Path, dtype: str = "f32") -> Check:
@@ -61,8 +70,7 @@ def checked(model: PreTrainedModel, plan: SkipPlan, folder: Path, dtype: str = "
     return comparing.compared("llama.cpp", expected, found, 1e-5)
 
 
-@pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("name", GGUF)
+@pytest.mark.parametrize(("name", "edge"), PLACES)
 def test_the_edges_are_the_plan(name: str, edge: str, tmp_path: Path) -> None:
     check = checked(gguf_model(name), plan_of(EDGES[edge], gain=1.05), tmp_path)
     assert check.passed, check

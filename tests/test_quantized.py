@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import prompt, tiny_model
-from packaged_models import installed_parts
 from test_windows import narrowed
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, QuantizedCache
 
@@ -19,7 +18,6 @@ from adaskip import (
     Sublayer,
     Window,
     learn_importance,
-    load_model,
     skipping,
 )
 
@@ -66,16 +64,6 @@ def with_bitsandbytes(model: PreTrainedModel, folder: Any) -> PreTrainedModel:
     return quantized.eval()
 
 
-def gguf_model() -> PreTrainedModel:
-    """SmolLM2 as transformers itself loads a GGUF file, quantizer and all."""
-    [gguf] = installed_parts("smollm2") or []
-    loaded: Any = AutoModelForCausalLM
-    model: PreTrainedModel = loaded.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    return model.eval()
-
-
 def tokens(model: PreTrainedModel) -> list[int]:
     made: Any = model.generate(prompt(20), max_new_tokens=8, min_new_tokens=8, do_sample=False)
     return [int(token) for token in made[0]]
@@ -119,19 +107,6 @@ def test_skipping_a_quantized_model_is_leaving_its_sublayers_out(
     with skipping(model, AdaSkip(importance, 2)):
         assert len(tokens(model)) == 28
     assert tokens(model) == dense
-
-
-def test_a_model_loaded_from_gguf_is_the_converted_one() -> None:
-    need("gguf")
-    plain, converted = gguf_model(), load_model("smollm2", device="cpu", dtype="float32")
-    logits = []
-    for model in (plain, converted):
-        with torch.no_grad(), skipping(model, FixedSkipping(PLAN)):
-            logits.append(model(prompt(40)).logits)
-    assert torch.equal(*logits)
-    learned = learn_importance(converted, [prompt(40)])
-    with skipping(plain, AdaSkip(learned, 8)):  # not refused: it is the same model
-        assert len(tokens(plain)) == 28
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,13 +6,14 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from packaged_models import installed_parts, needs
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from adaskip import Importance, learn_importance
+from adaskip import AdaSkip, Importance, SkipPlan, Sublayer, learn_importance, skipping
 from adaskip.errors import ProfileError
 from adaskip.models.loading import load_model, load_tokenizer, model_spec
 from adaskip.models.spec import model_source
@@ -52,6 +53,24 @@ def test_configuration_is_the_published_one(model: PreTrainedModel):
         assert getattr(model.config, name) == value
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.num_parameters() == 134_515_008
+
+
+@needs_package
+def test_a_model_loaded_from_gguf_is_the_converted_one(model: PreTrainedModel):
+    """As transformers itself loads the file, quantizer and all."""
+    [gguf] = installed_parts("smollm2") or []
+    loaded: Any = AutoModelForCausalLM
+    plain = loaded.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    ids, logits = torch.arange(40)[None] + 100, []
+    plan = SkipPlan({Sublayer(0, "attn"): None, Sublayer(2, "ffn"): None, Sublayer(3, "attn"): 1.1})
+    for each in (plain, model):
+        with torch.no_grad(), skipping(each, plan):
+            logits.append(each(ids).logits)
+    assert torch.equal(*logits)
+    learned = learn_importance(model, [ids])
+    with skipping(plain, AdaSkip(learned, 8)):  # not refused: it is the same model
+        answer = plain.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert answer.shape == (1, 48)
 
 
 @needs_package
