@@ -261,7 +261,7 @@ def test_linear_maps_are_fitted_anew_on_more_rows(
     # One is as fast as the other, whatever that is; a tiny model may be no faster than dense.
     theirs = gaps[plain] if entry.speed > 1 else 0.0
     assert entry.beside[plain].difference == pytest.approx(gaps[fitted] - theirs)
-    assert entry.beside[plain].steady
+    assert entry.by_round == next(e.by_round for e in table.entries if e.method == plain)
     # One whose file is gone is trained again, not only fitted.
     board.path_of(board.point(f"{trained} 1.05")).unlink()
     board.losses.path.unlink()

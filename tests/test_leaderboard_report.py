@@ -7,16 +7,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
 from chromium import Window, browser, opened
 from leaderboard_fixtures import filled, whole
 
+from adaskip.chance import SEED
 from adaskip.leaderboard.axes import Axis, same_axes
 from adaskip.leaderboard.collecting import collect, table_of
-from adaskip.leaderboard.comparing import at_equal_speed, at_speed, beside, over_plan, unbeaten
-from adaskip.leaderboard.values import REPORT_FILE, read_report, verdict
+from adaskip.leaderboard.comparing import at_speed, unbeaten
+from adaskip.leaderboard.draws import Draws
+from adaskip.leaderboard.values import REPORT_FILE, Beside, read_report, verdict
+from adaskip.profiling.intervals import draws
 from adaskip.reports import leaderboard_figures
 from adaskip.reports.leaderboard_report import PAGE, render, write_report
 from adaskip.reports.leaderboard_tables import as_text, compared
@@ -52,20 +56,18 @@ def test_gaps_at_equal_time_lie_between_plans(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan of one row."""
+    """A plan of a few rows."""
 
     method: str
     speed: float
     gap: float
-    spread: float = 0.0
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        return self.speed - self.spread, self.speed + self.spread
+    by_round: tuple[float, ...] = ()
+    sitting: int = 0
+    rows: tuple[float, ...] = ()
 
     @property
     def by_row(self) -> dict[str, float]:
-        return {"a": self.gap, "b": self.gap}
+        return dict(zip("abcdefgh", self.rows or (self.gap, self.gap), strict=False))
 
 
 def test_a_plan_that_the_methods_own_beats_is_on_no_line() -> None:
@@ -76,44 +78,88 @@ def test_a_plan_that_the_methods_own_beats_is_on_no_line() -> None:
     assert at_speed(plans, "M", 1.375) == {"a": 0.75, "b": 0.75}
 
 
-def test_better_at_equal_time_is_said_at_both_ends_of_the_methods_times() -> None:
-    base = Plan("ADA", 1.25, 1.0)
+# Rounds whose median, drawn anew, is anything from the one to the other.
+UNSTEADY = (1.125, 1.375) * 5
 
-    def told(gap: float, spread: float, speed: float = 1.125) -> str:
-        found = at_equal_speed([base, Plan("M", 1.25, gap, spread)], "M", "ADA", speed)
-        assert found is not None
-        return found.verdict
+
+def verdicts(base: Plan, plan: Plan, speed: float = 1.125) -> tuple[str, str]:
+    """What is said of a plan at an acceleration, and at its own."""
+    drawn = Draws([base, plan])
+    found = drawn.at_equal_speed(plan.method, "ADA", speed), drawn.over_plan(plan, "ADA")
+    assert None not in found
+    first, second = (each.verdict if each else "" for each in found)
+    return first, second
+
+
+def test_better_is_said_where_it_is_so_whatever_rounds_are_drawn() -> None:
+    steady, base = (1.25,) * 10, Plan("ADA", 1.25, 1.0, (1.25,) * 10, 1)
+
+    def told(gap: float, rounds: tuple[float, ...], speed: float = 1.125) -> str:
+        return verdicts(base, Plan("M", 1.25, gap, rounds, 2), speed)[0]
 
     # Base loses 0.5 there; 0.8 of a plan at 1.125 to 1.375 are 0.8 to 0.27.
-    assert (told(0.8, 0.0), told(0.8, 0.125)) == ("better", "")
-    assert (told(1.2, 0.0), told(1.2, 0.125)) == ("worse", "")
-    assert (told(0.2, 0.125), told(9.0, 0.125)) == ("better", "worse")
+    assert (told(0.8, steady), told(0.8, UNSTEADY)) == ("better", "")
+    assert (told(1.2, steady), told(1.2, UNSTEADY)) == ("worse", "")
+    assert (told(0.2, UNSTEADY), told(9.0, UNSTEADY)) == ("better", "worse")
     # It may not be as fast at all.
-    assert (told(0.2, 0.125, 1.1875), told(9.0, 0.125, 1.1875)) == ("", "worse")
-    assert at_equal_speed([base], "M", "ADA", 1.125) is None
+    assert (told(0.2, UNSTEADY, 1.1875), told(9.0, UNSTEADY, 1.1875)) == ("", "worse")
+    assert Draws([base]).at_equal_speed("M", "ADA", 1.125) is None
 
 
-def test_better_is_said_at_both_ends_of_the_other_methods_times() -> None:
-    plan = Plan("M", 1.25, 0.8)
+def test_rounds_that_two_plans_took_turns_in_are_drawn_together() -> None:
+    base = Plan("ADA", 1.25, 1.0, UNSTEADY, 1)
+    assert verdicts(base, Plan("M", 1.25, 0.9, UNSTEADY, 1)) == ("better", "better")
+    assert verdicts(base, Plan("M", 1.25, 0.9, UNSTEADY, 2)) == ("", "")
+    # Whatever its times are, one that loses so little more is not told apart from faster ones.
+    assert verdicts(base, Plan("M", 1.25, 1.1, UNSTEADY, 1)) == ("worse", "worse")
+    assert verdicts(base, Plan("M", 1.25, 1.1, UNSTEADY, 2)) == ("", "")
 
-    def told(base: Plan, plan: Plan = plan) -> tuple[str, str]:
-        at_1_125 = at_equal_speed([base, plan], "M", "ADA", 1.125)
-        at_its_own = over_plan(plan, [base, plan], "ADA")
-        assert at_1_125 is not None
-        assert at_its_own is not None
-        return at_1_125.verdict, at_its_own.verdict
 
-    assert told(Plan("ADA", 1.25, 1.0)) == ("better", "better")
-    # At its fastest it loses 0.28 at 1.125, and 0.56 at 1.25.
-    assert told(Plan("ADA", 1.25, 1.0, 0.2)) == ("", "")
-    # At its slowest it is not as fast as the plan, so nothing speaks for it there.
-    assert told(Plan("ADA", 1.25, 0.1, 0.0625)) == ("worse", "")
-    assert told(Plan("ADA", 1.375, 0.9, 0.125)) == ("", "")
-    # Either's interval alone leaves no doubt, both together do.
-    near = Plan("M", 1.25, 0.8, 0.03125)
-    assert told(Plan("ADA", 1.25, 1.1, 0.0), near) == ("better", "better")
-    assert told(Plan("ADA", 1.25, 1.1, 0.0625)) == ("better", "better")
-    assert told(Plan("ADA", 1.25, 1.1, 0.0625), near) == ("", "")
+def test_few_rounds_say_nothing() -> None:
+    few, plan = (1.25,) * 4, Plan("M", 1.25, 0.1, (1.25,) * 5, 2)
+    for base, own, said in (
+        (Plan("ADA", 1.25, 1.0, few, 1), plan, "too few rounds of times"),
+        (Plan("ADA", 1.25, 1.0, (1.25,) * 5, 1), replace(plan, by_round=few), "too few rounds"),
+        (Plan("ADA", 1.25, 1.0, (1.25,) * 5, 1), plan, "better"),
+        # Predicted ones are as sure as they are told.
+        (Plan("ADA", 1.25, 1.0), replace(plan, by_round=()), "better"),
+    ):
+        found = Draws([base, own]).over_plan(own, "ADA")
+        assert found is not None
+        assert compared(found).startswith(said)
+        assert bool(found.verdict) == (said == "better")
+
+
+def test_every_draw_is_what_plans_of_these_rows_and_rounds_would_be() -> None:
+    shuffled = np.random.default_rng(3)
+
+    def plan(method: str, sitting: int) -> Plan:
+        rounds = tuple(float(x) for x in 1.2 + 0.2 * shuffled.standard_normal(7))
+        rows = tuple(float(x) for x in shuffled.random(5))
+        return Plan(method, float(np.median(rounds)), fmean(rows), rounds, sitting, rows)
+
+    plans = [plan("A", 1), plan("A", 2), plan("A", 1), plan("A", 2), plan("B", 2)]
+    speed = plans[-1].speed
+    drawn = Draws(plans)
+    line = drawn._line("A", np.array([speed]))
+    rows = draws(5)
+    rounds = {sitting: draws(7, seed=(SEED, sitting, 7)) for sitting in (1, 2)}
+    assert {*line.reached} == {True, False}
+    for number in range(300):
+        again = [
+            replace(
+                each,
+                speed=float(np.median(np.take(each.by_round, rounds[each.sitting][number]))),
+                gap=float(np.take(each.rows, rows[number]).mean()),
+                rows=tuple(np.take(each.rows, rows[number])),
+            )
+            for each in plans[:4]
+        ]
+        there = at_speed(again, "A", speed)
+        assert line.reached[number] == (there is not None)
+        if there is None:
+            there = max(again, key=lambda each: (each.speed, -each.gap)).by_row
+        assert line.gaps[number] == pytest.approx(fmean(there.values()))
 
 
 def test_a_plan_stands_beside_the_others_at_its_measured_time(tmp_path: Path) -> None:
@@ -133,26 +179,28 @@ def test_a_plan_stands_beside_the_others_at_its_measured_time(tmp_path: Path) ->
 
 
 def test_better_is_said_only_beyond_the_interval() -> None:
-    dense = dict.fromkeys("abcd", 0.0)
-    base = dense | {"a": 0.3, "b": 0.3, "c": 0.3, "d": 0.3}
-    less = dict(zip("abcd", (0.1, 0.2, 0.1, 0.2), strict=True))
-    mixed = dict(zip("abcd", (0.1, 0.2, 0.1, 0.7), strict=True))
-    assert beside(less, base).verdict == "better"
-    assert beside(mixed, base).verdict == ""
+    def beside(own: tuple[float, ...], other: tuple[float, ...]) -> Beside:
+        plans = [Plan(m, 1.25, fmean(r), rows=r) for m, r in (("M", own), ("ADA", other))]
+        found = Draws(plans).over_plan(plans[0], "ADA")
+        assert found is not None
+        return found
+
+    dense, base = (0.0,) * 4, (0.3,) * 4
+    less, mixed = (0.1, 0.2, 0.1, 0.2), (0.1, 0.2, 0.1, 0.7)
+    assert (beside(less, base).verdict, compared(beside(less, base))) == ("better", "better")
+    assert beside(less, base).share == pytest.approx(0.5)
+    assert beside(less, base).share_interval == pytest.approx((1 / 3, 2 / 3))
+    assert (beside(mixed, base).verdict, compared(beside(mixed, base))) == (
+        "",
+        "no difference shown",
+    )
     assert beside(mixed, base).difference < 0
     assert beside(base, less).verdict == "worse"
+    assert (beside(less, dense).share, beside(less, dense).verdict) == (None, "worse")
+    one = beside((0.1,), (0.3,))
+    assert (one.interval, one.share_interval, one.verdict) == (None, None, "")
     for unknown in ((math.nan, math.nan), (math.nan, -0.1), (0.1, math.nan), None):
         assert verdict(unknown, higher_is_better=False) == ""
-    assert (beside(less, dense).share, beside(less, dense).verdict) == (None, "worse")
-
-
-def test_what_times_leave_open_is_not_called_the_same() -> None:
-    base = dict.fromkeys("ab", 0.3)
-    less, mixed = {"a": 0.1, "b": 0.2}, {"a": 0.1, "b": 0.7}
-    assert compared(beside(less, base)) == "better"
-    open_ = replace(beside(less, base), steady=False)
-    assert compared(open_) == "may be faster or slower: nothing said"
-    assert compared(beside(mixed, base)) == "no difference shown"
 
 
 def test_tasks_at_chance_speak_for_nothing(results: Path) -> None:
@@ -216,9 +264,7 @@ def test_the_text_says_what_exists(tmp_path: Path) -> None:
     assert "| ADA         |  1.05 |     1.100 | 1.062 [1.062–1.062]" in text
     # At 1.1 AdaSkip loses 0.66 nats over both rows, the search 0.06.
     assert "0.060, 9% [9%–9%], better" in text
-    assert (
-        "SEARCH gain loses less than 2 of them, beyond the intervals of losses and of times" in text
-    )
+    assert "SEARCH gain loses less than 2 of them, beyond the interval of rows and rounds" in text
     assert "Tasks:" not in text
 
 

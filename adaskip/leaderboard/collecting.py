@@ -10,7 +10,8 @@ from statistics import fmean, median
 from typing import Any
 
 from adaskip.leaderboard.board import Board
-from adaskip.leaderboard.comparing import fronts, over_plan, ratio_interval
+from adaskip.leaderboard.comparing import fronts, ratio_interval
+from adaskip.leaderboard.draws import Draws
 from adaskip.leaderboard.rows import LossRow, PlanRow, ScoreRow, Timed, TimesRow
 from adaskip.leaderboard.settings import LeaderboardFile, Point
 from adaskip.leaderboard.values import (
@@ -168,13 +169,16 @@ class _Kept:
 
     def _measured(self, name: str) -> dict[str, Any]:
         if name not in self.times:
-            return {"rounds": 0, **dict.fromkeys(("seconds", "ttft", "per_token", "kv_share"))}
+            none = dict.fromkeys(("seconds", "ttft", "per_token", "kv_share"))
+            return {"sitting": 0, "by_round": (), **none}
         own, dense = self.times[name]
-        ttft = Ratio.paired(dense.ttft, own.ttft)
+        by_round = tuple(a / b for a, b in zip(dense.ttft, own.ttft, strict=True))
+        ttft = Ratio.of(by_round)
         return {
             # Its own sitting may have been a slower one.
             "seconds": median(self.sittings[0].ttft) / ttft.median,
-            "rounds": len(own.ttft),
+            "sitting": self.sittings.index(dense) + 1,
+            "by_round": by_round,
             "ttft": ttft,
             "per_token": Ratio.paired(dense.per_token, own.per_token),
             "kv_share": own.kv_bytes / dense.kv_bytes,
@@ -193,16 +197,13 @@ class _Kept:
 def _compared(entries: Sequence[Entry], among: Sequence[Entry]) -> list[Entry]:
     """The entries beside AdaSkip and the searched plan of a list, and whether they are in front."""
     search = first_search([entry.method for entry in among])
+    methods, draws = [*filter(None, (BASE, search))], Draws(among)
     compared = []
     for entry, front in zip(entries, fronts(entries), strict=True):
-        found = {}
-        for method in filter(None, (BASE, search)):
-            here = over_plan(entry, among, method)
-            if here is not None and method != entry.method:
-                # One is as fast as the other beside the plan whose linear maps were fitted anew.
-                same = any(e.method == method and e.ttft == entry.ttft is not None for e in among)
-                found[method] = replace(here, steady=True) if same else here
-        compared.append(replace(entry, front=front, beside=found))
+        others = (method for method in methods if method != entry.method)
+        found = {method: draws.over_plan(entry, method) for method in others}
+        reached = {method: here for method, here in found.items() if here is not None}
+        compared.append(replace(entry, front=front, beside=reached))
     return compared
 
 

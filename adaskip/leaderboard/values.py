@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import inf, isnan
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,10 +42,10 @@ class Beside:
     Attributes:
         gap: of the other method there, on the line between its plans on both sides.
         difference: nats per token that the plan loses more; below zero it loses less.
-        interval: of the difference, 95 %, paired bootstrap over rows.
+        interval: of the difference, 95 %, bootstrap over rows and rounds of times together.
         share: the plan's gap by the other's; None where that loses nothing.
         share_interval: likewise.
-        steady: whether the same would be said at both ends of the intervals of both measured times.
+        few: whether some of the plans have fewer than `MIN_ROUNDS` rounds of times.
     """
 
     gap: float
@@ -53,12 +53,12 @@ class Beside:
     interval: Interval | None
     share: float | None
     share_interval: Interval | None
-    steady: bool = True
+    few: bool
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the plan is better or worse, beyond the intervals; else empty."""
-        return verdict(self.interval, higher_is_better=False) if self.steady else ""
+        """Whether the plan is better or worse, beyond the interval; else empty."""
+        return "" if self.few else verdict(self.interval, higher_is_better=False)
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ class Entry:
         predicted: the acceleration that was predicted of the plan.
         seconds: to the first token: what dense takes in the table by the plan's measured ratio;
             None before times were taken.
-        rounds: in which times were taken; 0 before.
-        ttft: measured ratio of dense to its time to first token.
+        sitting: in which times were taken, counted from 1; 0 before.
+        by_round: ratio of dense to its time to first token in each round of it.
+        ttft: the median of these.
         per_token: likewise of its time per token.
         kv_share: of the dense keys and values.
         gap: nats per reference token that it loses to dense.
@@ -128,7 +129,8 @@ class Entry:
     calibration: str
     predicted: float
     seconds: float | None
-    rounds: int
+    sitting: int
+    by_round: tuple[float, ...]
     ttft: Ratio | None
     per_token: Ratio | None
     kv_share: float | None
@@ -144,16 +146,6 @@ class Entry:
     def speed(self) -> float:
         """The measured acceleration of prefill, or the predicted one."""
         return self.predicted if self.ttft is None else self.ttft.median
-
-    @property
-    def ends(self) -> Interval:
-        """Those of the interval of `speed`; twice itself where it is predicted.
-
-        After too few rounds it may be any acceleration.
-        """
-        if self.ttft is None:
-            return self.predicted, self.predicted
-        return (self.ttft.low, self.ttft.high) if self.rounds >= MIN_ROUNDS else (0.0, inf)
 
 
 @dataclass(frozen=True)

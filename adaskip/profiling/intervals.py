@@ -60,9 +60,24 @@ def bootstrap(
     import numpy as np
 
     values = np.array(rows)
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    return central(statistic(values[draws(len(values), resamples=resamples, seed=seed)]))
+
+
+def draws(
+    n: int, *, resamples: int = RESAMPLES, seed: int | Sequence[int] = SEED
+) -> NDArray[np.int64]:
+    """Which of `n` rows each bootstrap sample has, drawn with replacement: [resamples, n]."""
+    import numpy as np
+
+    return np.random.default_rng(seed).integers(n, size=(resamples, n))
+
+
+def central(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    """Between which values 95 % of a statistic of all bootstrap samples lie: `drawn` is flat."""
+    import numpy as np
+
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(statistic(values[draws]), [tail, 100 - tail])
+    low, high = np.percentile(drawn, [tail, 100 - tail])
     return float(low), float(high)
 
 

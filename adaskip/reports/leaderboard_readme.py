@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from statistics import fmean
 
 from adaskip.errors import AdaskipError
-from adaskip.leaderboard.comparing import at_speed, beside
+from adaskip.leaderboard.comparing import at_speed
+from adaskip.leaderboard.draws import Draws
 from adaskip.leaderboard.values import BASE, Report, Table, is_rival
-from adaskip.profiling.intervals import paired_interval
 from adaskip.reports.leaderboard_tables import NAMES, bracketed, percent_of
 from adaskip.tables import MISSING, markdown_table
 
@@ -23,34 +22,32 @@ def readme_table(report: Report) -> str:
 
 
 def _readme_rows(table: Table) -> list[list[str]]:
-    speed, search = table.headline, table.search
+    speed, search, draws = table.headline, table.search or "", Draws(table.entries)
     gaps = {name: at_speed(table.entries, name, speed) for name in table.methods}
-    reached = {name: gap for name, gap in gaps.items() if gap is not None}
+    reached = {name: fmean(gap.values()) for name, gap in gaps.items() if gap is not None}
     field = {name: gap for name, gap in reached.items() if name != BASE and is_rival(name)}
-    best = min(field, key=lambda name: fmean(field[name].values()), default=None)
+    best = min(field, key=lambda name: field[name], default=None)
     if not reached or not any(entry.ttft for entry in table.entries):
         return []
-    own, base = reached.get(search or ""), reached.get(BASE)
-    share = beside(own, base) if own and base else None
+
+    def cell(method: str) -> str:
+        if method not in reached:
+            return MISSING
+        return f"{reached[method]:.3f} {bracketed(draws.interval_at(method, speed))}"
+
+    found = draws.at_equal_speed(search, BASE, speed)
     return [
         [
             table.model,
             f"{table.context:,}",
             f"{speed:g} x",
             f"{table.perplexity:.2f}",
-            _cell(base),
-            MISSING if best is None else f"{best} {_cell(field[best])}",
-            _cell(own),
-            MISSING if share is None else percent_of(share.share, share.share_interval),
+            cell(BASE),
+            MISSING if best is None else f"{best} {cell(best)}",
+            cell(search),
+            MISSING if found is None else percent_of(found.share, found.share_interval),
         ]
     ]
-
-
-def _cell(gaps: Mapping[str, float] | None) -> str:
-    if gaps is None:
-        return MISSING
-    interval = paired_interval(gaps, dict.fromkeys(gaps, 0.0))
-    return f"{fmean(gaps.values()):.3f} {bracketed(interval)}"
 
 
 def check_marks(readme: str) -> None:

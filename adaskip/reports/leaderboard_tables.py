@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import fmean
 
 from adaskip.leaderboard.axes import Axis, same_axes
-from adaskip.leaderboard.comparing import at_equal_speed, at_speed
+from adaskip.leaderboard.comparing import at_speed
+from adaskip.leaderboard.draws import Draws
 from adaskip.leaderboard.values import (
     BASE,
     MIN_ROUNDS,
@@ -34,10 +34,9 @@ def introduction(report: Report) -> str:
         f"{report.task} (the first {report.reference_tokens} tokens of each). Intervals are those "
         "of 95 %: a paired bootstrap over test rows for gaps and scores, the median's over rounds "
         "for times (of fewer than 6 rounds the lowest and the highest), in each of which dense and "
-        "the plans of a sitting take turns. Better and worse are said only where the interval of a "
-        "difference excludes zero, at both ends of the measured accelerations of the plan and of "
-        f"what it stands beside, and not of plans with fewer than {MIN_ROUNDS} rounds of times. "
-        "The interval of a share is that of rows alone, at the medians of times. Collapsed: rows "
+        "the plans of a sitting take turns; at equal time a bootstrap over rows and rounds "
+        "together. Better and worse are said only where the interval of a difference excludes "
+        f"zero, and not of plans with fewer than {MIN_ROUNDS} rounds of times. Collapsed: rows "
         "that lose more than one nat per token. Calibration rows come from other documents than "
         "test rows."
     )
@@ -115,7 +114,7 @@ def search_sentence(table: Table) -> str:
     told = ", ".join(better) or "none"
     return (
         f"At the {kind_of(table)} times of {len(rivals)} plans of other methods, {search} loses "
-        f"less than {worse} of them, beyond the intervals of losses and of times, and more than: "
+        f"less than {worse} of them, beyond the interval of rows and rounds, and more than: "
         f"{told}."
     )
 
@@ -148,9 +147,7 @@ def percent_of(share: float | None, interval: Interval | None) -> str:
 
 def compared(found: Beside) -> str:
     """What is said of a plan beside another method at the same measured time."""
-    if not found.verdict and replace(found, steady=True).verdict:
-        return "may be faster or slower: nothing said"
-    return found.verdict or "no difference shown"
+    return "too few rounds of times" if found.few else found.verdict or "no difference shown"
 
 
 def difference(score: Score, facts: TaskFacts) -> str:
@@ -181,15 +178,16 @@ def _main(table: Table) -> Shown:
 def equal_time(table: Table) -> Shown:
     """Each method at the accelerations asked for and README's, as measured, beside AdaSkip."""
     speeds = sorted({table.headline, *(entry.asked for entry in table.entries)})
-    rows = [[m, *(_at(table, m, speed) for speed in speeds)] for m in table.methods]
+    draws = Draws(table.entries)
+    rows = [[m, *(_at(draws, m, speed) for speed in speeds)] for m in table.methods]
     return ["method", *(f"x {speed:g}" for speed in speeds)], rows
 
 
-def _at(table: Table, method: str, speed: float) -> str:
-    own = at_speed(table.entries, method, speed)
+def _at(draws: Draws, method: str, speed: float) -> str:
+    own = at_speed(draws.plans, method, speed)
     if own is None:
         return MISSING
-    found = None if method == BASE else at_equal_speed(table.entries, method, BASE, speed)
+    found = None if method == BASE else draws.at_equal_speed(method, BASE, speed)
     parts = [f"{fmean(own.values()):.3f}"]
     if found is not None:
         parts += [percent_of(found.share, found.share_interval), found.verdict]
