@@ -340,7 +340,7 @@ def test_a_plan_made_anew_makes_what_was_measured_invalid(
         assert digests(store) == {"dense": first["dense"], **now}
     names = ["dense", "EE 1.05"], ["dense", "ADA 1.05"]
     assert [[*digests(store)] for store in board.sittings] == [*names]
-    assert {name: timed.own.plan_digest for name, timed in board.timed.items()} == now
+    assert {n: timed.own.plan_digest for n, (timed,) in board.timed.items()} == now
     # What is reported is of the new plan only.
     (table,) = collect(board.file, [board]).tables
     assert [entry.calibration[:6] for entry in table.entries] == ["3 warm", "3 warm"]

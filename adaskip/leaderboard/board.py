@@ -95,17 +95,18 @@ class Board:
         return [store for store in stores if store.path.exists()]
 
     @property
-    def timed(self) -> dict[str, Timed]:
-        """Times of the plans that there are now, each beside those of the dense model.
+    def timed(self) -> dict[str, list[Timed]]:
+        """Times of the plans that there are now, beside those of the dense model, by sitting.
 
         A plan whose linear maps were fitted anew has those of the plan that it was before: maps and
         gains take as long whatever their numbers are.
         """
-        found: dict[str, Timed] = {}
-        for store in self.sittings:
+        found: dict[str, list[Timed]] = {}
+        for number, store in enumerate(self.sittings, start=1):
             known = self.known(store)
             if dense := known.pop(DENSE, None):
-                found |= {name: Timed(own, dense) for name, own in known.items()}
+                for name, own in known.items():
+                    found.setdefault(name, []).append(Timed(number, own, dense))
         chosen = self._same_choice
         return found | {n: found[of] for n, of in chosen.items() if n not in found and of in found}
 
@@ -201,7 +202,8 @@ class Board:
     def untimed(self) -> list[str]:
         """Points with a plan that lack times, or rounds of them."""
         timed, wanted = self.timed, self.n_rounds
-        return [n for n in self.made if n not in timed or len(timed[n].dense.ttft) < wanted]
+        lacks = {n for n, own in timed.items() if any(len(t.dense.ttft) < wanted for t in own)}
+        return [name for name in self.made if name not in timed or name in lacks]
 
     def known(self, store: Store[V]) -> dict[str, V]:
         """What a store has of the plans that there are now, by the names of the file's points."""

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from statistics import fmean, median
 from typing import Any
 
@@ -95,7 +96,7 @@ class _Kept:
     board: Board
     plans: Mapping[str, PlanRow]
     losses: Mapping[str, LossRow]
-    times: Mapping[str, Timed]
+    times: Mapping[str, Sequence[Timed]]
     scores: Mapping[str, Mapping[str, ScoreRow]]
 
     @classmethod
@@ -111,9 +112,10 @@ class _Kept:
     @property
     def sittings(self) -> list[TimesRow]:
         """The dense model's times of each sitting that counts, that of most plans first."""
-        plans = Counter(tuple(dense.ttft) for _, dense in self.times.values())
-        found = {tuple(dense.ttft): dense for _, dense in self.times.values()}
-        return [found[key] for key, _ in plans.most_common()]
+        timed = [each for taken in self.times.values() for each in taken]
+        plans = Counter(each.sitting for each in timed)
+        found = {each.sitting: each.dense for each in timed}
+        return [found[number] for number, _ in plans.most_common()]
 
     def entries(self, points: Iterable[Point]) -> list[Entry]:
         """Those of the points whose plans can be compared, not compared yet."""
@@ -169,19 +171,18 @@ class _Kept:
 
     def _measured(self, name: str) -> dict[str, Any]:
         if name not in self.times:
-            none = dict.fromkeys(("seconds", "ttft", "per_token", "kv_share"))
-            return {"sitting": 0, "by_round": (), **none}
-        own, dense = self.times[name]
-        by_round = tuple(a / b for a, b in zip(dense.ttft, own.ttft, strict=True))
-        ttft = Ratio.of(by_round)
+            return {"by_round": {}, **dict.fromkeys(("seconds", "ttft", "per_token", "kv_share"))}
+        taken = self.times[name]
+        by_round = {t.sitting: _ratios(t.dense.ttft, t.own.ttft) for t in taken}
+        per_token = [_ratios(t.dense.per_token, t.own.per_token) for t in taken]
+        ttft = Ratio.of([*chain(*by_round.values())])
         return {
             # Its own sitting may have been a slower one.
             "seconds": median(self.sittings[0].ttft) / ttft.median,
-            "sitting": self.sittings.index(dense) + 1,
             "by_round": by_round,
             "ttft": ttft,
-            "per_token": Ratio.paired(dense.per_token, own.per_token),
-            "kv_share": own.kv_bytes / dense.kv_bytes,
+            "per_token": Ratio.of([*chain(*per_token)]),
+            "kv_share": taken[-1].own.kv_bytes / taken[-1].dense.kv_bytes,
         }
 
     def _scores(self, name: str) -> dict[str, Score]:
@@ -205,6 +206,11 @@ def _compared(entries: Sequence[Entry], among: Sequence[Entry]) -> list[Entry]:
         reached = {method: here for method, here in found.items() if here is not None}
         compared.append(replace(entry, front=front, beside=reached))
     return compared
+
+
+def _ratios(dense: Sequence[float], own: Sequence[float]) -> tuple[float, ...]:
+    """By round."""
+    return tuple(a / b for a, b in zip(dense, own, strict=True))
 
 
 def _sums(row: LossRow) -> tuple[float, int]:

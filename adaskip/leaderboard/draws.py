@@ -23,10 +23,7 @@ class Timed(Placed, Protocol):
     """A plan with the times of its rounds."""
 
     @property
-    def by_round(self) -> Sequence[float]: ...  # noqa: D102
-
-    @property
-    def sitting(self) -> int: ...  # noqa: D102
+    def by_round(self) -> Mapping[int, Sequence[float]]: ...  # noqa: D102
 
 
 class Drawn(NamedTuple):
@@ -48,7 +45,7 @@ class Draws:
 
     def __init__(self, plans: Sequence[Timed]) -> None:
         self.plans = plans
-        self._rounds: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._drawn: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     @cached_property
     def _rows(self) -> NDArray[np.int64]:
@@ -84,7 +81,8 @@ class Draws:
 
     @staticmethod
     def _is_seldom_timed(plans: Sequence[Timed]) -> bool:
-        return any(0 < len(plan.by_round) < MIN_ROUNDS for plan in plans)
+        rounds = (sum(map(len, plan.by_round.values())) for plan in plans)
+        return any(0 < n < MIN_ROUNDS for n in rounds)
 
     def _gaps(self, by_row: Mapping[str, float]) -> Floats:
         """Mean gap in every draw of rows."""
@@ -96,11 +94,16 @@ class Draws:
         """Median acceleration in every draw of rounds."""
         if not plan.by_round:
             return np.full(len(self._rows), plan.speed)
-        key = plan.sitting, len(plan.by_round)
-        if key not in self._rounds:
-            self._rounds[key] = draws(len(plan.by_round), seed=(SEED, *key))
-        medians: Floats = np.median(np.array(plan.by_round)[self._rounds[key]], axis=1)
+        drawn = [np.array(r)[self._rounds(s, len(r))] for s, r in plan.by_round.items()]
+        medians: Floats = np.median(np.concatenate(drawn, axis=1), axis=1)
         return medians
+
+    def _rounds(self, sitting: int, n: int) -> NDArray[np.int64]:
+        """Which rounds of a sitting every draw has."""
+        key = sitting, n
+        if key not in self._drawn:
+            self._drawn[key] = draws(n, seed=(SEED, *key))
+        return self._drawn[key]
 
     def _line(self, method: str, at: Floats) -> Drawn:
         """What a method loses at an acceleration in every draw; see `at_speed`.

@@ -72,7 +72,8 @@ class TimesRow(PlanValues):
 
 
 class Timed(NamedTuple):
-    """Times of a plan and of the dense model, taken in the same rounds."""
+    """Times of a plan and of the dense model, taken in the same rounds of a sitting."""
 
+    sitting: int
     own: TimesRow
     dense: TimesRow

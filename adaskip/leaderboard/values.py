@@ -109,8 +109,8 @@ class Entry:
         predicted: the acceleration that was predicted of the plan.
         seconds: to the first token: what dense takes in the table by the plan's measured ratio;
             None before times were taken.
-        sitting: in which times were taken, counted from 1; 0 before.
-        by_round: ratio of dense to its time to first token in each round of it.
+        by_round: ratio of dense to its time to first token in each round, by sitting; empty before
+            times were taken.
         ttft: the median of these.
         per_token: likewise of its time per token.
         kv_share: of the dense keys and values.
@@ -129,8 +129,7 @@ class Entry:
     calibration: str
     predicted: float
     seconds: float | None
-    sitting: int
-    by_round: tuple[float, ...]
+    by_round: Mapping[int, tuple[float, ...]]
     ttft: Ratio | None
     per_token: Ratio | None
     kv_share: float | None
