@@ -11,7 +11,7 @@ QUANTIZED := .venv-quantized
 LLAMACPP := .venv-llamacpp
 LM_EVAL := .venv-lm-eval
 VLLM := .venv-vllm
-CORE_TESTS := families policies phases turns shared_state entering recorders engines models \
+CORE_TESTS := families policies phases turns shared_state entering recorders golden engines models \
 	export export_refusals
 # Compiling what nobody imports takes longer than the rest of an installation.
 INSTALL := python -m pip install --no-compile

@@ -20,6 +20,7 @@ from adaskip.leaderboard.collecting import collect, table_of
 from adaskip.leaderboard.comparing import at_speed, unbeaten
 from adaskip.leaderboard.draws import Draws
 from adaskip.leaderboard.values import REPORT_FILE, Beside, read_report, verdict
+from adaskip.profiling.interleaving import Ratio
 from adaskip.profiling.intervals import draws
 from adaskip.reports import leaderboard_figures
 from adaskip.reports.leaderboard_report import PAGE, render, write_report
@@ -166,6 +167,36 @@ def test_every_draw_is_what_plans_of_these_rows_and_rounds_would_be() -> None:
         if there is None:
             there = max(again, key=lambda each: (each.speed, -each.gap)).by_row
         assert line.gaps[number] == pytest.approx(fmean(there.values()))
+
+
+def test_a_plan_stands_beside_the_others_at_its_measured_time(tmp_path: Path) -> None:
+    table = table_of(filled(tmp_path))
+    assert table is not None
+    slow, fast, searched = table.entries
+    # The searched plan is faster than any of AdaSkip's, which it is not compared with there.
+    assert searched.beside == {}
+    assert (slow.front, fast.front, searched.front) == (False, False, True)
+    found = fast.beside["SEARCH gain"]
+    assert found.gap == pytest.approx(0.075)
+    assert found.difference == pytest.approx(0.9 - 0.075)
+    assert found.share == pytest.approx(12)
+    assert found.verdict == "worse"
+    # Rows that lose 0.6 and 1.2.
+    assert (slow.collapsed, fast.collapsed) == (0, 1)
+
+
+def test_rounds_of_all_sittings_of_a_plan_count(tmp_path: Path) -> None:
+    board = filled(tmp_path)
+    dense, own = (row for row in board.sitting(1).rows() if row.id in ("dense", "ADA 1.05"))
+    slow = {"ttft": [2 * seconds for seconds in dense.ttft]}
+    board.sitting(2).append([dense.model_copy(update=slow), own])
+    table = table_of(board)
+    assert table is not None
+    entry, n = table.entries[0], len(own.ttft)
+    assert entry.by_round == {1: (1.0625,) * n, 2: (2.125,) * n}
+    # Half of the rounds each: between the two.
+    assert entry.ttft == Ratio(1.59375, 1.0625, 2.125)
+    assert (board.to_time, table.rounds) == ([], (n, n))
 
 
 def test_better_is_said_only_beyond_the_interval() -> None:

@@ -25,6 +25,9 @@ class Placed(Protocol):
     @property
     def by_row(self) -> Mapping[str, float]: ...  # noqa: D102
 
+    @property
+    def by_round(self) -> Mapping[int, Sequence[float]]: ...  # noqa: D102
+
 
 P = TypeVar("P", bound=Placed)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import isfinite
 from statistics import fmean
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,6 @@ from adaskip.leaderboard.values import MIN_ROUNDS, Beside, Interval
 from adaskip.profiling.intervals import central, draws
 
 Floats = NDArray[np.float64]
-
-
-class Timed(Placed, Protocol):
-    """A plan with the times of its rounds."""
-
-    @property
-    def by_round(self) -> Mapping[int, Sequence[float]]: ...  # noqa: D102
 
 
 class Drawn(NamedTuple):
@@ -43,15 +36,17 @@ class Draws:
         plans: of all methods, each with the gaps of the same rows.
     """
 
-    def __init__(self, plans: Sequence[Timed]) -> None:
+    def __init__(self, plans: Sequence[Placed]) -> None:
         self.plans = plans
         self._drawn: dict[tuple[int, int], NDArray[np.int64]] = {}
+        # Of each method's plans their speeds and gaps, as `_sorted` has them.
+        self._placed: dict[str, tuple[Floats, Floats]] = {}
 
     @cached_property
     def _rows(self) -> NDArray[np.int64]:
         return draws(len(self.plans[0].by_row))
 
-    def over_plan(self, plan: Timed, method: str) -> Beside | None:
+    def over_plan(self, plan: Placed, method: str) -> Beside | None:
         """A plan beside a method at the plan's measured acceleration; None beyond its fastest."""
         other = at_speed(self.plans, method, plan.speed)
         if other is None:
@@ -59,7 +54,7 @@ class Draws:
         gaps = self._gaps(plan.by_row)
         own = Drawn(gaps, np.full(gaps.shape, fill_value=True))
         drawn = self._line(method, self._speeds(plan))
-        few = self._is_seldom_timed([plan, *self._of(method)])
+        few = _are_seldom_timed([plan, *self._of(method)])
         return _beside(plan.by_row, other, own, drawn, few=few)
 
     def at_equal_speed(self, method: str, base: str, speed: float) -> Beside | None:
@@ -68,21 +63,17 @@ class Draws:
         if own is None or other is None:
             return None
         drawn = [self._line(name, np.array([speed])) for name in (method, base)]
-        few = self._is_seldom_timed([*self._of(method), *self._of(base)])
+        few = _are_seldom_timed([*self._of(method), *self._of(base)])
         return _beside(own, other, drawn[0], drawn[1], few=few)
 
     def interval_at(self, method: str, speed: float) -> Interval | None:
         """That of a method's gap at an acceleration; None with fewer than two rows."""
-        gaps = self._line(method, np.array([speed])).gaps
-        return central(gaps) if len(self.plans[0].by_row) > 1 else None
+        if len(self.plans[0].by_row) < 2:
+            return None
+        return central(self._line(method, np.array([speed])).gaps)
 
-    def _of(self, method: str) -> list[Timed]:
+    def _of(self, method: str) -> list[Placed]:
         return [plan for plan in self.plans if plan.method == method]
-
-    @staticmethod
-    def _is_seldom_timed(plans: Sequence[Timed]) -> bool:
-        rounds = (sum(map(len, plan.by_round.values())) for plan in plans)
-        return any(0 < n < MIN_ROUNDS for n in rounds)
 
     def _gaps(self, by_row: Mapping[str, float]) -> Floats:
         """Mean gap in every draw of rows."""
@@ -90,7 +81,7 @@ class Draws:
         means: Floats = values[self._rows].mean(axis=1)
         return means
 
-    def _speeds(self, plan: Timed) -> Floats:
+    def _speeds(self, plan: Placed) -> Floats:
         """Median acceleration in every draw of rounds."""
         if not plan.by_round:
             return np.full(len(self._rows), plan.speed)
@@ -110,13 +101,26 @@ class Draws:
 
         Where it has no plan as fast it is told to lose what its fastest does.
         """
-        own = self._of(method)
-        speeds = np.stack([self._speeds(plan) for plan in own], axis=1)
-        gaps = np.stack([self._gaps(plan.by_row) for plan in own], axis=1)
-        # Slowest first, of equally fast ones that which loses least last.
-        order = np.lexsort((-gaps, speeds), axis=1)
-        speeds, gaps = (np.take_along_axis(each, order, axis=1) for each in (speeds, gaps))
+        if method not in self._placed:
+            self._placed[method] = self._sorted(self._of(method))
+        speeds, gaps = self._placed[method]
         return _on_line(speeds, gaps, np.broadcast_to(at, len(speeds)))
+
+    def _sorted(self, plans: Sequence[Placed]) -> tuple[Floats, Floats]:
+        """Speeds and gaps in every draw, slowest first: [draws, plans] each.
+
+        Of equally fast plans the one that loses least comes last.
+        """
+        speeds = np.stack([self._speeds(plan) for plan in plans], axis=1)
+        gaps = np.stack([self._gaps(plan.by_row) for plan in plans], axis=1)
+        order = np.lexsort((-gaps, speeds), axis=1)
+        return np.take_along_axis(speeds, order, axis=1), np.take_along_axis(gaps, order, axis=1)
+
+
+def _are_seldom_timed(plans: Sequence[Placed]) -> bool:
+    """Whether one of some plans has times of too few rounds."""
+    rounds = (sum(map(len, plan.by_round.values())) for plan in plans)
+    return any(0 < n < MIN_ROUNDS for n in rounds)
 
 
 def _on_line(speeds: Floats, gaps: Floats, at: Floats) -> Drawn:
