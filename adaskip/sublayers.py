@@ -1,8 +1,8 @@
 """The forward of one decoder layer with a switch for each of its two sublayers.
 
 A skipped sublayer costs nothing but what takes its place: no norm, no projection, no residual add.
-The layer only looks at
-its switches; it counts nothing, looks nothing up and reads nothing from the device.
+The layer only looks at its switches; it counts nothing, looks nothing up and reads nothing from
+the device.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ def test_a_run_of_any_model_and_its_score(
     [
         ("run", "what is finished is kept; the same command goes on from there."),
         ("plan", "what is finished is kept; the same command goes on from there."),
-        ("perplexity", "policies that are finished are kept; the same command goes on with"),
+        ("perplexity", "what is finished is kept; the same command goes on from there."),
         ("learn", "nothing is kept before its end; the same command begins anew."),
         ("export", "nothing is kept before its end; the same command begins anew."),
     ],

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from run_fixtures import Workplace, save_checkpoint, save_data
 from test_recorders import CountReads
 from tiny_loaded import TinyLoaded, as_prompt, character_tokenizer, tiny_rows
 from tokenizers import Tokenizer, models
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import override
@@ -36,6 +38,7 @@ from adaskip import (
 )
 from adaskip.cli.perplexity import cells_of, measure, perplexity_main, table
 from adaskip.plan import SCOPES, Scope, whole_layers
+from adaskip.runs import perplexity
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import Perplexity, RowLoss, reference_ids, reference_perplexity
 from adaskip.runs.runconfig import RunConfig
@@ -300,6 +303,36 @@ def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(opened) == 2
     with pytest.raises(RunError, match="reference_tokens: 16 then, 8 now"):
         measure(cells[:1], 8)
+
+
+def test_an_interrupted_cell_goes_on_with_its_next_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoadedModel, "open", lambda config: TinyLoaded.make())
+    cells = cells_of(config(tmp_path / "whole"), ["EE"], {"skip_full_layer_num": [1]})
+    _, whole = measure(cells, 16)
+    stock, scored = perplexity._nll, []
+
+    def counted(*given: Any) -> Tensor:
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        scored.append(given)
+        return stock(*given)
+
+    cells = [replace(cell, results_dir=str(tmp_path / "cut")) for cell in cells]
+    monkeypatch.setattr(perplexity, "_nll", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(cells, 16)
+    path, found = tmp_path / "cut" / "perplexity" / "tiny-e2e.json", []
+    # The first task of dense, and one row of the second; a line that was cut off does not count.
+    first, second = sorted(path.with_suffix("").iterdir(), key=lambda file: -file.stat().st_size)
+    assert [len(file.read_text().splitlines()) for file in (first, second)] == [3, 1]
+    with second.open("a") as file:
+        file.write('{"id": "sample_summ')
+    monkeypatch.setattr(perplexity, "_nll", lambda *given: found.append(given) or stock(*given))
+    assert measure(cells, 16) == (path, whole)
+    assert len(found) == 2 * 2 * 3 - 4
+    assert not path.with_suffix("").exists()
 
 
 def test_nothing_is_added_to_what_other_weights_or_rows_gave(

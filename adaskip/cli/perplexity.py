@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,6 @@ PERPLEXITY = Command(
     _options,
     _act,
     "--model smollm2 --policy ADA --skip_sub_layer_num 8 --limit 2",
-    "policies that are finished are kept; the same command goes on with the next one.",
 )
 
 
@@ -136,7 +136,7 @@ def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str
         key="sums",
         lately=[DATA_DIR],
     )
-    group = team()
+    group, under_way = team(), store.path.with_suffix("")
     with locked(store.path.parent):
         found = {row.id: row for row in group.on_main(store.rows)}
         missing = [cell for cell in cells if not _is_measured(cell, found)]
@@ -151,10 +151,11 @@ def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str
         rows = [row for task in base.tasks for row in loaded.rows(base, task)]
         hold(store, base, loaded, rows)
         for cell in missing:
-            row = _measured(cell, loaded, max_tokens)
+            row = _measured(cell, loaded, max_tokens, under_way)
             found[row.id] = row
             group.on_main(partial(store.append, [row]))
         group.on_main(lambda: store.note(environment=environment(str(base.device))))
+        group.on_main(partial(shutil.rmtree, under_way, ignore_errors=True))
     return store.path, found
 
 
@@ -200,12 +201,12 @@ def _warmup_data_dir(cell: RunConfig) -> str | None:
     return cell.data_settings(filter(None, [cell.warmup_task])).get(DATA_DIR) if learns else None
 
 
-def _measured(cell: RunConfig, loaded: LoadedModel, max_tokens: int) -> PolicyLoss:
+def _measured(cell: RunConfig, loaded: LoadedModel, max_tokens: int, under_way: Path) -> PolicyLoss:
     """Perplexity per task and over all tokens, with the share of sublayers left out."""
     whole = Perplexity(())
     tasks = {}
     for task in cell.tasks:
-        by_row = losses(cell, task, loaded, max_tokens)
+        by_row = losses(cell, task, loaded, max_tokens, under_way=under_way)
         found = Perplexity(tuple(by_row.values()))
         whole += found
         tasks[task] = TaskLoss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,7 @@ def reference_perplexity(
     max_tokens: int = 128,
     one_by_one: bool = False,
     progress: bool = False,
+    on_row: Callable[[RowLoss], None] | None = None,
 ) -> Perplexity:
     """Teacher-forced perplexity of reference answers under a policy.
 
@@ -147,6 +148,7 @@ def reference_perplexity(
         max_tokens: tokens of a reference that count, from its first.
         one_by_one: feed one token per forward under every policy.
         progress: whether to show a progress bar.
+        on_row: is told of each row once it is scored, in their order.
 
     Raises:
         AdaskipError: the budget does not fit the model, or there is nothing to score.
@@ -178,6 +180,8 @@ def reference_perplexity(
                     "anew if it is the plan's gains or maps that are too large."
                 )
             rows.append(RowLoss(nll, len(answer), audit.counts()))
+            if on_row is not None:
+                on_row(rows[-1])
     if not rows:
         raise AdaskipError("There is no reference answer to score; give at least one row.")
     return Perplexity(tuple(rows))
@@ -188,8 +192,6 @@ def shared_perplexity(
     tokenizer: PreTrainedTokenizerBase,
     policy: SkipPolicy | None,
     items: Sequence[tuple[Prompt, str]],
-    *,
-    same: bool = False,
     **options: Any,
 ) -> Perplexity:
     """`reference_perplexity` with the items shared out over the processes of this command.
@@ -199,7 +201,6 @@ def shared_perplexity(
         tokenizer: the model's.
         policy: what is skipped.
         items: prompts with a reference answer each; the same on every process.
-        same: all processes hold parts of one model and go through all items together.
         options: those of `reference_perplexity`.
 
     Raises:
@@ -209,8 +210,6 @@ def shared_perplexity(
     def measure(own: Sequence[tuple[Prompt, str]]) -> Sequence[RowLoss]:
         return reference_perplexity(model, tokenizer, policy, own, **options).rows
 
-    if same or not items:
-        return Perplexity(tuple(measure(items)))
     return Perplexity(tuple(team().spread(items, measure)))
 
 

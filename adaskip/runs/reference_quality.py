@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
+from adaskip.fingerprint import model_fingerprint
 from adaskip.models.processes import team
+from adaskip.policies.factory import LEARNED, takes
 from adaskip.runs.files import read_json
 from adaskip.runs.ledger import read_record, run_folder
 from adaskip.runs.loaded import LoadedModel
-from adaskip.runs.perplexity import Loss, RowLoss, perplexity_of, shared_perplexity
+from adaskip.runs.perplexity import Loss, RowLoss, perplexity_of, reference_perplexity
+from adaskip.runs.rows import Skips
 from adaskip.runs.runconfig import RunConfig
-from adaskip.runs.store import Store
+from adaskip.runs.store import Share, Store
+from adaskip.search.journal import short_hash
 
 
 class PerplexitySettings(BaseModel):
@@ -80,8 +86,24 @@ def _as_asked(store: Store[Loss], settings: PerplexitySettings) -> bool:
     return bool(made == settings.model_dump())
 
 
+class ScoredRow(Loss):
+    """A row of what is under way.
+
+    Attributes:
+        skipped: what was left out, by phase.
+    """
+
+    skipped: Skips
+
+
 def losses(
-    config: RunConfig, task: str, loaded: LoadedModel, max_tokens: int, n_rows: int | None = None
+    config: RunConfig,
+    task: str,
+    loaded: LoadedModel,
+    max_tokens: int,
+    n_rows: int | None = None,
+    *,
+    under_way: Path,
 ) -> dict[str, RowLoss]:
     """The loss of each row's reference under a configuration; all processes together.
 
@@ -91,22 +113,49 @@ def losses(
         loaded: the model.
         max_tokens: of a reference, from the first.
         n_rows: of the task, from the first; None is all.
+        under_way: a folder that keeps each row once it is scored: after an interruption the same
+            call goes on from there. Remove it once the losses are kept elsewhere.
 
     Raises:
         AdaskipError: as the run itself; or a reference is empty.
     """
-    rows = loaded.rows(config, task)[:n_rows]
-    measured = shared_perplexity(
-        loaded.model,
-        loaded.tokenizer,
-        loaded.policy(config, task),
-        [(loaded.prompt(config, row), row.reference) for row in rows],
-        scope=config.experiment,
-        max_tokens=max_tokens,
-        progress=team().is_main,
-        same=bool(config.tp_plan),
-    )
-    return {row.id: loss for row, loss in zip(rows, measured.rows, strict=True)}
+    rows, policy = loaded.rows(config, task)[:n_rows], loaded.policy(config, task)
+    learns = takes(config.policy, LEARNED)
+    # All that a row's loss depends on: what differs in any of it has another file.
+    made_from = [
+        config.settings() | {"scope": config.experiment},
+        config.policy_settings(),
+        loaded.importance(config).name if learns else None,
+        [model_fingerprint(loaded.model), str(loaded.model.dtype), loaded.model.device.type],
+        [task, max_tokens],
+        [[row.id, row.input, row.context, row.answers] for row in rows],
+    ]
+    # One file for all processes, of which each may hold a part of the model.
+    name = team().on_main(lambda: short_hash(made_from))
+    store = Store(under_way / f"{name}.jsonl", ScoredRow)
+
+    def score(share: Share[ScoredRow]) -> None:
+        own = share.of([row for row in rows if row.id not in share.done])
+        scored = iter(own)
+
+        def keep(loss: RowLoss) -> None:
+            share.append([ScoredRow(id=next(scored).id, **vars(loss))])
+
+        if own:
+            reference_perplexity(
+                loaded.model,
+                loaded.tokenizer,
+                policy,
+                [(loaded.prompt(config, row), row.reference) for row in own],
+                scope=config.experiment,
+                max_tokens=max_tokens,
+                progress=team().is_main,
+                on_row=keep,
+            )
+
+    # Processes that hold parts of one model go through all rows together.
+    made = store.make([row.id for row in rows], score, same=bool(config.tp_plan))
+    return {row.id: RowLoss(row.nll, row.tokens, row.skipped) for row in made}
 
 
 def measure_perplexity(
@@ -117,12 +166,14 @@ def measure_perplexity(
     Raises:
         AdaskipError: as `losses`.
     """
-    found = losses(config, task, loaded, settings.max_tokens, settings.rows)
+    store, group = _store(config, task, settings), team()
+    under_way = store.path.with_suffix("")
+    found = losses(config, task, loaded, settings.max_tokens, settings.rows, under_way=under_way)
     rows = [Loss(id=name, nll=loss.nll, tokens=loss.tokens) for name, loss in found.items()]
-    store = _store(config, task, settings)
     # What was measured otherwise makes room.
-    team().on_main(partial(store.path.unlink, missing_ok=True))
-    team().on_main(lambda: store.append(rows))
+    group.on_main(partial(store.path.unlink, missing_ok=True))
+    group.on_main(lambda: store.append(rows))
+    group.on_main(partial(shutil.rmtree, under_way))
 
 
 def _store(config: RunConfig, task: str, settings: PerplexitySettings | None = None) -> Store[Loss]:
