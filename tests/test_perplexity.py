@@ -335,6 +335,40 @@ def test_an_interrupted_cell_goes_on_with_its_next_row(
     assert not path.with_suffix("").exists()
 
 
+def test_other_prompts_are_not_put_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = TinyLoaded.make()
+    monkeypatch.setattr(LoadedModel, "open", lambda config: loaded)
+    cells = cells_of(config(tmp_path), ["EE"], {"skip_full_layer_num": [1]})
+    stock, scored = perplexity._nll, []
+
+    def cut(*given: Any) -> Tensor:
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(given)
+        return stock(*given)
+
+    monkeypatch.setattr(perplexity, "_nll", cut)
+    with pytest.raises(KeyboardInterrupt):
+        measure(cells, 16)
+    path = tmp_path / "perplexity" / "tiny-e2e.json"
+    before = path.read_text()
+    loaded.spec = replace(loaded.spec, prompt_limit=20)
+    with pytest.raises(RunError, match=r"another prompt of row sample_qa sample_qa-0 than it has"):
+        measure(cells, 16)
+    # Without the file, nor is what was under way taken for theirs.
+    path.unlink()
+    monkeypatch.setattr(perplexity, "_nll", lambda *given: scored.append(given) or stock(*given))
+    measure(cells[:1], 16)
+    assert len(scored) == 2 + 6
+    # What is under way with the others stays.
+    (kept,) = path.with_suffix("").iterdir()
+    loaded.spec = replace(loaded.spec, prompt_limit=200)
+    path.write_text(before)
+    measure(cells[:1], 16)
+    assert len(scored) == 2 + 6 + 4
+    assert not kept.exists()
+
+
 def test_nothing_is_added_to_what_other_weights_or_rows_gave(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -216,6 +216,16 @@ def test_a_dense_run_of_other_weights_is_no_baseline(tmp_path: Path) -> None:
     assert dense_scores(tmp_path, score_run(run))
 
 
+def test_the_dense_run_with_most_of_the_rows_is_the_baseline(tmp_path: Path) -> None:
+    rows = [made_row(0, "dog"), made_row(1, "dog")]
+    run = save_run(tmp_path, rows, policy="EE", skip_full_layer_num=2)
+    # By name, the trials stand behind and before the whole one.
+    for name, answers in (("a-trial", rows[:1]), ("llama-dense", rows), ("trial", rows[1:])):
+        save_run(tmp_path, answers, policy="dense", name=name)
+    (base,) = dense_scores(tmp_path, score_run(run)).values()
+    assert [*base.row_scores] == ["0", "1"]
+
+
 def test_a_dense_run_of_any_name_tells_that_it_is_at_chance(tmp_path: Path) -> None:
     rows = [made_row(0, "cat", task="needle_single"), made_row(1, "cat", task="needle_single")]
     save_run(tmp_path, rows, policy="dense", name="both")

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_fixtures import Workplace, rows_of, save_checkpoint, save_data, save_plan
+from run_fixtures import Workplace, raw_row, rows_of, save_checkpoint, save_data, save_plan
 
 from adaskip import sweep
 from adaskip.configuration import config_path, read_config
-from adaskip.errors import AdaskipError
+from adaskip.errors import AdaskipError, RunError
 from adaskip.reports.comparison import collect
+from adaskip.runs.files import lock
+from adaskip.runs.ledger import run_folder
+from adaskip.runs.runner import resolve
 from adaskip.runs.sweepfile import Sweep, read_sweep, select
 
 
@@ -302,6 +305,84 @@ def test_deltas_are_to_the_dense_rows(place: Workplace) -> None:
     record.write_text(json.dumps(json.loads(record.read_text()) | {"model": "llama-of-before"}))
     _, skipped = collect(read_sweep(Path(file)), {}).tables[0].lines
     assert skipped.tasks["multifieldqa_en"].delta is None
+
+
+ONE_TASK: dict[str, Any] = {
+    "policies": {"EE": [1]},
+    "experiments": {"prefill": ["multifieldqa_en"]},
+}
+
+
+def compared(file: Path, *only: str) -> tuple[list[list[str]], tuple[str, ...]]:
+    """Runs a sweep of `ONE_TASK`: the ids that each line rests on, dense first, and all notes."""
+    options = [part for each in only for part in ("--only", each)]
+    assert sweep.main([str(file), *options]) == 0
+    report = collect(read_sweep(file), {})
+    scores = [line.tasks["multifieldqa_en"] for line in report.tables[0].lines]
+    return [[*score.row_scores] for score in scores], report.notes
+
+
+def test_the_first_rows_are_those_of_any_run_in_batches_too(place: Workplace) -> None:
+    # The later ones are shorter.
+    rows = [raw_row(i, context="A number is a number. " * (7 - i)) for i in range(6)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (place.data / "multifieldqa_en_e.jsonl").write_text(lines)
+
+    def asked(limit: int) -> Path:
+        task = {"limit": limit, "max_new_tokens": 3, "batch_size": 2}
+        return save_plan(place, tasks={"multifieldqa_en": task}, **ONE_TASK)
+
+    assert compared(asked(6), "policy=dense") == ([[f"row{i}" for i in range(6)]], ())
+    first = [f"row{i}" for i in range(3)]
+    assert compared(asked(3)) == ([first, first], ())
+    # As earlier versions left it: by length.
+    folder = next((place.results / "runs").glob("llama-dense-*"))
+    record = json.loads((folder / "run.json").read_text())
+    del record["tasks"]["multifieldqa_en"]["in_order"]
+    (folder / "run.json").write_text(json.dumps(record))
+    kept, (note,) = compared(asked(3))
+    assert kept == [first]
+    assert "left out" in note
+    assert "the first 3 of its 6 rows are the shortest" in note
+
+
+def test_a_cell_of_fewer_rows_than_asked_says_so(place: Workplace) -> None:
+    def asked(limit: int | None) -> Path:
+        task = {"max_new_tokens": 3} | ({} if limit is None else {"limit": limit})
+        return save_plan(place, tasks={"multifieldqa_en": task}, **ONE_TASK)
+
+    compared(asked(1))
+    of = "multifieldqa_en, EE 1: {}."
+    common = of.format("to dense over the 1 rows that both have")
+    for limit, planned in ((3, "3"), (None, "all")):
+        kept, notes = compared(asked(limit), "policy=dense")
+        assert kept == [["row0", "row1", "row2"], ["row0"]]
+        assert notes == (of.format(f"1 of {planned} rows"), common)
+
+
+def test_a_perplexity_is_measured_once(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, stock = [], sweep.measure_perplexity
+
+    def counted(*given: Any) -> None:
+        measured.append(given)
+        stock(*given)
+
+    monkeypatch.setattr(sweep, "measure_perplexity", counted)
+    few = {"perplexity": {"rows": 2, "max_tokens": 4}}
+    # The runs have more rows than are asked for later.
+    for limit, asked, calls in ((3, {}, 0), (1, few, 2), (1, few, 2)):
+        tasks = {"multifieldqa_en": {"limit": limit, "max_new_tokens": 3}}
+        compared(save_plan(place, tasks=tasks, **ONE_TASK, **asked))
+        assert len(measured) == calls
+    # What is under way is another command's.
+    config = resolve(measured[0][0])
+    perplexity = run_folder(config) / "multifieldqa_en.perplexity.json"
+    perplexity.unlink()
+    with lock(run_folder(config)), pytest.raises(RunError, match="Another process is working"):
+        stock(config, *measured[0][1:])
+    stock(config, *measured[0][1:])
+    assert perplexity.exists()
+    assert not perplexity.with_suffix("").exists()
 
 
 def test_a_failed_cell_is_reported_and_the_rest_goes_on(

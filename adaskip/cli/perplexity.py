@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from adaskip.models.processes import team
 from adaskip.policies.factory import BUDGETS, LEARNED, takes
 from adaskip.runs.environment import environment
 from adaskip.runs.loaded import LoadedModel, hold, unchanged
-from adaskip.runs.perplexity import Loss, Perplexity
+from adaskip.runs.perplexity import Loss, Perplexity, RowLoss
 from adaskip.runs.reference_quality import losses
 from adaskip.runs.rows import Stored
 from adaskip.runs.runconfig import (
@@ -151,11 +150,16 @@ def measure(cells: Sequence[RunConfig], max_tokens: int) -> tuple[Path, dict[str
         rows = [row for task in base.tasks for row in loaded.rows(base, task)]
         hold(store, base, loaded, rows)
         for cell in missing:
-            row = _measured(cell, loaded, max_tokens, under_way)
+            scored = {
+                task: losses(cell, task, loaded, max_tokens, under_way=under_way)
+                for task in cell.tasks
+            }
+            row = _measured(cell, loaded, {task: each.rows for task, each in scored.items()})
             found[row.id] = row
             group.on_main(partial(store.append, [row]))
+            for each in scored.values():
+                group.on_main(each.forget)
         group.on_main(lambda: store.note(environment=environment(str(base.device))))
-        group.on_main(partial(shutil.rmtree, under_way, ignore_errors=True))
     return store.path, found
 
 
@@ -201,12 +205,13 @@ def _warmup_data_dir(cell: RunConfig) -> str | None:
     return cell.data_settings(filter(None, [cell.warmup_task])).get(DATA_DIR) if learns else None
 
 
-def _measured(cell: RunConfig, loaded: LoadedModel, max_tokens: int, under_way: Path) -> PolicyLoss:
+def _measured(
+    cell: RunConfig, loaded: LoadedModel, scored: Mapping[str, Mapping[str, RowLoss]]
+) -> PolicyLoss:
     """Perplexity per task and over all tokens, with the share of sublayers left out."""
     whole = Perplexity(())
     tasks = {}
-    for task in cell.tasks:
-        by_row = losses(cell, task, loaded, max_tokens, under_way=under_way)
+    for task, by_row in scored.items():
         found = Perplexity(tuple(by_row.values()))
         whole += found
         tasks[task] = TaskLoss(

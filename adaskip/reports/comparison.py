@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from adaskip.errors import AdaskipError, RunError
 from adaskip.plan import Phase, Scope
 from adaskip.profiling.intervals import paired_interval
-from adaskip.runs.evaluation import no_baseline, notes_on
+from adaskip.runs.evaluation import no_baseline, notes_on, of_common_rows
 from adaskip.runs.files import SCHEMA, Record, read_json, write_json
 from adaskip.runs.ledger import RUN_FILE, made_otherwise, read_record, run_folder
 from adaskip.runs.reference_quality import PerplexitySettings, read_perplexity
@@ -199,6 +199,14 @@ def collect(plan: Sweep, failures: Mapping[str, str]) -> Report:
         for line in table.lines
         for task, score in line.tasks.items()
         if score.delta is None and table.dense and line != table.dense and task in table.dense.tasks
+    ]
+    notes += [
+        note
+        for table in tables
+        for line in table.lines
+        for task, score in line.tasks.items()
+        if score.delta is not None and table.dense
+        for note in of_common_rows(line.label, score, table.dense.tasks[task])
     ]
     notes += otherwise.values()
     return Report(

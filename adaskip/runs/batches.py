@@ -25,7 +25,7 @@ from adaskip.tasks.spec import Row
 
 
 def make_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
-    """The rows in the order they are generated and written, batch by batch."""
+    """The rows in the order they are generated, batch by batch."""
     ordered = list(rows)
     if size > 1:
         # Neighbours in length need little padding; the id makes the order the same every time.

@@ -46,9 +46,7 @@ def evaluate(results_dir: Path, name: str, *, min_length: int = MIN_LENGTH) -> s
             notes += notes_on(label, score, is_dense=is_dense)
             if own is None and not is_dense:
                 notes.append(no_baseline(task, label, f"in {runs[0].folder.parent}"))
-            if own is not None and own.row_scores.keys() != score.row_scores.keys():
-                shared = len(own.row_scores.keys() & score.row_scores.keys())
-                notes.append(f"{task}, {label}: to dense over the {shared} rows that both have.")
+            notes += [] if own is None else of_common_rows(label, score, own)
     for run in runs:
         run.save()
     written = f"Written: result.json in {', '.join(str(run.folder) for run in runs)}."
@@ -59,7 +57,7 @@ def notes_on(name: str, score: TaskScore, *, is_dense: bool) -> list[str]:
     """What must be said beside a score: missing rows, rows left out, failures, the code metric."""
     notes: list[str] = []
     if not score.complete:
-        notes.append(f"{score.n_rows} of {score.n_planned} rows")
+        notes.append(f"{_how_many(score)} rows")
     if score.n_short:
         notes.append(f"{score.n_short} rows too short to count left out")
     if score.unscored:
@@ -69,6 +67,19 @@ def notes_on(name: str, score: TaskScore, *, is_dense: bool) -> list[str]:
     if is_dense and score.at_chance:
         notes.append(AT_CHANCE)
     return [f"{score.task}, {name}: {note}." for note in notes]
+
+
+def of_common_rows(name: str, score: TaskScore, base: TaskScore) -> list[str]:
+    """What must be said of a difference to dense rows that are not the same ones."""
+    if base.row_scores.keys() == score.row_scores.keys():
+        return []
+    shared = len(base.row_scores.keys() & score.row_scores.keys())
+    return [f"{score.task}, {name}: to dense over the {shared} rows that both have."]
+
+
+def _how_many(score: TaskScore) -> str:
+    """The rows of a score, and of how many where some are missing."""
+    return str(score.n_rows) if score.complete else f"{score.n_rows} of {score.n_planned or 'all'}"
 
 
 def no_baseline(task: str, name: str, where: str) -> str:
@@ -88,7 +99,7 @@ def _row(
         number(score.score) + (" (chance)" if is_dense and score.at_chance else ""),
         number(difference(score, base), signed=True) if base else MISSING,
         number(score.rouge_l),
-        str(score.n_rows) if score.complete else f"{score.n_rows} of {score.n_planned}",
+        _how_many(score),
         percent(score.truncated),
         percent(score.skipped_share["prefill"]),
         percent(score.skipped_share["decode"]),

@@ -44,6 +44,8 @@ class TaskFacts(Stored):
         template_sha256: of the model's chat template, if the task is asked in it, and of what ends
             its answers; None likewise.
         data_dir: where its files were; None without any, and in records that do not tell.
+        in_order: whether the finished rows stand in the data's order, of those that were generated
+            in batches; earlier versions left them in that of the batches.
     """
 
     rows: int
@@ -53,6 +55,7 @@ class TaskFacts(Stored):
     prompt_limit: int | None = None
     template_sha256: str | None = None
     data_dir: str | None = None
+    in_order: bool = False
 
 
 class Command(Stored):
@@ -158,6 +161,12 @@ def made_otherwise(config: RunConfig, task: str) -> str:
     what = _otherwise(record, config)
     if what or facts is None:
         return what
+    wanted = task_spec(task).wanted(config.limit)
+    if config.batch_size > 1 and not facts.in_order and wanted is not None and wanted < facts.rows:
+        return (
+            f"the first {wanted} of its {facts.rows} rows are the shortest, as versions before "
+            "this one kept those of a batch"
+        )
     made, asked = _asked_then_and_now(config, task, facts)
     if (profile := _given_profile(config)) is not None:
         asked["importance"], made["importance"] = profile, record.importance
@@ -199,7 +208,7 @@ def is_finished(config: RunConfig) -> bool:
     return all(
         (facts := record.tasks.get(task)) is not None
         and not differences(*_asked_then_and_now(config, task, facts))
-        and _covers(task, facts.limit, config.limit)
+        and covers(task, facts.limit, config.limit)
         and not _is_elsewhere(config, task, facts.data_dir or record.config.get("data_dir"))
         and len(task_rows(run_folder(config), task).rows()) >= facts.rows
         for task in config.tasks
@@ -262,7 +271,7 @@ def begin(
                     f"{config.model_name} has in configs/models.yaml now ({value}); give this run "
                     "another name (--name NAME)."
                 )
-        if known is None or not _covers(task, known["limit"], config.limit):
+        if known is None or not covers(task, known["limit"], config.limit):
             known = {"limit": config.limit, "rows": count}
         tasks[task] = {**known, "max_new_tokens": length, "prompt_sha256": digest, **around}
         tasks[task] |= {} if task_spec(task).offline else {"data_dir": config.data_dir}
@@ -370,7 +379,7 @@ def _is_elsewhere(config: RunConfig, task: str, made_from: str | None) -> bool:
     return moved and has_files(task, config.data_dir, long_bench_e=config.longbench_e)
 
 
-def _covers(task: str, recorded: int | None, asked: int | None) -> bool:
+def covers(task: str, recorded: int | None, asked: int | None) -> bool:
     """Whether a run over `recorded` rows includes the `asked` ones."""
     recorded, asked = task_spec(task).wanted(recorded), task_spec(task).wanted(asked)
     return recorded is None or (asked is not None and asked <= recorded)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from adaskip.runs.generation import StopRule, generate_greedy
 from adaskip.runs.ledger import answer_length, rewritten, stamp
 from adaskip.runs.runconfig import DENSE, HORIZON, RunConfig
 from adaskip.runs.store import Store
+from adaskip.search.journal import short_hash
 from adaskip.tasks.documents import Split
 from adaskip.tasks.prompts import Prompt, build_prompt, stop_token_ids
 from adaskip.tasks.retrieval import retrieval_rows
@@ -318,8 +319,8 @@ def unchanged(store: Store[Any], config: RunConfig) -> bool:
     return not rewritten(config, str(store.record().get("weights", "")))
 
 
-def hold(store: Store[Any], config: RunConfig, loaded: LoadedModel, rows: Iterable[Row]) -> None:
-    """Refuses to add to what was made with other weights or rows; all processes together.
+def hold(store: Store[Any], config: RunConfig, loaded: LoadedModel, rows: Sequence[Row]) -> None:
+    """Refuses to add to what was made with other weights, rows or prompts; all together.
 
     Raises:
         RunError: there is such; or as `Store.hold`.
@@ -332,8 +333,12 @@ def hold(store: Store[Any], config: RunConfig, loaded: LoadedModel, rows: Iterab
         for row in rows
     }
 
+    prompts = {
+        f"{row.task} {row.id}": short_hash(loaded.prompt(config, row).input_ids) for row in rows
+    }
+
     def check() -> None:
-        store.hold(model, sources)
+        store.hold(model, sources, prompts)
         store.note(weights=stamp(config))
 
     team().on_main(check)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from adaskip.fingerprint import model_fingerprint
+from adaskip.fingerprint import model_identity
 from adaskip.models.processes import team
 from adaskip.policies.factory import LEARNED, takes
 from adaskip.runs.files import read_json
-from adaskip.runs.ledger import read_record, run_folder
+from adaskip.runs.ledger import answer_length, read_record, run_folder
 from adaskip.runs.loaded import LoadedModel
 from adaskip.runs.perplexity import Loss, RowLoss, perplexity_of, reference_perplexity
 from adaskip.runs.rows import Skips
 from adaskip.runs.runconfig import RunConfig
-from adaskip.runs.store import Share, Store
+from adaskip.runs.store import Share, Store, locked
 from adaskip.search.journal import short_hash
+from adaskip.tasks.spec import task_spec
 
 
 class PerplexitySettings(BaseModel):
@@ -74,7 +75,8 @@ def is_measured(config: RunConfig, task: str, settings: PerplexitySettings) -> b
     rows = store.rows()
     # A run of fewer rows than are asked for may have been given more since.
     there = read_record(run_folder(config)).tasks[task].rows if rows else 0
-    if not rows or len(rows) < min(settings.rows, there):
+    asked = task_spec(task).wanted(config.limit) or there
+    if not rows or len(rows) < min(settings.rows, asked, there):
         return False
     return _as_asked(store, settings)
 
@@ -96,6 +98,20 @@ class ScoredRow(Loss):
     skipped: Skips
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The losses of a task's references, by row, and the file that keeps them for a while."""
+
+    rows: dict[str, RowLoss]
+    file: Path
+
+    def forget(self) -> None:
+        """Removes the file, once the losses are kept elsewhere; for the main process."""
+        self.file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.file.parent.rmdir()  # others may be under way in it
+
+
 def losses(
     config: RunConfig,
     task: str,
@@ -104,7 +120,7 @@ def losses(
     n_rows: int | None = None,
     *,
     under_way: Path,
-) -> dict[str, RowLoss]:
+) -> Scored:
     """The loss of each row's reference under a configuration; all processes together.
 
     Args:
@@ -114,39 +130,40 @@ def losses(
         max_tokens: of a reference, from the first.
         n_rows: of the task, from the first; None is all.
         under_way: a folder that keeps each row once it is scored: after an interruption the same
-            call goes on from there. Remove it once the losses are kept elsewhere.
+            call goes on from there. Hold it.
 
     Raises:
         AdaskipError: as the run itself; or a reference is empty.
     """
     rows, policy = loaded.rows(config, task)[:n_rows], loaded.policy(config, task)
+    items = {row.id: (loaded.prompt(config, row), row.reference) for row in rows}
     learns = takes(config.policy, LEARNED)
     # All that a row's loss depends on: what differs in any of it has another file.
     made_from = [
         config.settings() | {"scope": config.experiment},
         config.policy_settings(),
         loaded.importance(config).name if learns else None,
-        [model_fingerprint(loaded.model), str(loaded.model.dtype), loaded.model.device.type],
-        [task, max_tokens],
-        [[row.id, row.input, row.context, row.answers] for row in rows],
+        model_identity(loaded.model),
+        [task, max_tokens, answer_length(config, task)],
+        [[name, prompt.input_ids, reference] for name, (prompt, reference) in items.items()],
     ]
     # One file for all processes, of which each may hold a part of the model.
     name = team().on_main(lambda: short_hash(made_from))
     store = Store(under_way / f"{name}.jsonl", ScoredRow)
 
     def score(share: Share[ScoredRow]) -> None:
-        own = share.of([row for row in rows if row.id not in share.done])
+        own = share.of([name for name in items if name not in share.done])
         scored = iter(own)
 
         def keep(loss: RowLoss) -> None:
-            share.append([ScoredRow(id=next(scored).id, **vars(loss))])
+            share.append([ScoredRow(id=next(scored), **vars(loss))])
 
         if own:
             reference_perplexity(
                 loaded.model,
                 loaded.tokenizer,
                 policy,
-                [(loaded.prompt(config, row), row.reference) for row in own],
+                [items[name] for name in own],
                 scope=config.experiment,
                 max_tokens=max_tokens,
                 progress=team().is_main,
@@ -154,26 +171,32 @@ def losses(
             )
 
     # Processes that hold parts of one model go through all rows together.
-    made = store.make([row.id for row in rows], score, same=bool(config.tp_plan))
-    return {row.id: RowLoss(row.nll, row.tokens, row.skipped) for row in made}
+    made = store.make([*items], score, same=bool(config.tp_plan))
+    return Scored({row.id: RowLoss(row.nll, row.tokens, row.skipped) for row in made}, store.path)
 
 
 def measure_perplexity(
     config: RunConfig, task: str, loaded: LoadedModel, settings: PerplexitySettings
 ) -> None:
-    """Measures and writes it for one task; all processes together.
+    """Measures and writes it for one task, if nobody has; all processes together.
 
     Raises:
         AdaskipError: as `losses`.
+        RunError: another command works on the run.
     """
     store, group = _store(config, task, settings), team()
-    under_way = store.path.with_suffix("")
-    found = losses(config, task, loaded, settings.max_tokens, settings.rows, under_way=under_way)
-    rows = [Loss(id=name, nll=loss.nll, tokens=loss.tokens) for name, loss in found.items()]
-    # What was measured otherwise makes room.
-    group.on_main(partial(store.path.unlink, missing_ok=True))
-    group.on_main(lambda: store.append(rows))
-    group.on_main(partial(shutil.rmtree, under_way))
+    with locked(run_folder(config)):
+        if group.on_main(lambda: is_measured(config, task, settings)):
+            return
+        under_way = store.path.with_suffix("")
+        scored = losses(
+            config, task, loaded, settings.max_tokens, settings.rows, under_way=under_way
+        )
+        rows = [Loss(id=n, nll=loss.nll, tokens=loss.tokens) for n, loss in scored.rows.items()]
+        # What was measured otherwise makes room.
+        group.on_main(partial(store.path.unlink, missing_ok=True))
+        group.on_main(lambda: store.append(rows))
+        group.on_main(scored.forget)
 
 
 def _store(config: RunConfig, task: str, settings: PerplexitySettings | None = None) -> Store[Loss]:

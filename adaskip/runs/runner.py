@@ -131,7 +131,9 @@ def run(config: RunConfig, loaded: LoadedModel | None = None) -> Path:
         for task in config.tasks:
             made = _run_task(config, task, loaded, policies[task], rows[task])
             shares = phase_shares((row.skipped for row in made), loaded.n_layers)
-            group.on_main(partial(update, folder, task, {"skipped_share": shares}))
+            in_order = [row.id for row in made] == [row.id for row in rows[task]]
+            known = {"skipped_share": shares, "in_order": in_order}
+            group.on_main(partial(update, folder, task, known))
     return folder
 
 
@@ -155,9 +157,11 @@ def _run_task(
     def generate(share: Share[GeneratedRow]) -> None:
         run_batches(config, loaded, policy, batches, share)
 
-    order = [row.id for batch in batches for row in batch]
-    # Processes that hold parts of one model go through all rows together.
-    return task_rows(run_folder(config), task).make(order, generate, same=bool(config.tp_plan))
+    # Processes that hold parts of one model go through all rows together. Batches are made by
+    # length, but rows are kept in the data's order, so that the first ones are those of any run.
+    return task_rows(run_folder(config), task).make(
+        [row.id for row in rows], generate, same=bool(config.tp_plan)
+    )
 
 
 def accelerated(config: RunConfig, acceleration: float) -> tuple[RunConfig, LoadedModel]:

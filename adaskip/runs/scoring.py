@@ -14,7 +14,7 @@ from adaskip.fingerprint import same_model
 from adaskip.metrics import ScoreLog, corpus_score, rouge_l, score_each, similarity_backend
 from adaskip.plan import Phase
 from adaskip.runs.files import SCHEMA, Record, check_file_name, write_json
-from adaskip.runs.ledger import RUN_FILE, read_record, task_rows
+from adaskip.runs.ledger import RUN_FILE, covers, read_record, task_rows
 from adaskip.runs.rows import GeneratedRow, Skips
 from adaskip.runs.runconfig import DENSE, WARMING_UP, RunConfig
 from adaskip.tasks.chance import at_chance
@@ -33,7 +33,8 @@ class TaskScore:
     Attributes:
         n_rows: rows scored.
         n_short: rows left out because they are not longer than the limit.
-        n_planned: rows the run was asked for.
+        n_planned: rows that were asked for; None where that is all of them and the run has not been
+            asked for so many, so that nobody counted them.
         score: the task's metric x100, two decimals; NaN without a row.
         rouge_l: rouge-score's rougeL x100 for summarization, else None.
         unscored: one sentence on predictions the metric could not compare, None if none.
@@ -50,7 +51,7 @@ class TaskScore:
     task: str
     n_rows: int
     n_short: int
-    n_planned: int
+    n_planned: int | None
     score: float
     rouge_l: float | None
     unscored: str | None
@@ -65,8 +66,8 @@ class TaskScore:
 
     @property
     def complete(self) -> bool:
-        """Whether every row the run was asked for is there."""
-        return self.n_rows + self.n_short >= self.n_planned
+        """Whether every row that was asked for is there."""
+        return self.n_planned is not None and self.n_rows + self.n_short >= self.n_planned
 
     @property
     def at_chance(self) -> bool:
@@ -148,8 +149,8 @@ def score_run(
     Args:
         folder: a run's folder.
         min_length: LongBench rows must be longer than this to count.
-        limits: of the rows of tasks, where a finished run may have more than are compared; None is
-            a task's own.
+        limits: of the rows of tasks that are compared, of which a run may have more or fewer; None
+            is a task's own.
 
     Raises:
         RunError: there is no such run, or its files are damaged.
@@ -159,11 +160,16 @@ def score_run(
     record = read_record(folder)
     scores, asked = {}, {}
     for task, facts in record.tasks.items():
-        rows, planned = task_rows(folder, task).rows(), facts.rows
-        # They stand in the data's order, but what is not finished may have holes.
-        if limits and task in limits and len(rows) >= planned:
-            rows = rows[: task_spec(task).wanted(limits[task])]
-            planned = len(rows)
+        rows = task_rows(folder, task).rows()
+        planned: int | None = facts.rows
+        if limits and task in limits:
+            wanted = task_spec(task).wanted(limits[task])
+            if not covers(task, facts.limit, limits[task]):
+                planned = wanted
+            elif len(rows) >= facts.rows:
+                # They stand in the data's order, but what is not finished may have holes.
+                rows = rows[:wanted]
+                planned = len(rows)
         scores[task] = score_rows(
             task, rows, n_layers=record.n_layers, n_planned=planned, min_length=min_length
         )
@@ -178,7 +184,7 @@ def score_rows(
     rows: Sequence[GeneratedRow],
     *,
     n_layers: int,
-    n_planned: int,
+    n_planned: int | None,
     min_length: int = MIN_LENGTH,
 ) -> TaskScore:
     """Scores the rows of one task, leaving LongBench's short ones out (METHOD, "Evaluation")."""
@@ -255,9 +261,11 @@ def dense_scores(
 ) -> dict[str, TaskScore]:
     """Per task of `run`, the dense run of the same settings and weights, if there is one.
 
-    One of the same experiment is preferred, though a dense run is the same in all of them.
+    The one that has most of the run's rows is taken; among those one of the same experiment, though
+    a dense run is the same in all of them.
     """
     found: dict[str, TaskScore] = {}
+    best: dict[str, tuple[int, bool]] = {}
     folders = [path.parent for path in sorted(results_dir.glob(f"*-SKIP-0/{RUN_FILE}"))]
     for folder in folders:
         if read_record(folder).run_config.policy != DENSE:
@@ -265,8 +273,11 @@ def dense_scores(
         dense = score_run(folder, min_length=min_length)
         same = dense.config.experiment == run.config.experiment
         for task, score in dense.tasks.items():
-            if task in run.tasks and dense.is_base_of(run, task) and (same or task not in found):
-                found[task] = score
+            if task not in run.tasks or not dense.is_base_of(run, task):
+                continue
+            shared = len(score.row_scores.keys() & run.tasks[task].row_scores.keys())
+            if task not in found or (shared, same) >= best[task]:
+                found[task], best[task] = score, (shared, same)
     return found
 
 

@@ -119,18 +119,23 @@ class Store(Generic[R]):
         before, here = self.record().get("environment"), environment(device)
         self.note(environment=joined([before, here] if before else [here]))
 
-    def hold(self, model: str, sources: Mapping[str, str]) -> None:
+    def hold(
+        self, model: str, sources: Mapping[str, str], prompts: Mapping[str, str] | None = None
+    ) -> None:
         """Refuses to go on with other weights, or other rows of the same ids, than before.
 
         Args:
             model: the fingerprint of the model that rows are made with now.
             sources: a digest of what each row is made from, by its name.
+            prompts: a digest of the prompt that each becomes, where that can change by itself;
+                records of earlier versions lack it.
 
         Raises:
             RunError: what is there was made with others; or as `note`.
         """
-        record = self.record()
+        record, prompts = self.record(), prompts or {}
         before, known = record.get("model_fingerprint", model), record.get("sources", {})
+        asked = record.get("prompts", {})
         where = self._record_path
         if not same_model(before, model):
             raise RunError(
@@ -142,7 +147,14 @@ class Store(Generic[R]):
             raise RunError(
                 f"{where} was made with another row {others[0]} than the data has now; {self.hint}."
             )
-        self.note(model_fingerprint=model, sources={**known, **sources})
+        others = [name for name, digest in prompts.items() if asked.get(name, digest) != digest]
+        if others:
+            raise RunError(
+                f"{where} was made with another prompt of row {others[0]} than it has now (its "
+                f"template, the model's, or the longest prompt is another one); {self.hint}."
+            )
+        held = {"prompts": {**asked, **prompts}} if prompts else {}
+        self.note(model_fingerprint=model, sources={**known, **sources}, **held)
 
     def rows(self) -> list[R]:
         """The complete rows, each once, without the torn last line of a killed process.
