@@ -69,8 +69,9 @@ class Session:
         self._batching = Batching(self._check_batching, lambda: bool(self._watchers.of(_ANY_STEP)))
         self._model = model
         self._decoder: Any = model.base_model
-        # Fingerprints of plans that are this model's, or anybody's.
-        self._known = {""}
+        # Fingerprints of plans that are this model's, or anybody's; what does not change was looked
+        # at when the block was entered.
+        self._known = {"", (policy.constant_plan or EMPTY_PLAN).fingerprint}
         self._board = board
         self._n_layers = len(board.layers)
         self._block = block

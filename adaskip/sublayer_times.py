@@ -212,7 +212,7 @@ def combined(
     Args:
         totals: seconds of forwards without timestamps.
         forwards: of every sublayer, in each forward with timestamps.
-        clocked: seconds of forwards with timestamps, of the same number of steps.
+        clocked: seconds of the same forwards.
         phase: of all those forwards.
         context: prompt tokens.
         batch: sequences.

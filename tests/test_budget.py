@@ -19,7 +19,7 @@ from adaskip import AdaSkip, AdaskipError, Importance, Sublayer, learn_importanc
 from adaskip.budget import sublayers_for
 from adaskip.plan import Phase, all_sublayers
 from adaskip.profiling.calibration import identity, measured_times
-from adaskip.profiling.clock import SublayerClock, sublayer_types
+from adaskip.profiling.clock import ClockedRequests, SublayerClock, sublayer_types
 from adaskip.speedtest.budget_check import check_budgets
 from adaskip.sublayer_times import SublayerTimes, combined
 
@@ -167,7 +167,7 @@ def test_times_of_one_model_are_not_those_of_another_of_the_same_weights(
 def test_times_go_by_where_weights_lie_and_in_which_form() -> None:
     plain = identity(tiny_model("llama"))
     # Times that are kept of a model on one device go by these.
-    assert len(plain) == 6
+    assert len(plain) == 7
     assert identity(dispatch_model(tiny_model("llama"), {"": "cpu"}, force_hooks=True)) == plain
     offloaded = cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu"))
     mixed, quantized, split = (tiny_model("llama") for _ in range(3))
@@ -229,6 +229,38 @@ def test_a_model_whose_weights_lie_elsewhere_is_timed_where_it_computes(tmp_path
     assert SublayerClock(offloaded)._device.type == "cpu"
     assert identity(offloaded)[0] == identity(tiny_model("llama"))[0]
     assert measured_times(offloaded, "prefill", 24, folder=tmp_path).total > 0
+
+
+def test_timestamps_go_into_the_stream_of_the_model_s_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Stands in for CUDA's: on the current device all of them would be those of an idle one.
+    marks: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            marks.append(stream)
+
+    model = tiny_model("llama")
+    clock = SublayerClock(model)
+    clock._device = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", str)
+    with clock.running():
+        model(prompt(4))
+    assert marks == ["cuda:1"] * (2 * N_LAYERS + 1)
+
+
+def test_a_step_s_sublayers_are_their_mean_over_the_request() -> None:
+    requests = ClockedRequests(tiny_model("llama"), prompt(6), 3)
+    steps = [dict.fromkeys(all_sublayers(N_LAYERS), seconds) for seconds in (9.0, 1.0, 1.0, 4.0)]
+    requests._clock.read = lambda: steps  # type: ignore[method-assign]
+    requests.request()
+    assert {*requests.forwards[Phase.PREFILL][0].values()} == {9.0}
+    assert [{*each.values()} for each in requests.forwards[Phase.DECODE]] == [{2.0}]
 
 
 def test_times_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

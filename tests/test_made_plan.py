@@ -125,6 +125,23 @@ def test_plans_that_a_table_would_call_alike_are_refused() -> None:
         read_plans(["smollm2/1.2@1000", "gemma3/1.2@1000"])
 
 
+def test_a_model_is_looked_at_before_the_first_token(
+    model: PreTrainedModel, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[SkipPlan] = []
+    stock = SkipPlan.check_model
+
+    def counted(plan: SkipPlan, of: PreTrainedModel) -> None:
+        looked.append(plan)
+        stock(plan, of)
+
+    monkeypatch.setattr(SkipPlan, "check_model", counted)
+    with skipping(model, MadePlan(PlanFile.read(file), len(PLAN))):
+        assert len(looked) == 1
+        model(torch.tensor([[5, 6, 7]]))
+    assert len(looked) == 1
+
+
 def test_command_lines_take_a_plan(
     place: Workplace, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,11 +105,17 @@ def test_what_was_measured_is_printed_in_short(
         {"context": 16, "batch": 1, "cases": [case]},
         {"context": 32, "batch": 8, "error": "out of memory", "cases": []},
     ]
-    (tmp_path / "llama-try.json").write_text(json.dumps({"schema": 1, "points": points}))
-    options = ["--try_on_cpu", "--results_dir", str(tmp_path), "--parts", "vicuna-8k"]
+    # What is there of parts that failed, or were not asked for, was not measured now.
+    for part in ("vicuna-8k", "llama-8k", "llama-32k"):
+        path = tmp_path / f"{part}-try.json"
+        path.write_text(json.dumps({"schema": 1, "points": points}))
+    options = ["--try_on_cpu", "--results_dir", str(tmp_path), "--parts", "vicuna-8k", "llama-8k"]
     assert gpu_main(options) == 1
     printed = capsys.readouterr().out
-    assert "| llama |     16 |     1 | ADA 8 |   500.0 |    1.25 |        – |       – |" in printed
+    assert (
+        "| llama-8k |     16 |     1 | ADA 8 |   500.0 |    1.25 |        – |       – |" in printed
+    )
+    assert printed.count("ADA 8") == 1
     assert "vicuna-8k: ended with exit code 1. The same command goes on from there." in printed
 
 

@@ -587,7 +587,11 @@ def test_a_killed_measurement_goes_on_where_it_was(
     ],
 )
 def test_what_does_not_fit_is_let_go_of_and_tried_again(
-    kind: type[Measurement], measured_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[Measurement],
+    measured_by: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # What it measures is made up, so that any model will do.
     monkeypatch.setattr(Measurement, "open", lambda self, **_: tiny_model("llama"))
@@ -611,6 +615,9 @@ def test_what_does_not_fit_is_let_go_of_and_tried_again(
     assert still_held == [False, False]
     text = as_markdown(measurement.kind, measurement.title, record)
     assert text.endswith("- 8 tokens, batch 1: out of memory\n\n- 9 tokens, batch 1: out of memory")
+    # The command tells of it by its exit code, too.
+    assert speed_main(measurement, []) == 1
+    assert "not measured: " in capsys.readouterr().out
     monkeypatch.setattr(measured_by, lambda *_, **__: {"cases": []} if kind is SpeedTest else [])
     again = measure(measurement).content["points"]
     assert [point["context"] for point in again if "error" not in point] == [8, 9]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from adaskip.errors import RunError
-from adaskip.speedtest.waiting_check import SETTINGS, request, serving
+from adaskip.speedtest.waiting_check import SETTINGS, neighbours, request, serving
 
 FOLDERS = ("prefill", "decode", "e2e", "speed", "observations", "eval")
 SCRIPTS = sorted(str(p.relative_to(ROOT)) for f in FOLDERS for p in (ROOT / f).glob("*.py"))
@@ -166,3 +167,36 @@ def test_any_module_can_be_the_first_to_be_imported() -> None:
     modules = ["adaskip.session", "adaskip.policies.ada_skip", "adaskip.speedtest.overhead"]
     done = start("-c", FIRST, *modules)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+# Says which process its neighbour is, and ends without a chance to end that.
+_KILLED = """
+import os, signal, subprocess
+from adaskip.speedtest import waiting_check
+stock = subprocess.Popen
+def told(*given, **options):
+    process = stock(*given, **options)
+    print(process.pid, flush=True)
+    return process
+subprocess.Popen = told
+with waiting_check.neighbours(1):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_neighbours_do_not_outlive_a_command_that_is_killed() -> None:
+    with neighbours(1):
+        pass
+    number = int(start("-c", _KILLED).stdout)
+    end = time.monotonic() + 20
+    while _lives(number) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not _lives(number)
+
+
+def _lives(number: int) -> bool:
+    """Whether a process computes; one that has ended may still be listed."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -131,7 +131,9 @@ def _act(given: argparse.Namespace) -> int:
     # A folder of its own: another user's, or another size's, plans may have the same names.
     with tempfile.TemporaryDirectory() as plans:
         failed = _run_all(given, folder, Path(plans))
-    say(_table(folder, "try" if given.try_on_cpu else "cuda"))
+    # Of others the folder may have what was measured of other code.
+    measured = [part for part in given.parts if part not in failed]
+    say(_table(folder, measured, "try" if given.try_on_cpu else "cuda"))
     for part, reason in failed.items():
         say(f"{part}: {reason}. The same command goes on from there.")
     return FAILED if failed else 0
@@ -239,14 +241,15 @@ def _run(command: Sequence[str], seconds: float) -> str | None:
     return None if done.returncode == 0 else f"ended with exit code {done.returncode}"
 
 
-def _table(folder: Path, kind: str) -> str:
-    """All records of this kind in short."""
+def _table(folder: Path, parts: Sequence[str], kind: str) -> str:
+    """The records of some parts in short."""
     header = ["part", "tokens", "batch", "case", "TTFT ms", "speedup", "ms/token", "speedup"]
     rows = []
-    for path in sorted(folder.glob(f"*-{kind}.json")):
-        for point in read_json(path).get("points", ()):
+    for part in parts:
+        path = folder / f"{part}-{kind}.json"
+        for point in read_json(path).get("points", ()) if path.exists() else ():
             for case in point.get("cases", point.get("rows", ())):
-                place = [path.stem.rpartition("-")[0], str(point["context"])]
+                place = [part, str(point["context"])]
                 rows.append([*place, str(point.get("batch", 1)), case["label"], *_numbers(case)])
     return markdown_table(header, rows)
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from adaskip.command import Command, say
+from adaskip.command import FAILED, Command, say
 from adaskip.models.spec import model_names
 from adaskip.reports.speed import as_markdown, draw
 from adaskip.speedtest.benchmark import SpeedTest
 from adaskip.speedtest.measurement import Measurement, measure
+from adaskip.speedtest.record import key_id
 
 M = TypeVar("M", bound=Measurement)
 
@@ -52,7 +53,10 @@ def _measure(measurement: Measurement) -> int:
         written.append(record.path.with_suffix(".png").name)
     say(text)
     say(f"Written: {', '.join(written)}.")
-    return 0
+    failed = [key_id(key) for key in record.missing(measurement.keys())]
+    if failed:
+        say(f"Out of memory, not measured: {'; '.join(failed)}. The same command tries it again.")
+    return FAILED if failed else 0
 
 
 def with_options(measurement: M, argv: Sequence[str] | None) -> M:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -157,8 +158,7 @@ def processor_name() -> str:
 def identity(model: PreTrainedModel) -> list[str]:
     """What a time depends on besides context and batch.
 
-    A model on one device, in one precision, is told by six facts, and any other by more: what was
-    kept of the former stays in use.
+    A model on one device, in one precision, is told by seven facts, and any other by more.
     """
     parameters = [f"{name}{tuple(p.shape)}" for name, p in model.named_parameters()]
     shape = hashlib.sha256("".join(parameters).encode()).hexdigest()
@@ -166,7 +166,8 @@ def identity(model: PreTrainedModel) -> list[str]:
     config = model.config.get_text_config(decoder=True)
     work = json.dumps([getattr(config, name, None) for name in _WORK])
     device = execution_device(model.get_input_embeddings())
-    plain = [hardware(device), shape, work, str(model.dtype), attention, torch.__version__]
+    versions = [torch.__version__, transformers.__version__]
+    plain = [hardware(device), shape, work, str(model.dtype), attention, *versions]
     return [*plain, *_placement(model)]
 
 

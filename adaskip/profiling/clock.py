@@ -6,6 +6,7 @@ construction; timing them one by one would not.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -78,7 +79,8 @@ class SublayerClock:
     def _mark(self, *hook_arguments: object) -> None:
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
+            # By itself it goes into a stream of the current device, which may be another.
+            event.record(torch.cuda.current_stream(self._device))
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())
@@ -107,7 +109,8 @@ class ClockedRequests:
 
     Attributes:
         requests: the requests so far.
-        forwards: seconds of every sublayer, in each forward of a phase.
+        forwards: seconds of every sublayer in a forward of a phase, request by request: means over
+            its steps, as its time per token is.
     """
 
     def __init__(
@@ -137,7 +140,8 @@ class ClockedRequests:
         prefill, *steps = self._clock.read()
         self.requests.append(times)
         self.forwards[Phase.PREFILL].append(prefill)
-        self.forwards[Phase.DECODE] += steps
+        mean = {s: statistics.fmean(step[s] for step in steps) for s in prefill} if steps else {}
+        self.forwards[Phase.DECODE].append(mean)
         return times
 
     def times(self, phase: Phase, totals: Sequence[float]) -> SublayerTimes:

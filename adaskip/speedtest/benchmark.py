@@ -33,6 +33,7 @@ from adaskip.speedtest.cases import (
     CaseRun,
     cache_maker,
     check_cases,
+    forget_compiled,
     make_cases,
     run_case,
 )
@@ -171,6 +172,8 @@ class SpeedTest(Measurement):
             RunError: a case holds other keys and values than it must.
         """
         start, n_steps = time.perf_counter(), self.new_tokens
+        if any(case.compiled for case in cases):
+            forget_compiled()
         clock = ClockedRequests(model, ids, n_steps)
         room = ids.shape[1] + n_steps
         requests = {

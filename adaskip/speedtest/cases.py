@@ -269,6 +269,15 @@ def compile_config(device: torch.device | str) -> CompileConfig:
     return config
 
 
+def forget_compiled() -> None:
+    """Drops what was compiled for another prompt length or batch.
+
+    Otherwise torch takes sizes that have changed for ones that go on changing, and what it compiles
+    of the second point of a measurement differs from the first's.
+    """
+    torch.compiler.reset()
+
+
 def compiled_call(model: PreTrainedModel) -> Callable[..., Any]:
     """The model compiled for decode steps, with room for a graph per set of skipped sublayers."""
     import torch._dynamo.config as settings

@@ -22,7 +22,13 @@ from adaskip.profiling import memory
 from adaskip.profiling.calibration import random_prompt
 from adaskip.profiling.interleaving import Ratio, Spread, by_turns, per_round
 from adaskip.profiling.timing import MakeCache, RequestTimes, time_request
-from adaskip.speedtest.cases import DENSE, compiled_call, static_cache, without_kind
+from adaskip.speedtest.cases import (
+    DENSE,
+    compiled_call,
+    forget_compiled,
+    static_cache,
+    without_kind,
+)
 from adaskip.speedtest.measurement import Row, Study, if_it_fits, option
 from adaskip.speedtest.record import Key, Point
 from adaskip.speedtest.roofline import Rates, forward_bytes, measured_rates
@@ -103,6 +109,7 @@ def compare_compiled(
         ideal: whether to measure what the sublayers take.
         rates: of the device, for the roofline; None for none.
     """
+    forget_compiled()
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     bare = {f"no {kind}": without_kind(kind, n_layers) for kind in KINDS} if ideal else {}
 

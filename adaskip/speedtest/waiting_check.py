@@ -33,7 +33,14 @@ SETTINGS: dict[str, dict[str, str]] = {
 BASELINE = "default"
 _ROOT = str(Path(__file__).parents[2])
 _SERVE = "import sys; from adaskip.speedtest.waiting_check import serve; serve(sys.argv[1])"
-_BUSY = "while True: pass"
+# Until its parent is gone, however that ended.
+_BUSY = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
