@@ -157,8 +157,16 @@ def check_window(layer: int, window: Window, config: PretrainedConfig) -> None:
         )
 
 
-def refuse_unseen(call: dict[str, Any], turn: Turn | None) -> None:
+def refuse_unseen(
+    call: dict[str, Any], turn: Turn | None, config: PretrainedConfig, *, brings_cache: bool
+) -> None:
     """Refuses calls in which a window cannot know what a token sees.
+
+    Args:
+        call: the forward's arguments.
+        turn: of the forward.
+        config: of the model.
+        brings_cache: whether the caller has given a cache.
 
     Raises:
         UnsupportedCallError: the mask is no [batch, tokens] one, tokens see later ones, there may
@@ -187,7 +195,9 @@ def refuse_unseen(call: dict[str, Any], turn: Turn | None) -> None:
             "Attention with a window takes an attention_mask [batch, tokens] or none, not one that "
             "says for each token what it sees; or use generate()."
         )
-    if mask is None and call.get("position_ids") is not None:
+    # With a cache, transformers takes positions for nothing else; flash attention may not.
+    packs = not brings_cache or "flash" in str(config._attn_implementation)
+    if mask is None and call.get("position_ids") is not None and packs:
         raise UnsupportedCallError(
             "position_ids without an attention_mask may put several sequences into one row, which "
             "attention with a window would mix up; pass the attention_mask, or no position_ids."

@@ -1,6 +1,7 @@
 """What a call of `generate()` knows of its forwards: the phase, the padding, which rows have ended.
 
-Each thread has its own calls: a stack, because an assistant or token healing generates within.
+Each thread, and each task of an event loop, has its own calls: a stack, because an assistant or
+token healing generates within.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from adaskip.errors import UnsupportedModelError
+from adaskip.errors import UnsupportedCallError, UnsupportedModelError
 from adaskip.patching import Patch
 from adaskip.plan import Phase
 
@@ -42,6 +44,12 @@ class Turn:
     assisted: bool = False
     drafts: bool = False
     tells_padding: bool = False
+
+    @property
+    def takes_one_by_one(self) -> bool:
+        """Whether the coming forwards of `generate()` have a token per row each."""
+        drafted = self.assisted or self.drafts
+        return self.tells_padding and not drafted and self.phase is Phase.DECODE
 
     def end_rows(self, done: Tensor) -> None:
         """Notes the rows that have ended at this step, on the device."""
@@ -73,8 +81,8 @@ class OpenCalls:
                 self.n_open -= 1
 
 
-class Turns(threading.local):
-    """The calls of `generate()` this thread is in, the innermost last.
+class Turns:
+    """The calls of `generate()` this thread or task is in, the innermost last.
 
     Args:
         calls: counts those of all threads.
@@ -82,24 +90,39 @@ class Turns(threading.local):
     """
 
     def __init__(self, calls: OpenCalls, ended: Callable[[], None]) -> None:
-        self._stack: list[Turn] = []
         self._ended = ended
         self.calls = calls
 
     @property
     def current(self) -> Turn | None:
         """The innermost call; None in a hand-written loop that says nothing."""
-        return self._stack[-1] if self._stack else None
+        return next((turn for turns, turn in reversed(_STACK.get()) if turns is self), None)
 
     @contextmanager
     def within(self, turn: Turn) -> Iterator[None]:
-        """Makes `turn` the innermost one."""
-        self._stack.append(turn)
+        """Makes `turn` the innermost one.
+
+        Raises:
+            UnsupportedCallError: another one has begun since and has not ended, so that forwards
+                within either were taken for the other's: generators that take turns, say.
+        """
+        own = (self, turn)
+        _STACK.set((*_STACK.get(), own))
         try:
             yield
+            if self.current is not turn:
+                raise UnsupportedCallError(
+                    "prefill() or decode() of a session ended while one that had begun within it "
+                    "had not, as where generators take turns: its forwards were counted to the "
+                    "other's phase. Begin and end them around each forward."
+                )
         finally:
-            self._stack.pop()
+            _STACK.set(tuple(each for each in _STACK.get() if each is not own))
             self._ended()
+
+
+# The turns of all sessions: one variable, because a context keeps every variable for ever.
+_STACK: ContextVar[tuple[tuple[Turns, Turn], ...]] = ContextVar("turns", default=())
 
 
 class _NotedCriteria(StoppingCriteriaList):

@@ -165,6 +165,24 @@ class Importance:
         return _from_content(content, path)
 
 
+def check_importance(given: object, policy: str) -> Importance:
+    """What a policy is given, if it is a profile.
+
+    Args:
+        given: as its importance.
+        policy: what messages call it.
+
+    Raises:
+        AdaskipError: it is none.
+    """
+    if not isinstance(given, Importance):
+        raise AdaskipError(
+            f"{policy}'s importance is a {type(given).__name__}; give what "
+            "learn_importance(model, prompts) or Importance.load(path) returns."
+        )
+    return given
+
+
 def shipped_profiles() -> tuple[str, ...]:
     """The names that `Importance.load` knows without a file."""
     return tuple(sorted(path.stem for path in _SHIPPED.glob("*.json")))

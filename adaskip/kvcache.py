@@ -64,6 +64,28 @@ def capacity(cache: Cache) -> int | None:
     return max(layer.max_cache_len for layer in layers) if cache.is_compileable else None
 
 
+def refuse_full(cache: Cache, past: int, tokens: int) -> None:
+    """Refuses tokens that a cache has no places for, of windows that would not notice.
+
+    A layer that runs in full fails by itself; one with a window holds that alone.
+
+    Args:
+        cache: of the forward.
+        past: tokens it holds.
+        tokens: new ones per sequence.
+
+    Raises:
+        UnsupportedCallError: they do not fit.
+    """
+    places = capacity(cache)
+    slides = all(getattr(layer, "is_sliding", False) for layer in cache.layers)
+    if places is not None and past + tokens > places and not slides:
+        raise UnsupportedCallError(
+            f"{CACHE} has places for {places} tokens and would hold {past + tokens}; make it with "
+            "a larger max_cache_len."
+        )
+
+
 def refuse_short(cache: Cache, n_layers: int) -> None:
     """Refuses a cache that has fewer layers than the model and does not grow.
 
@@ -98,14 +120,15 @@ def refuse_torn(cache: Cache, past: int) -> None:
             )
 
 
-def is_torn(cache: Cache, past: int) -> bool:
+def is_torn(cache: Cache, past: int, used: Iterable[int]) -> bool:
     """Whether a forward that failed has left something in some layers, which reads static ones.
 
     Args:
         cache: of the forward.
         past: tokens it held before.
+        used: which of its layers the model has attention for; others stay empty.
     """
-    layers: list[Any] = cache.layers
+    layers: list[Any] = [cache.layers[index] for index in used if index < len(cache.layers)]
     for layer in layers:
         if isinstance(layer, SkippedCacheLayer):
             if isinstance(layer, WindowCacheLayer) and layer.is_touched:

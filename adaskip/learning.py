@@ -26,7 +26,7 @@ class ImportanceRecorder:
     """Per request, over its prefill: similarity and both gains of every sublayer, and of layers.
 
     A recorder for `skipping`; requests of several chunks and padded batches are understood, each
-    sequence of a batch being a request of its own.
+    sequence of a batch being a request of its own. Prompts are to be prefilled one after the other.
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,19 @@ class ImportanceRecorder:
         return wanted if step.phase is Phase.PREFILL else frozenset()
 
     def observe(self, step: Step, stats: StepStats) -> None:
-        """Keeps the chunk; a new request closes the last one."""
-        if step.request != self._request:
+        """Keeps the chunk; a new request closes the last one.
+
+        Raises:
+            ProfileError: the prompt goes on after another one has begun.
+        """
+        if step.index == 0:
             self._close()
             self._request = step.request
+        elif step.request != self._request:
+            raise ProfileError(
+                "A prompt went on after another one had begun, and each would count as several: "
+                "prefill the prompts that importance is learned from one after the other."
+            )
         self._chunks.append(stats.select("attn", "ffn", "layer"))
 
     def _close(self) -> None:

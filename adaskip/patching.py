@@ -45,10 +45,11 @@ class Patch:
         self.in_place = False
         found = [name for name, value in vars(self._module).items() if value is self._method]
         for name in found:
-            if self._own is None:
+            if self._own is None and name == self._name:
                 delattr(self._module, name)
             else:
-                setattr(self._module, name, self._own)
+                # Whoever moved it, as accelerate's hooks do, calls what is there.
+                setattr(self._module, name, self.original if self._own is None else self._own)
         if not found:
             warnings.warn(
                 f"{type(self._module).__name__}.{self._name} was replaced inside skipping() and is "

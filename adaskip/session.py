@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from adaskip import calls, kvcache, supported
 from adaskip.batching import Batching, is_batched, refuse_plan
 from adaskip.blocks import BlockSpec, execution_device
+from adaskip.cache_name import cache_in
 from adaskip.errors import UnsupportedCallError
 from adaskip.generating import OpenCalls, Turn, Turns, listen
 from adaskip.padding import real_before, real_in_call, seen_in_call, tells_before
@@ -185,7 +186,7 @@ class Session:
                 if cache is not None:
                     # Looked at again before it is used, should a broken device refuse to tell.
                     request.torn = True
-                    request.torn = kvcache.is_torn(cache, self._past)
+                    request.torn = self._is_torn(cache, self._past)
         finally:
             self._counted = None
             self._turnstile.leave()
@@ -194,10 +195,15 @@ class Session:
         """Works out step and plan of the coming forward and sets the layers' switches."""
         config = self._decoder.config
         calls.refuse_checkpointing(self._decoder)
+        brings_cache = cache_in(call) is not None
         cache = calls.cache_of(call, config)
         inputs = calls.inputs_of(call)
         tokens = inputs.shape[1]
         turn = self._turns.current
+        if turn is not None and cache is not None and tokens > 1 and turn.takes_one_by_one:
+            # A call of something within it, such as a logits processor, that generate() knows
+            # nothing of: it speaks for itself.
+            turn = None
         said = None if turn is None else turn.phase
         past = 0 if cache is None else self._past_length(cache, tokens, turn)
         if past == 0:
@@ -233,7 +239,9 @@ class Session:
         if turn is not None and turn.assisted:
             calls.refuse_changed_draft(step, plan, request.prefill_plan)
         if plan.windows:
-            calls.refuse_unseen(call, turn)
+            calls.refuse_unseen(call, turn, config, brings_cache=brings_cache)
+            if cache is not None:
+                kvcache.refuse_full(cache, past, tokens)
         if step.index == 0 and request.memory is not None:
             # A later turn: its cache holds what the turn before it left.
             self._tally.resume(step.request, request.memory[1])
@@ -258,7 +266,7 @@ class Session:
             told = (turn is not None and turn.tells_padding) or tells_before(call, past)
             # Another prompt on a cache may tell otherwise what of the answer before it is padding.
             # A single token is taken for a decode step unless somebody says that it is a prompt.
-            prompted = step.phase is Phase.PREFILL or (said is None and tokens > 1)
+            prompted = step.phase is Phase.PREFILL or tokens > 1
             retold = told and past > 0 and prompted
             self._board.windows.begin(
                 cache,
@@ -294,11 +302,14 @@ class Session:
             kvcache.prepare(cache, skipped, past, self._cache_devices, windows)
         request.prepared = plan
 
+    def _is_torn(self, cache: Cache, past: int) -> bool:
+        return kvcache.is_torn(cache, past, self._cache_indices.values())
+
     def _refuse_torn(self, cache: Cache, past: int) -> None:
         """Refuses a cache that a failed forward has left something in, until that is gone."""
         request = self._requests.known(cache)
         if request is not None and request.torn:
-            if kvcache.is_torn(cache, past):
+            if self._is_torn(cache, past):
                 calls.refuse_failed()
             request.torn = False
 

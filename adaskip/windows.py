@@ -42,6 +42,8 @@ class Windows:
         self._switches = switches
         self._devices = devices
         self._windowed: dict[int, Window] = {}
+        # Whose attention function is ours.
+        self._switched: dict[int, nn.Module] = {}
         self._open: list[WindowCacheLayer] = []
         # What the tracks of the forward held before it.
         self._before: dict[WindowTrack, dict[str, object]] = {}
@@ -51,9 +53,18 @@ class Windows:
         wanted = dict(plan.windows)
         for index in {*wanted, *self._windowed}:
             if wanted.get(index) != self._windowed.get(index):
-                attention: nn.Module = getattr(self._layers[index], self._body)
-                window_attention.switch(attention, wanted.get(index))
+                self._switch(index, wanted.get(index))
         self._windowed = wanted
+
+    def _switch(self, index: int, window: Window | None) -> None:
+        """Gives a layer's attention, whichever it is now, a window or its own function back."""
+        attention: nn.Module = getattr(self._layers[index], self._body)
+        before = self._switched.pop(index, attention)
+        if before is not attention:
+            window_attention.switch(before, None)
+        window_attention.switch(attention, window)
+        if window is not None:
+            self._switched[index] = attention
 
     def take_back(self) -> None:
         """Gives every layer its own attention back."""
@@ -118,6 +129,8 @@ class Windows:
         """
         steps: dict[WindowTrack, WindowStep] = {}
         for layer, window in plan.windows.items():
+            if getattr(self._layers[layer], self._body) is not self._switched[layer]:
+                self._switch(layer, window)
             track = request.windows[window.whole, self._devices[layer]]
             if track not in steps:
                 self._before[track] = dict(vars(track))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from report_fixtures import line, table
+from report_fixtures import TASK, line, score, table
 
 from adaskip.errors import RunError
 from adaskip.plan import Phase
@@ -63,6 +63,36 @@ def test_speedups_of_policies_are_told_apart_without_colours() -> None:
         *((policy_marker("ADA"), "full"), (policy_marker("ADA"), "none")),
         (policy_marker("EE"), "full"),
     ]
+
+
+def test_tasks_at_chance_are_left_out_of_the_mean_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(sweep_figures, "as_png", lambda figure: drawn.append(figure) or b"")
+    chance = "sample_classification"
+    lines = [line(policy, n, value) for policy, n, value in (("dense", 0, 50), ("EE", 4, 20))]
+    for each, value in zip(lines, (0, 90), strict=True):
+        rows = {"row_scores": {"a": value / 100, "b": value / 100}}
+        each.tasks[chance] = score(value, task=chance, **rows)
+    given = table(*lines, tasks=(TASK, chance))
+    draw_quality([given])
+    curves = {curve.get_label(): curve for curve in drawn[0].axes[0].get_lines()}
+    assert [*curves["EE"].get_ydata()] == [20]
+    draw_scores([given])
+    labels = [tick.get_text() for tick in drawn[1].axes[0].get_xticklabels()]
+    assert ["(chance)" in label for label in labels] == [False, True]
+
+
+def test_speed_figures_show_plans_that_were_given() -> None:
+    labels = ["stock", "dense", "empty plan", "ADA 8", "SEARCH-1.2", "no attn compiled"]
+    cases = [{"label": name, "compiled": name.endswith("compiled")} for name in labels]
+    assert speed._labels([{"cases": cases}], compiled=False) == ["ADA 8", "SEARCH-1.2"]
+    assert speed._labels([{"cases": cases}], compiled=True) == []
+    times = {"prefill": {"speedup": {"median": 1.1, "low": 1, "high": 2}, "ideal_speedup": None}}
+    panel = canvas(1, 1, width=4, height=4)[1][0][0]
+    point = {"context": 8, "cases": [times | case for case in cases]}
+    speed._panel(panel, [point], ["SEARCH-1.2"], Phase.PREFILL)
+    (container,) = panel.containers
+    assert container.lines[0].get_color() == policy_colour("SEARCH-1.2")
 
 
 def test_there_is_no_figure_without_anything_to_show() -> None:

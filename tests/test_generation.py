@@ -10,7 +10,7 @@ import torch
 from export_fixtures import A1, F1, F2, full_model
 from run_fixtures import save_checkpoint
 from tiny_loaded import as_prompt, character_tokenizer
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from adaskip.entering import skipping
 from adaskip.errors import RunError
@@ -94,6 +94,21 @@ def test_the_audit_leaves_no_hook(model: PreTrainedModel) -> None:
     with Audit(model, None):
         model(torch.tensor([[3, 4]]))
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_an_exported_model_goes_on_after_a_call_that_failed(tmp_path: Path) -> None:
+    export_checkpoint(full_model("llama"), None, SkipPlan({A1: None}), tmp_path / "out")
+    partial = load_model(tmp_path / "out", device="cpu")
+    ids, found = torch.arange(3, 17)[None], {}
+    for fails in (False, True):
+        cache = DynamicCache(config=partial.config)
+        with skipping(partial, SkipPlan({F2: None})), torch.no_grad():
+            partial(ids[:, :12], past_key_values=cache)
+            if fails:
+                with pytest.raises(IndexError):
+                    partial(torch.tensor([[10**6]]), past_key_values=cache)
+            found[fails] = partial(ids[:, 12:], past_key_values=cache).logits
+    assert torch.equal(found[True], found[False])
 
 
 def test_an_exported_model_is_audited_by_what_it_has(tmp_path: Path) -> None:

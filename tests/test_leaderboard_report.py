@@ -285,7 +285,8 @@ def test_the_text_says_what_exists(tmp_path: Path) -> None:
     assert "| ADA         |  1.05 |     1.100 | 1.062 [1.062–1.062]" in text
     # At 1.1 AdaSkip loses 0.66 nats over both rows, the search 0.06.
     assert "0.060, 9% [9%–9%], better" in text
-    assert "SEARCH gain loses less than 2 of them, beyond the interval of rows and rounds" in text
+    assert "Of 2 plans of other methods 2 are no faster than the fastest of SEARCH gain." in text
+    assert "it loses less than 2 of these, beyond the interval of rows and rounds" in text
     assert "Tasks:" not in text
 
 
@@ -437,6 +438,21 @@ def test_lines_of_a_figure_are_what_the_table_says_between_plans(
         assert len(told) > 10 * len(own)
         assert lines[method].get_ydata() == pytest.approx(np.interp(told, speeds, gaps))
         assert told[:: lines[method].get_markevery()] == pytest.approx(speeds)
+
+
+def test_a_plan_that_is_no_faster_than_dense_is_on_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(leaderboard_figures, "as_png", lambda figure: drawn.append(figure) or b"")
+    table = table_of(filled(tmp_path))
+    assert table is not None
+    slow = replace(next(e for e in table.entries if e.method == "ADA"), ttft=None, predicted=0.97)
+    leaderboard_figures.draw_front(replace(table, entries=(*table.entries, slow)), table.methods)
+    lines = [line for line in drawn[0].axes[0].get_lines() if line.get_label() == "ADA"]
+    assert [min(line.get_xdata()) for line in lines] == [1.0]
+    hollow = [line for line in drawn[0].axes[0].get_lines() if line.get_fillstyle() == "none"]
+    assert 0.97 in [line.get_xdata()[0] for line in hollow]
 
 
 def test_a_method_looks_the_same_in_every_figure(

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import N_LAYERS, prompt, reset_empties, tiny_model
 from export_fixtures import byte_tokenizer
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from adaskip import (
     measured_times,
     search_plan,
     skipping,
+    turnstile,
 )
 from adaskip.cache_name import CACHE
 from adaskip.plan import EMPTY_PLAN, Phase, all_sublayers
@@ -362,26 +364,86 @@ def test_a_refused_compiled_forward_lets_other_threads_in(model: PreTrainedModel
         assert answers
 
 
-def test_a_compiled_forward_that_failed_lets_other_threads_in(model: PreTrainedModel) -> None:
-    cache = DynamicCache()
+@pytest.mark.parametrize("left", ["its phase", "the thread", "the forward"])
+def test_a_compiled_forward_that_failed_lets_other_threads_in(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    monkeypatch.setattr(turnstile, "_LOOK_EVERY", 0.01)
+    cache, failed, done = DynamicCache(), threading.Event(), threading.Event()
     with skipping(model, ATTENTION) as session:
 
+        def forward() -> None:
+            Session._begin_compiled(session, {"input_ids": prompt(4), CACHE: cache})
+            raise ZeroDivisionError
+
         def failing() -> None:
-            with contextlib.suppress(ZeroDivisionError), session.prefill():
-                Session._begin_compiled(session, {"input_ids": prompt(4), CACHE: cache})
-                raise ZeroDivisionError
+            says = session.prefill() if left == "its phase" else contextlib.nullcontext()
+            with contextlib.suppress(ZeroDivisionError), says:
+                forward()
+            failed.set()
+            # As a thread of a pool, which waits for what comes next.
+            if left == "the forward":
+                done.wait(20)
 
         thread = threading.Thread(target=failing)
         thread.start()
-        thread.join(10)
+        failed.wait(10)
+        if left != "the forward":
+            thread.join(10)
         answers: list[Tensor] = []
         other = threading.Thread(
             target=lambda: answers.append(logits(model, prompt(4), cache)), daemon=True
         )
         other.start()
         other.join(10)
+        done.set()
+        thread.join(10)
         # Nor is the forward a part of the request.
         assert torch.equal(answers[0], logits(model, prompt(4)))
+
+
+def test_a_compiled_forward_that_takes_its_time_is_waited_for(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turnstile, "_LOOK_EVERY", 0.01)
+    begun, goes_on = threading.Event(), threading.Event()
+    order: list[str] = []
+    with skipping(model, ATTENTION) as session:
+
+        def slow() -> None:
+            Session._begin_compiled(session, {"input_ids": prompt(4)})
+            begun.set()
+            goes_on.wait(20)
+            order.append("slow")
+            Session._end_compiled(session, None)
+
+        def fast() -> None:
+            logits(model, prompt(4))
+            order.append("fast")
+
+        threads = [threading.Thread(target=target, daemon=True) for target in (slow, fast)]
+        threads[0].start()
+        begun.wait(10)
+        threads[1].start()
+        threads[1].join(0.3)
+        goes_on.set()
+        for thread in threads:
+            thread.join(10)
+    assert order == ["slow", "fast"]
+
+
+def test_hooks_that_are_added_inside_the_block_leave_the_model_usable(
+    model: PreTrainedModel,
+) -> None:
+    dense = logits(model, prompt(8))
+    with skipping(model, FFN):
+        expected = logits(model, prompt(8))
+        dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+        assert torch.equal(logits(model, prompt(8)), expected)
+    assert torch.equal(logits(model, prompt(8)), dense)
+    with skipping(model, FFN):
+        assert torch.equal(logits(model, prompt(8)), expected)
+    assert torch.equal(logits(model, prompt(8)), dense)
 
 
 def test_switches_that_could_not_be_set_are_set_anew(

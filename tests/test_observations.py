@@ -20,7 +20,7 @@ from test_recorders import residuals
 from tiny_loaded import TinyLoaded, tiny_rows
 from torch.nn.functional import cosine_similarity
 
-from adaskip import DataError, RunError
+from adaskip import AdaskipError, DataError, RunError
 from adaskip.cli.observe import RESULTS, configured, observation_main
 from adaskip.cli.run import as_words
 from adaskip.configuration import read_config
@@ -143,13 +143,13 @@ def test_similarities_equal_a_direct_computation(
 
 
 class Interrupted(TinyLoaded):
-    """Fails at the third prompt."""
+    """Fails at the third prompt, all three of which are looked at before."""
 
     count = 0
 
     def prompt(self, config: RunConfig, row: object) -> object:  # type: ignore[override]
         self.count += 1
-        if self.count == 3:
+        if self.count == 3 + 3:
             raise KeyboardInterrupt
         return super().prompt(config, row)  # type: ignore[arg-type]
 
@@ -289,6 +289,26 @@ def test_prompts_of_other_files_are_not_taken_for_these(
     del record["settings"]["data_dir"]
     path.write_text(json.dumps(record))
     assert observe_task(elsewhere, "qasper", never)["id"].nunique() == 1
+
+
+def test_similarities_that_are_no_numbers_are_refused(
+    loaded: TinyLoaded, make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SAMPLE, lambda task, tokenizer, n, **_: tiny_rows(task, n))
+    observe_task(make_config(limit=1), "sample_qa", lambda _: loaded)
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1e38)
+    wrong = TinyLoaded(loaded.spec, model, loaded.tokenizer, ())
+    config = make_config(results_dir=str(Path(make_config().results_dir) / "wrong"))
+    with pytest.raises(AdaskipError, match=r"no numbers in torch\.float32"):
+        observe_task(config, "sample_qa", lambda _: wrong)
+    with pytest.raises(AdaskipError, match=r"no numbers in torch\.float32"):
+        observe_requests(config, "sample_qa", lambda _: wrong, 2)
+    # As earlier versions kept them.
+    kept = [{"id": "a", "sums": {Phase.PREFILL: {"count": 2, "attn": [[1.9, float("nan")]]}}}]
+    with pytest.raises(RunError, match="similarities of prompt a that are no numbers"):
+        from_rows(kept)
 
 
 def test_requests_are_recorded_as_importance_is_learned(
@@ -520,6 +540,12 @@ def test_an_axis_ends_above_outliers() -> None:
         assert axis.get_ylim()[0] > bottom
         texts = [text.get_text() for text in axis.texts]
         assert texts == (["below the axis: layer 0: 0.05"] if values[0] < 0.1 else [])
+    # Of what is most of the values no axis is cut.
+    axis = Figure().subplots()
+    values = [0.28, 0.29, 0.3, 0.31, 0.32, 0.97]
+    _draw_panel(axis, Panel("t", "x", "y", (Curve("c", range(6), values, 0),)))
+    assert axis.get_ylim()[0] < 0.28
+    assert not axis.texts
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
 from conftest import prompt, reset_empties, tiny_model
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StaticCache,
+)
+from typing_extensions import override
 
 from adaskip import (
     FixedSkipping,
@@ -21,6 +30,7 @@ from adaskip import (
     skipping,
 )
 from adaskip.cache_name import CACHE
+from adaskip.session import Session
 from adaskip.skipped_cache import SkippedCacheLayer
 
 PLAN = SkipPlan({Sublayer(0, "attn"): None})
@@ -185,3 +195,85 @@ def test_a_refused_forward_is_not_counted(model: PreTrainedModel) -> None:
             model(prompt(1), past_key_values=cache, output_attentions=True)
         model(prompt(1), past_key_values=cache)
         assert session.step == decode(0, 1)
+
+
+def test_tasks_of_an_event_loop_have_phases_of_their_own(model: PreTrainedModel) -> None:
+    told: list[tuple[Phase, Phase]] = []
+    ids = prompt(8)
+
+    async def request(session: Session) -> None:
+        cache = DynamicCache()
+        for phase, within, parts in (
+            (Phase.PREFILL, session.prefill, ids.split(4, dim=1)),
+            (Phase.DECODE, session.decode, ids[:, :3].split(1, dim=1)),
+        ):
+            with within():
+                for part in parts:
+                    model(part, past_key_values=cache)
+                    assert session.step is not None
+                    told.append((phase, session.step.phase))
+                    await asyncio.sleep(0)
+
+    async def both(session: Session) -> None:
+        first = asyncio.create_task(request(session))
+        await asyncio.sleep(0)
+        await asyncio.gather(first, asyncio.create_task(request(session)))
+
+    with skipping(model, FixedSkipping(PLAN)) as session, torch.no_grad():
+        asyncio.run(both(session))
+    assert len(told) == 10
+    assert all(said is phase for said, phase in told)
+
+
+def test_phases_that_end_in_another_order_than_they_began_are_refused(
+    model: PreTrainedModel,
+) -> None:
+    def prefilled(session: Session) -> Iterator[None]:
+        with session.prefill():
+            yield
+
+    with skipping(model, FixedSkipping(PLAN)) as session:
+        first, second = prefilled(session), prefilled(session)
+        next(first)
+        next(second)
+        with pytest.raises(UnsupportedCallError, match="one that had begun within it had not"):
+            next(first)
+        assert next(second, None) is None
+        # Nothing of them is left.
+        cache = DynamicCache()
+        for tokens in (6, 1):
+            model(prompt(tokens), past_key_values=cache)
+        assert session.step is not None
+        assert session.step.phase is Phase.DECODE
+
+
+def test_what_is_computed_within_a_generate_speaks_for_itself(model: PreTrainedModel) -> None:
+    steps: list[Step | None] = []
+
+    class Asks(LogitsProcessor):
+        """Prefills a prompt of its own in chunks, while an answer is decoded."""
+
+        cache = DynamicCache()
+
+        @override
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if input_ids.shape[1] == 8:
+                for part in prompt(10, seed=4).split(4, dim=1):
+                    model(part, past_key_values=self.cache)
+                    steps.append(session.step)
+            return scores
+
+    with skipping(model, FixedSkipping(PLAN), scope="decode") as session:
+        plain = model.generate(prompt(6), max_new_tokens=4, do_sample=False)
+        found = model.generate(
+            prompt(6),
+            max_new_tokens=4,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([Asks()]),
+        )
+    assert [step and (step.phase, step.tokens) for step in steps] == [
+        (Phase.PREFILL, 4),
+        (Phase.PREFILL, 4),
+        (Phase.PREFILL, 2),
+    ]
+    assert torch.equal(found, plain)

@@ -240,8 +240,16 @@ def test_wrong_hyper_parameters() -> None:
     for window in (2.5, "20", True):
         with pytest.raises(AdaskipError, match=f"window of {window!r}"):
             AdaSkip(profile(1, [1, 1]), 1, window=window)  # type: ignore[arg-type]
-    with pytest.raises(AdaskipError, match=r"importance is a str; give what .* Importance\.load"):
-        AdaSkip("profile.json", 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["ADA", "LLMDROP", "LLMDROP_ATTN", "SHORTGPT"])
+def test_an_importance_that_is_none_is_one_sentence(name: str) -> None:
+    given: Any = policy_class(name)
+    with (
+        pytest.raises(AdaskipError, match=r"importance is a str; give what .* Importance\.load"),
+        skipping(tiny_model("llama"), given("profile.json", 1)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("ratio", ["1.2", float("nan"), float("inf"), 0.5, True, torch.tensor(1.2)])

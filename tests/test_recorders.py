@@ -10,7 +10,7 @@ from conftest import N_LAYERS, prompt, tiny_model
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from adaskip import (
     AdaSkip,
@@ -138,6 +138,24 @@ def test_chunked_prefill_is_one_request(model: PreTrainedModel) -> None:
         assert means[2, s.position, 0].item() == pytest.approx(whole.gain_token[s], abs=1e-6)
     layers = recorder.layers_per_request().flatten().tolist()
     assert layers == pytest.approx(whole.layer_similarity, abs=1e-6)
+
+
+def test_prompts_that_take_turns_are_refused(model: PreTrainedModel) -> None:
+    from adaskip.learning import ImportanceRecorder
+
+    recorder, one, other = ImportanceRecorder(), DynamicCache(), DynamicCache()
+    for _ in range(2):
+        # The number of a request begins anew in each block.
+        with skipping(model, FixedSkipping(SkipPlan()), recorders=[recorder]), torch.no_grad():
+            for part in prompt(12).split(6, dim=1):
+                model(part, past_key_values=one)
+        one = DynamicCache()
+    assert recorder.per_request().shape[-1] == 2
+    with skipping(model, FixedSkipping(SkipPlan()), recorders=[recorder]), torch.no_grad():
+        for cache in (one, other):
+            model(prompt(6), past_key_values=cache)
+        with pytest.raises(ProfileError, match="went on after another one had begun"):
+            model(prompt(6), past_key_values=one)
 
 
 def test_token_statistics_of_layers_and_phases(model: PreTrainedModel) -> None:

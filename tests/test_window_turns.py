@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from conftest import prompt, reset_empties, tiny_model
+from conftest import N_LAYERS, prompt, reset_empties, tiny_model
 from test_windows import GREEDY, SOME, masked, plan_of
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
@@ -246,3 +247,78 @@ def test_rows_moved_in_inference_mode(model: PreTrainedModel) -> None:
             ]
     expected = oracle(model, WINDOWS, ids, torch.ones_like(ids))[:, 20:].flip(0)
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=5e-5)
+
+
+def test_tokens_that_a_static_cache_has_no_places_for_are_refused(model: PreTrainedModel) -> None:
+    windows = dict.fromkeys(range(N_LAYERS), Window(40, sinks=2))
+    ids, cache = prompt(30), StaticCache(config=model.config, max_cache_len=24)
+    found = []
+    with skipping(model, plan_of(windows)), torch.no_grad():
+        for part in ids[:, :24].split([20, 1, 1, 1, 1], dim=1):
+            found.append(model(part, past_key_values=cache).logits)
+        with pytest.raises(UnsupportedCallError, match="places for 24 tokens and would hold 25"):
+            model(ids[:, 24:25], past_key_values=cache)
+    expected = oracle(model, windows, ids[:, :24], torch.ones(1, 24))
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=5e-5)
+
+
+def test_an_attention_that_takes_another_s_place_gets_its_window() -> None:
+    model, ids = tiny_model("llama"), prompt(20)
+    layer = model.model.layers[0]
+    first = layer.self_attn
+    dense = model(ids).logits
+    with skipping(model, plan_of(WINDOWS)), torch.no_grad():
+        expected = model(ids).logits
+        layer.self_attn = copy.deepcopy(first)
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(model(ids).logits, dense)
+    layer.self_attn = first
+    assert torch.equal(model(ids).logits, dense)
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_several_tokens_see_what_their_mask_says_of_earlier_ones(
+    model: PreTrainedModel, said: bool
+) -> None:
+    ids, mask = padded(30, 0)
+    cache = DynamicCache()
+    hidden = mask.clone()
+    hidden[0, 18:22] = 0
+    at = torch.arange(24, 30).expand(2, -1)
+    with skipping(model, plan_of(WINDOWS)) as session, torch.no_grad():
+        model(ids[:, :24], past_key_values=cache)
+        with session.decode() if said else nullcontext():
+            found = model(
+                ids[:, 24:], attention_mask=hidden, position_ids=at, past_key_values=cache
+            ).logits
+    stock, cache = masked(model, WINDOWS), DynamicCache()
+    with torch.no_grad():
+        stock(ids[:, :24], past_key_values=cache)
+        expected = stock(
+            ids[:, 24:], attention_mask=hidden, position_ids=at, past_key_values=cache
+        ).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+
+
+def test_a_loop_of_ones_own_within_generate(model: PreTrainedModel) -> None:
+    def loop(model: Any, input_ids: Tensor, **given: Any) -> Tensor:
+        for name in ("logits_processor", "stopping_criteria", "generation_config"):
+            given.pop(name, None)
+        cache = DynamicCache()
+        at = torch.arange(input_ids.shape[1])[None]
+        fed = input_ids
+        for _ in range(12):
+            # As transformers passes them on: positions without a mask.
+            out = model(input_ids=fed, position_ids=at, past_key_values=cache)
+            fed, at = out.logits[:, -1:].argmax(-1), at[:, -1:] + 1
+            input_ids = torch.cat([input_ids, fed], dim=1)
+        return input_ids
+
+    ids = prompt(20)
+    with skipping(model, plan_of(WINDOWS)):
+        expected = model.generate(ids, **GREEDY)
+        assert torch.equal(model.generate(ids, custom_generate=loop), expected)
+        # Without a cache transformers looks for several sequences in the positions.
+        with pytest.raises(UnsupportedCallError, match="without an attention_mask"):
+            model(ids, position_ids=torch.arange(20)[None], use_cache=False)

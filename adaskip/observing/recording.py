@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ from tqdm import tqdm
 
 from adaskip.configuration import read_config
 from adaskip.entering import skipping
-from adaskip.errors import DataError
+from adaskip.errors import DataError, no_numbers
 from adaskip.learning import record_prompts
 from adaskip.models.internlm import check_prompt_length
 from adaskip.models.processes import team
-from adaskip.observing.similarities import SPANS, from_rows
+from adaskip.observing.similarities import SPANS, from_rows, refuse_no_numbers
 from adaskip.plan import EMPTY_PLAN, Phase
 from adaskip.policies import FixedSkipping
 from adaskip.recorders import TokenStatistics
@@ -88,7 +90,11 @@ def observe_task(config: RunConfig, task: str, open_model: OpenModel) -> pd.Data
         policy = FixedSkipping(EMPTY_PLAN)
         with skipping(loaded.model, policy, recorders=[*recorders.values()]):
             generate_greedy(loaded.model, [ids], stop)
-        return {"sums": {phase: _sums(recorder) for phase, recorder in recorders.items()}}
+        sums = {phase: _sums(recorder) for phase, recorder in recorders.items()}
+        told = [sums[phase].get(span, ()) for phase in Phase for span in SPANS]
+        if not all(map(math.isfinite, chain.from_iterable(chain.from_iterable(told)))):
+            raise no_numbers(loaded.model.dtype)
+        return {"sums": sums}
 
     rows = _recorded(
         record_path(config, "similarity", task),
@@ -117,7 +123,10 @@ def observe_requests(
         ids = torch.tensor([loaded.prompt(config, row).input_ids])
         check_prompt_length(loaded.model, ids.shape[1])
         means = record_prompts(loaded.model, [ids]).per_request()
-        return {"similarity": [round(x, 8) for x in means[0, :, 0].tolist()]}
+        similarity = [round(x, 8) for x in means[0, :, 0].tolist()]
+        if not all(map(math.isfinite, similarity)):
+            raise no_numbers(loaded.model.dtype)
+        return {"similarity": similarity}
 
     rows = _recorded(
         record_path(config, "requests", task),
@@ -127,6 +136,7 @@ def observe_requests(
         lambda loaded: _warmup_rows(config, task, loaded, n_prompts),
         observe,
     )
+    refuse_no_numbers((row["id"], row["similarity"]) for row in rows)
     return [row["similarity"] for row in rows[:n_prompts]]
 
 

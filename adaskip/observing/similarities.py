@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import pandas as pd
 
+from adaskip.errors import RunError
 from adaskip.plan import Phase
 from adaskip.recorders import Span
 
@@ -23,6 +25,9 @@ def from_rows(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     Returns:
         A row per prompt (`id`), `phase`, `span` and `layer`, with `count`, `total`, `squares`.
+
+    Raises:
+        RunError: a sum is no number, as earlier versions kept it of prompts that overflow.
     """
     cells = [
         (row["id"], phase, span, layer, sums["count"], *pair)
@@ -31,7 +36,25 @@ def from_rows(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         for span in SPANS
         for layer, pair in enumerate(sums.get(span, ()))
     ]
+    refuse_no_numbers((cell[0], cell[-2:]) for cell in cells)
     return pd.DataFrame(cells, columns=["id", "phase", "span", "layer", *_SUMS])
+
+
+def refuse_no_numbers(kept: Iterable[tuple[str, Iterable[float]]]) -> None:
+    """Refuses similarities that are no numbers, which a mean would pass over.
+
+    Args:
+        kept: prompts, and what a record has of each.
+
+    Raises:
+        RunError: there are some.
+    """
+    wrong = [name for name, values in kept if not all(map(isfinite, values))]
+    if wrong:
+        raise RunError(
+            f"The record has similarities of prompt {wrong[0]} that are no numbers; move its file "
+            "away and record in bfloat16 or float32."
+        )
 
 
 def layers(seen: pd.DataFrame, span: Span, phase: Phase | None = None) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from adaskip.budget import SELECTS, Select, check_acceleration, sublayers_for
 from adaskip.errors import AdaskipError, unknown_name
-from adaskip.importance import GAINS, Gain, Importance
+from adaskip.importance import GAINS, Gain, Importance, check_importance
 from adaskip.numbers import is_whole
 from adaskip.plan import EMPTY_PLAN, Phase, SkipPlan, Step, Sublayer
 from adaskip.policy import SkipPolicy, register
@@ -85,11 +85,7 @@ class AdaSkip(SkipPolicy):
     _latest: _Window | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.importance, Importance):
-            raise AdaskipError(
-                f"AdaSkip's importance is a {type(self.importance).__name__}; give what "
-                "learn_importance(model, prompts) or Importance.load(path) returns."
-            )
+        check_importance(self.importance, "AdaSkip")
         if self.gain is not None and self.gain not in GAINS:
             raise AdaskipError(f"Gain {self.gain!r} is unknown; choose 'norm', 'token' or None.")
         if not is_whole(self.window) or self.window < 1:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from adaskip.importance import Importance
+from adaskip.importance import Importance, check_importance
 from adaskip.plan import EMPTY_PLAN, KINDS, Kind, SkipPlan, Step
 from adaskip.policy import SkipPolicy, register
 
@@ -50,7 +50,7 @@ class LLMDrop(SkipPolicy):
 
     @override
     def check_model(self, model: PreTrainedModel) -> None:
-        self.importance.check_model(model)
+        check_importance(self.importance, "LLM-Drop").check_model(model)
 
     @override
     def plan(self, step: Step) -> SkipPlan:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from adaskip.importance import Importance
+from adaskip.importance import Importance, check_importance
 from adaskip.plan import SkipPlan, Step
 from adaskip.policy import SkipPolicy, layer_plan, register
 
@@ -39,7 +39,7 @@ class ShortGPT(SkipPolicy):
 
     @override
     def check_model(self, model: PreTrainedModel) -> None:
-        self.importance.check_model(model)
+        check_importance(self.importance, "ShortGPT").check_model(model)
 
     @override
     def plan(self, step: Step) -> SkipPlan:

@@ -33,7 +33,8 @@ def draw_front(table: Table, methods: Sequence[str]) -> bytes:
     for method in table.methods:
         look = _look(methods.index(method))
         own = [e for e in table.entries if e.method == method]
-        line = unbeaten(own)
+        # Dense is at 1 and 0, and beats what is no faster.
+        line = [e for e in unbeaten(own) if e.speed > 1]
         _line(panel, [(1.0, 0.0), *((e.speed, e.gap) for e in line)], look, method)
         for beaten in (e for e in own if e not in line):
             panel.plot(beaten.speed, beaten.gap, **look, fillstyle="none")

@@ -127,7 +127,9 @@ def _draw(report: Report, folder: Path) -> list[Picture]:
         if table.entries:
             name = f"pareto-{PurePath(table.model).name}-{table.context}.png"
             caption = f"{table.model}, {table.context:,} tokens: quality lost against time "
-            caption += f"{tables.kind_of(table)}; hollow: beaten by another plan of the method"
+            caption += (
+                f"{tables.kind_of(table)}; hollow: beaten by another plan of the method or dense"
+            )
             keep(name, draw_front(table, report.methods), caption)
     for context, axes in same_axes(report).items():
         caption = f"Models on the same axes, {context:,} tokens; seconds of each are of its own "

@@ -106,16 +106,18 @@ def _speed_header(table: Table) -> str:
 def search_sentence(table: Table) -> str:
     """Whether another method is better than the searched plan; empty without one."""
     search = table.search
-    rivals = [e for e in table.entries if search in e.beside and is_rival(e.method)]
+    others = [e for e in table.entries if is_rival(e.method)]
+    # Those beyond its fastest plan are beside nothing.
+    rivals = [e for e in others if search in e.beside]
     if search is None or not rivals:
         return ""
     better = [f"{e.method} {e.asked:g}" for e in rivals if e.beside[search].verdict == "better"]
     worse = sum(e.beside[search].verdict == "worse" for e in rivals)
     told = ", ".join(better) or "none"
     return (
-        f"At the {kind_of(table)} times of {len(rivals)} plans of other methods, {search} loses "
-        f"less than {worse} of them, beyond the interval of rows and rounds, and more than: "
-        f"{told}."
+        f"Of {len(others)} plans of other methods {len(rivals)} are no faster than the fastest of "
+        f"{search}. At their {kind_of(table)} times it loses less than {worse} of these, beyond "
+        f"the interval of rows and rounds, and more than: {told}."
     )
 
 

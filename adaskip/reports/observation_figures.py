@@ -21,6 +21,8 @@ _LINES = ("-", "-.", ":")
 # Points that lie so far below all others that they take this share of the axis are cut off and
 # written down in words.
 _GAP = 0.5
+# And outliers are at most one in so many values.
+_FEW = 4
 # Longer names of ticks are written aslant.
 _LONG_NAME = 10
 _DPI = 160
@@ -165,6 +167,9 @@ def _cut_below(axis: Any, panel: Panel) -> None:
         return
     gap, above = max((b - a, b) for a, b in pairwise(values))
     if gap < _GAP * (values[-1] - values[0]):
+        return
+    # What most of the curves are is no outlier.
+    if _FEW * sum(y < above for y in values) > len(values):
         return
     shown = [y for y in values if y >= above]
     lows = [low for c in panel.curves for low in c.low or () if low >= above - gap / 4]

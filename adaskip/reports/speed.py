@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from adaskip.plan import KINDS, Phase
 from adaskip.policies import POLICIES
 from adaskip.profiling.interleaving import Ratio
@@ -16,6 +18,8 @@ from adaskip.tables import MISSING, markdown_table, number
 
 # How the marker of a policy is filled, by the number of its budget.
 FILLS = ("full", "none", "left", "bottom", "right", "top")
+# What policies and plans are measured beside.
+_REFERENCES = ("stock", "dense", "empty plan", *(f"no {kind}" for kind in KINDS))
 _APART = 0.03  # of a doubling of the context
 FRACTION = "fraction of the ideal saving"
 CAPTION = (
@@ -276,12 +280,13 @@ def draw(record: Mapping[str, Any]) -> bytes | None:
 
 
 def _labels(points: Sequence[Mapping[str, Any]], *, compiled: bool) -> list[str]:
-    """The cases that skip something."""
+    """The cases of policies and plans."""
     cases = points[0]["cases"] if points else []
     return [
         case["label"]
         for case in cases
-        if case["label"].split()[0] in POLICIES and case["compiled"] == compiled
+        if case["label"].removesuffix(" compiled") not in _REFERENCES
+        and case["compiled"] == compiled
     ]
 
 
@@ -293,7 +298,8 @@ def _panel(
     for index, label in enumerate(labels):
         # Side by side, so that bars do not hide each other.
         places = [context * 2 ** (_APART * (index - len(labels) / 2)) for context in contexts]
-        policy = label.split()[0]
+        first = label.split()[0]
+        policy = first if first in POLICIES else label.removesuffix(" compiled")
         colour, fill = policy_colour(policy), FILLS[seen[policy] % len(FILLS)]
         seen[policy] += 1
         cases = [next(c for c in point["cases"] if c["label"] == label) for point in points]
@@ -310,7 +316,8 @@ def _panel(
             elinewidth=0.8,
             capsize=2,
         )
-        ideal = [case[phase]["ideal_speedup"] for case in cases]
+        # None where what takes the place of sublayers was not timed.
+        ideal = np.array([case[phase]["ideal_speedup"] for case in cases], dtype=float)
         panel.plot(places, ideal, linestyle=":", marker="_", color=colour, linewidth=1)
     panel.axhline(1, color="black", linewidth=0.6)
     panel.set_xscale("log", base=2)

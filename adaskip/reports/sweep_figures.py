@@ -62,7 +62,8 @@ def draw_scores(tables: Sequence[Table]) -> bytes | None:
 def draw_quality(tables: Sequence[Table]) -> bytes | None:
     """One column per table: mean score, below it perplexity, against the skipped share; as PNG.
 
-    None if nothing is compared with dense.
+    Scores of tasks at which dense is at chance compare nothing, and are left out of the mean. None
+    if nothing is compared with dense.
     """
     tables = [table for table in tables if table.dense and len(table.lines) > 1]
     if not tables:
@@ -102,8 +103,8 @@ def perplexity_of(line: Line, task: str) -> tuple[float, float] | None:
 
 
 def mean_score(line: Line, tasks: Sequence[str]) -> float | None:
-    """Mean score over all tasks of a table; None unless the line has all of them."""
-    if any(task not in line.tasks for task in tasks):
+    """Mean score over tasks; None without any, or unless the line has all of them."""
+    if not tasks or any(task not in line.tasks for task in tasks):
         return None
     return statistics.fmean(line.tasks[task].score for task in tasks)
 
@@ -169,13 +170,21 @@ def _bars(panel: Any, table: Table, styles: dict[str, tuple[str, str]], value: V
             panel.hlines(
                 base[0], place - 0.45, place + 0.45, color="black", linestyle="--", label=DENSE
             )
-    panel.set_xticks(range(len(table.tasks)), [_task_label(task) for task in table.tasks])
+    labels = [_task_label(task) for task in table.tasks]
+    if value is score_and_error:
+        telling = _telling(table)
+        labels = [
+            label if task in telling else f"{label}\n(chance)"
+            for label, task in zip(labels, table.tasks, strict=True)
+        ]
+    panel.set_xticks(range(len(table.tasks)), labels)
     panel.set_xlim(-0.5, len(table.tasks) - 0.5)
 
 
 def _points(panel: Any, table: Table, value: Mean) -> None:
     phase = "prefill" if table.experiment == "prefill" else "decode"
-    found = [(line, line.skipped_share[phase], value(line, table.tasks)) for line in table.lines]
+    tasks = _telling(table) if value is mean_score else table.tasks
+    found = [(line, line.skipped_share[phase], value(line, tasks)) for line in table.lines]
     points = [(line, 100 * x, y) for line, x, y in found if x is not None and y is not None]
     for policy in dict.fromkeys(line.policy for line, _, _ in points):
         own = [(line, x, y) for line, x, y in points if line.policy == policy]
@@ -190,6 +199,12 @@ def _points(panel: Any, table: Table, value: Mean) -> None:
             panel.annotate(budget, (x, y), (6, 0), fontsize=8, **place)
     panel.set_xlabel(f"skipped sublayers in {phase} (%)")
     panel.set_xlim(0, 1.25 * max((x for _, x, _ in points), default=0) or 1)
+
+
+def _telling(table: Table) -> list[str]:
+    """The tasks whose scores compare something: at which dense is not at chance."""
+    known = {} if table.dense is None else table.dense.tasks
+    return [task for task in table.tasks if not (task in known and known[task].at_chance)]
 
 
 def _task_label(task: str) -> str:
