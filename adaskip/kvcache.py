@@ -78,8 +78,9 @@ def refuse_full(cache: Cache, past: int, tokens: int) -> None:
         UnsupportedCallError: they do not fit.
     """
     places = capacity(cache)
-    slides = all(getattr(layer, "is_sliding", False) for layer in cache.layers)
-    if places is not None and past + tokens > places and not slides:
+    if places is None or past + tokens <= places:
+        return
+    if not all(getattr(layer, "is_sliding", False) for layer in cache.layers):
         raise UnsupportedCallError(
             f"{CACHE} has places for {places} tokens and would hold {past + tokens}; make it with "
             "a larger max_cache_len."

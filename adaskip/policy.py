@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from adaskip.errors import AdaskipError, unknown_name
 from adaskip.numbers import is_whole
-from adaskip.plan import Scope, SkipPlan, Step, whole_layers
+from adaskip.plan import EMPTY_PLAN, Scope, SkipPlan, Step, whole_layers
 from adaskip.recorders import Span, StepStats
 
 P = TypeVar("P", bound="type[SkipPolicy]")
@@ -127,8 +127,9 @@ class SkipPolicy(ABC):
             self.check_budget(n_skip, n_layers)
         self.n_layers = n_layers
 
-    def check_model(self, model: PreTrainedModel) -> None:  # noqa: B027 - most learn nothing
+    def check_model(self, model: PreTrainedModel) -> None:
         """Raises an `AdaskipError` if what the policy has learned is not about this model."""
+        (self.constant_plan or EMPTY_PLAN).check_model(model)
 
     @property
     def stepwise(self) -> bool:
@@ -180,10 +181,6 @@ class FixedSkipping(SkipPolicy):
 
     def __repr__(self) -> str:
         return f"FixedSkipping({', '.join(map(str, self._plan)) or 'nothing'})"
-
-    @override
-    def check_model(self, model: PreTrainedModel) -> None:
-        self._plan.check_model(model)
 
     @override
     def bind(self, n_layers: int) -> None:

@@ -24,7 +24,7 @@ from adaskip.generating import OpenCalls, Turn, Turns, listen
 from adaskip.padding import real_before, real_in_call, seen_in_call, tells_before
 from adaskip.patching import Patch, patch_forward
 from adaskip.plan import EMPTY_PLAN, Phase, Scope, SkipPlan, Step
-from adaskip.policy import FixedSkipping, SkipPolicy
+from adaskip.policy import SkipPolicy
 from adaskip.recorders import Recorder
 from adaskip.requests import Request, Requests, is_ambiguous
 from adaskip.summary import RequestCount, Summary, Tally
@@ -70,9 +70,11 @@ class Session:
         self._batching = Batching(self._check_batching, lambda: bool(self._watchers.of(_ANY_STEP)))
         self._model = model
         self._decoder: Any = model.base_model
-        # Fingerprints of plans that are this model's, or anybody's; what does not change was looked
-        # at when the block was entered.
-        self._known = {"", (policy.constant_plan or EMPTY_PLAN).fingerprint}
+        # Fingerprints of plans that are this model's, or anybody's.
+        self._known = {""}
+        if type(policy).check_model is SkipPolicy.check_model:
+            # Looked at when the block was entered.
+            self._known.add((policy.constant_plan or EMPTY_PLAN).fingerprint)
         self._board = board
         self._n_layers = len(board.layers)
         self._block = block
@@ -230,7 +232,7 @@ class Session:
             calls.check_plan(self.policy, plan, self._n_layers, config)
             calls.refuse_partial(plan, self._block, self._absent)
             calls.refuse_divided(plan, self._model)
-            if plan.fingerprint not in self._known and not isinstance(self.policy, FixedSkipping):
+            if plan.fingerprint not in self._known:
                 plan.check_model(self._model)
                 self._known.add(plan.fingerprint)
         calls.refuse_lost_outputs(call, config, plan)

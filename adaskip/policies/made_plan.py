@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from transformers import PreTrainedModel
 from typing_extensions import override
 
 from adaskip.errors import AdaskipError, PlanError
@@ -82,10 +81,6 @@ class MadePlan(SkipPolicy):
 
     plan_file: PlanFile
     n_skip: int
-
-    @override
-    def check_model(self, model: PreTrainedModel) -> None:
-        self.plan_file.plan.check_model(model)
 
     @override
     def bind(self, n_layers: int) -> None:
