@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from chromium import Window, browser, opened
 from leaderboard_fixtures import filled, whole
+from matplotlib.figure import Figure
 
 from adaskip.chance import SEED
 from adaskip.leaderboard.axes import Axis, same_axes
@@ -421,11 +422,17 @@ def test_the_page_refers_to_nothing_outside_itself(results: Path) -> None:
     assert len(text) < 2_000_000
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are drawn, in their order."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(leaderboard_figures, "as_png", lambda each: figures.append(each) or b"")
+    return figures
+
+
 def test_lines_of_a_figure_are_what_the_table_says_between_plans(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, drawn: list[Figure]
 ) -> None:
-    drawn = []
-    monkeypatch.setattr(leaderboard_figures, "as_png", lambda figure: drawn.append(figure) or b"")
     table = table_of(filled(tmp_path))
     assert table is not None
     leaderboard_figures.draw_front(table, table.methods)
@@ -441,10 +448,8 @@ def test_lines_of_a_figure_are_what_the_table_says_between_plans(
 
 
 def test_a_plan_that_is_no_faster_than_dense_is_on_no_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, drawn: list[Figure]
 ) -> None:
-    drawn = []
-    monkeypatch.setattr(leaderboard_figures, "as_png", lambda figure: drawn.append(figure) or b"")
     table = table_of(filled(tmp_path))
     assert table is not None
     slow = replace(next(e for e in table.entries if e.method == "ADA"), ttft=None, predicted=0.97)
@@ -455,11 +460,7 @@ def test_a_plan_that_is_no_faster_than_dense_is_on_no_line(
     assert 0.97 in [line.get_xdata()[0] for line in hollow]
 
 
-def test_a_method_looks_the_same_in_every_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn = []
-    monkeypatch.setattr(leaderboard_figures, "as_png", lambda figure: drawn.append(figure) or b"")
+def test_a_method_looks_the_same_in_every_figure(tmp_path: Path, drawn: list[Figure]) -> None:
     (table,) = filter(None, [table_of(filled(tmp_path))])
     leaderboard_figures.draw_front(table, table.methods)
     alone = replace(table, entries=tuple(e for e in table.entries if e.method != "ADA"))

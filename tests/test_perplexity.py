@@ -305,33 +305,42 @@ def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         measure(cells[:1], 8)
 
 
+def interrupted(
+    monkeypatch: pytest.MonkeyPatch, cells: list[RunConfig], *, after: int
+) -> list[tuple[Any, ...]]:
+    """Measures cells until so many rows are scored; what is scored, then and later."""
+    stock, scored = perplexity._nll, []
+    ends = [after]
+
+    def counted(*given: Any) -> Tensor:
+        if len(scored) in ends:
+            ends.clear()
+            raise KeyboardInterrupt
+        scored.append(given)
+        return stock(*given)
+
+    monkeypatch.setattr(perplexity, "_nll", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(cells, 16)
+    return scored
+
+
 def test_an_interrupted_cell_goes_on_with_its_next_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LoadedModel, "open", lambda config: TinyLoaded.make())
     cells = cells_of(config(tmp_path / "whole"), ["EE"], {"skip_full_layer_num": [1]})
     _, whole = measure(cells, 16)
-    stock, scored = perplexity._nll, []
-
-    def counted(*given: Any) -> Tensor:
-        if len(scored) == 4:
-            raise KeyboardInterrupt
-        scored.append(given)
-        return stock(*given)
-
     cells = [replace(cell, results_dir=str(tmp_path / "cut")) for cell in cells]
-    monkeypatch.setattr(perplexity, "_nll", counted)
-    with pytest.raises(KeyboardInterrupt):
-        measure(cells, 16)
-    path, found = tmp_path / "cut" / "perplexity" / "tiny-e2e.json", []
+    scored = interrupted(monkeypatch, cells, after=4)
+    path = tmp_path / "cut" / "perplexity" / "tiny-e2e.json"
     # The first task of dense, and one row of the second; a line that was cut off does not count.
     first, second = sorted(path.with_suffix("").iterdir(), key=lambda file: -file.stat().st_size)
     assert [len(file.read_text().splitlines()) for file in (first, second)] == [3, 1]
     with second.open("a") as file:
         file.write('{"id": "sample_summ')
-    monkeypatch.setattr(perplexity, "_nll", lambda *given: found.append(given) or stock(*given))
     assert measure(cells, 16) == (path, whole)
-    assert len(found) == 2 * 2 * 3 - 4
+    assert len(scored) == 2 * 2 * 3
     assert not path.with_suffix("").exists()
 
 
@@ -339,17 +348,7 @@ def test_other_prompts_are_not_put_beside(tmp_path: Path, monkeypatch: pytest.Mo
     loaded = TinyLoaded.make()
     monkeypatch.setattr(LoadedModel, "open", lambda config: loaded)
     cells = cells_of(config(tmp_path), ["EE"], {"skip_full_layer_num": [1]})
-    stock, scored = perplexity._nll, []
-
-    def cut(*given: Any) -> Tensor:
-        if len(scored) == 2:
-            raise KeyboardInterrupt
-        scored.append(given)
-        return stock(*given)
-
-    monkeypatch.setattr(perplexity, "_nll", cut)
-    with pytest.raises(KeyboardInterrupt):
-        measure(cells, 16)
+    scored = interrupted(monkeypatch, cells, after=2)
     path = tmp_path / "perplexity" / "tiny-e2e.json"
     before = path.read_text()
     loaded.spec = replace(loaded.spec, prompt_limit=20)
@@ -357,7 +356,6 @@ def test_other_prompts_are_not_put_beside(tmp_path: Path, monkeypatch: pytest.Mo
         measure(cells, 16)
     # Without the file, nor is what was under way taken for theirs.
     path.unlink()
-    monkeypatch.setattr(perplexity, "_nll", lambda *given: scored.append(given) or stock(*given))
     measure(cells[:1], 16)
     assert len(scored) == 2 + 6
     # What is under way with the others stays.
