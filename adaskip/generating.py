@@ -98,6 +98,20 @@ class Turns:
         """The innermost call; None in a hand-written loop that says nothing."""
         return next((turn for turns, turn in reversed(_STACK.get()) if turns is self), None)
 
+    def of(self, tokens: int, *, cached: bool) -> Turn | None:
+        """The call that a forward is a part of; None where it speaks for itself.
+
+        Something within a `generate()` that this knows nothing of, such as a logits processor, may
+        call the model, too.
+
+        Args:
+            tokens: of the forward, per sequence.
+            cached: whether it has a cache; without, all tokens so far come anew in each step.
+        """
+        turn = self.current
+        foreign = turn is not None and cached and tokens > 1 and turn.takes_one_by_one
+        return None if foreign else turn
+
     @contextmanager
     def within(self, turn: Turn) -> Iterator[None]:
         """Makes `turn` the innermost one.

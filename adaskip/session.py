@@ -6,7 +6,6 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -27,6 +26,7 @@ from adaskip.plan import EMPTY_PLAN, Phase, Scope, SkipPlan, Step
 from adaskip.policy import SkipPolicy
 from adaskip.recorders import Recorder
 from adaskip.requests import Request, Requests, is_ambiguous
+from adaskip.scoped import ScopedPolicy
 from adaskip.summary import RequestCount, Summary, Tally
 from adaskip.switchboard import Switchboard
 from adaskip.turnstile import Turnstile
@@ -63,7 +63,7 @@ class Session:
         self.step: Step | None = None
         self.plan: SkipPlan = EMPTY_PLAN
         self.policy = policy
-        self._scope = scope
+        self._scoped = ScopedPolicy(policy, scope)
         self._watchers = Watchers(recorders, policy, scope)
         self._turnstile = Turnstile(partial(self._leave, failed=True))
         self._turns = Turns(OpenCalls(), self._turnstile.free)
@@ -201,11 +201,7 @@ class Session:
         cache = calls.cache_of(call, config)
         inputs = calls.inputs_of(call)
         tokens = inputs.shape[1]
-        turn = self._turns.current
-        if turn is not None and cache is not None and tokens > 1 and turn.takes_one_by_one:
-            # A call of something within it, such as a logits processor, that generate() knows
-            # nothing of: it speaks for itself.
-            turn = None
+        turn = self._turns.of(tokens, cached=cache is not None)
         said = None if turn is None else turn.phase
         past = 0 if cache is None else self._past_length(cache, tokens, turn)
         if past == 0:
@@ -218,13 +214,13 @@ class Session:
         if cache is None:
             # A generate() will come to decode steps, also where this is its prefill.
             decodes = said is Phase.DECODE or (turn is not None and turn.tells_padding)
-            if self._steps_matter or (decodes and self._phase_matters(step)):
-                calls.refuse_missing_cache(self.policy, self._scope)
+            if self._scoped.steps_matter or (decodes and self._scoped.phase_matters(step)):
+                calls.refuse_missing_cache(self.policy, self._scoped.scope)
         else:
             kvcache.refuse_short(cache, self._n_layers)
             kvcache.refuse_torn(cache, past)
             self._check_order(request, step, past, said)
-        plan = self._plan(request, step)
+        plan = self._scoped.plan(step, request.prefill_plan)
         if cache is None and is_batched(call):
             self._check_batching(step)
         changed = plan != self._board.plan
@@ -334,11 +330,6 @@ class Session:
         request, number = self._counted[0], self.step.request
         request.memory = self.policy.memory(number), self._tally.memory(number)
 
-    @property
-    def _steps_matter(self) -> bool:
-        """Whether the plan is another one in prefill and decode, or from step to step."""
-        return self._scope == "decode" or self.policy.stepwise
-
     def _past_length(self, cache: Cache, tokens: int, turn: Turn | None) -> int:
         """Tokens in the cache; reads a device only where a static cache may have fewer by now."""
         past = kvcache.past_length(cache)
@@ -346,7 +337,7 @@ class Session:
             return past
         request = self._requests.of(cache)
         said = None if turn is None else turn.phase
-        unspoken = said is None and (self._steps_matter or self._scope == "prefill")
+        unspoken = said is None and (self._scoped.steps_matter or self._scoped.scope == "prefill")
         # Drafted tokens are taken back from static caches, too, from transformers 5.24 on.
         drafted = turn is not None and turn.assisted
         may_lack = unspoken or drafted or said is Phase.PREFILL
@@ -357,35 +348,25 @@ class Session:
 
     def _check_order(self, request: Request, step: Step, past: int, said: Phase | None) -> None:
         """Refuses forwards whose phase nobody can know, and steps that were taken back."""
-        if said is None and is_ambiguous(request, past, step.tokens) and self._phase_matters(step):
-            calls.refuse_ambiguous(self.policy, self._scope, step.tokens)
+        if (
+            said is None
+            and is_ambiguous(request, past, step.tokens)
+            and self._scoped.phase_matters(step)
+        ):
+            calls.refuse_ambiguous(self.policy, self._scoped.scope, step.tokens)
         if step.phase is Phase.DECODE and past < request.tokens and self.policy.stepwise:
             calls.refuse_cut(self.policy, request.tokens, past)
 
-    def _phase_matters(self, step: Step) -> bool:
-        """Whether the plan of a forward is another one in the other phase."""
-        if self._steps_matter or self._scope != "e2e":
-            return self._steps_matter
-        first, second = (self.policy.plan(replace(step, phase=phase)) for phase in Phase)
-        return first != second
-
     def _check_batching(self, step: Step = _ANY_STEP) -> None:
         """Refuses what forwards of many requests cannot have, by the plan of one of them."""
-        refuse_plan(differs=self._phase_matters(step), windows=self.policy.plan(step).windows)
+        refuse_plan(
+            differs=self._scoped.phase_matters(step), windows=self.policy.plan(step).windows
+        )
 
     def _check_assisted(self, generation_config: Any) -> None:
         calls.refuse_early_exit_draft(generation_config)
-        if self._steps_matter:
+        if self._scoped.steps_matter:
             calls.refuse_assisted()
-
-    def _plan(self, request: Request, step: Step) -> SkipPlan:
-        """What the scope leaves of the policy's plan."""
-        if self._scope == "prefill" and step.phase is Phase.DECODE:
-            # Skipped attention has no KV to go back to, so what prefill skipped stays skipped.
-            return request.prefill_plan
-        plan = self.policy.plan(step)
-        outside = self._scope == "decode" and step.phase is Phase.PREFILL
-        return EMPTY_PLAN if outside else plan
 
 
 def _told(policy: SkipPolicy, tally: Tally) -> Requests:

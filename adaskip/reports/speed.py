@@ -14,12 +14,13 @@ from adaskip.plan import KINDS, Phase
 from adaskip.policies import POLICIES
 from adaskip.profiling.interleaving import Ratio
 from adaskip.reports.figures import policy_colour, policy_marker
+from adaskip.speedtest.cases import DENSE, EMPTY, STOCK
 from adaskip.tables import MISSING, markdown_table, number
 
 # How the marker of a policy is filled, by the number of its budget.
 FILLS = ("full", "none", "left", "bottom", "right", "top")
 # What policies and plans are measured beside.
-_REFERENCES = ("stock", "dense", "empty plan", *(f"no {kind}" for kind in KINDS))
+_REFERENCES = (STOCK, DENSE, EMPTY, *(f"no {kind}" for kind in KINDS))
 _APART = 0.03  # of a doubling of the context
 FRACTION = "fraction of the ideal saving"
 CAPTION = (
